@@ -1,0 +1,102 @@
+"""How time is taken, and what is made of the samples.
+
+Variants of a row take turns within each round, in order in even rounds and reversed in odd ones, so that drifts of the
+machine (clock, temperature, other people's work) fall on all of them alike and nobody always follows the same
+neighbour.  Each rank times its own call after a barrier; a round's time is the slowest rank's.  Ratios are medians of
+ratios within rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["hidden_share", "interquartile_spread", "median", "paired_ratio", "slowest_rank", "take_turns"]
+
+Samples = Mapping[str, Sequence[float]]
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    barrier: Callable[[], None],
+    synchronize: Callable[[], None],
+    last: Callable[[str, Any], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Times every call once in each round, on this rank.
+
+    Args:
+        calls: what is timed, by name; all ranks pass the same in the same order.
+        rounds: number of rounds.
+        barrier: brings the ranks together before each call.
+        synchronize: waits for the device.
+        last: gets (name, result) of each call of the last round, outside the timed part.
+        clock: seconds.
+
+    Returns:
+        Seconds by name, one for each round.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            for name in list(calls) if index % 2 == 0 else reversed(list(calls)):
+                synchronize()
+                barrier()
+                begin = clock()
+                result = calls[name]()
+                synchronize()
+                samples[name].append(clock() - begin)
+                if last is not None and index == rounds - 1:
+                    last(name, result)
+                del result  # its memory goes back before the next call, and outside the timed part
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def slowest_rank(samples: Samples, world_size: int) -> dict[str, list[float]]:
+    """The largest over the ranks of each sample; every rank gets the same."""
+    names = list(samples)
+    mine = torch.tensor([list(samples[name]) for name in names], dtype=torch.float64)
+    all_ranks = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(all_ranks, mine)
+    return dict(zip(names, torch.stack(all_ranks).amax(0).tolist(), strict=True))
+
+
+def median(samples: Sequence[float]) -> float:
+    """Median."""
+    return statistics.median(samples)
+
+
+def interquartile_spread(samples: Sequence[float]) -> float:
+    """Distance of the quartiles, as a share of the median."""
+    if len(samples) < 2:
+        return 0.0
+    first, middle, third = statistics.quantiles(samples, n=4, method="inclusive")
+    return (third - first) / middle
+
+
+def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> float:
+    """Median of the ratios within one round: what drifts from round to round cancels."""
+    return statistics.median(a / b for a, b in zip(samples, base, strict=True))
+
+
+def hidden_share(*, unfused: float, fused: float, gemm: float, communication: float) -> float:
+    """Share of what could be hidden that was: (unfused - fused) / min(GEMM, communication), of medians in seconds.
+
+    1 means that the shorter of the two vanished behind the longer, 0 that nothing overlapped.  It can pass 1 where
+    fusing also saves copies, and be negative where it costs more than it hides.
+    """
+    return (unfused - fused) / min(gemm, communication)

@@ -1,0 +1,192 @@
+#!/usr/bin/env python
+"""How much communication the fused operators hide: ``python benchmarks/overlap.py``.
+
+Starts its own ranks, or is one when torchrun started it.  Every row has the operator's products alone, its
+communication alone, and the operator unfused and fused on each transport, beside a twin of raw torch collectives.  A
+result that is wrong has no time.  Writes all samples to benchmarks/results/<machine>/ and a plot beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the script runs from a checkout, installed or not
+
+from benchmarks import machine, plot, report
+from benchmarks.cases import Size, make_cases
+from benchmarks.ranks import Settings, run_rows
+from benchmarks.workload import TRANSPORTS
+from odysseus_kernels.testing.spawn import RankPool, RanksFailedError
+
+SCHEMA = 1
+RUN_LIMIT_S = 3600.0 * 4
+_RESULTS = Path(__file__).resolve().parent / "results"
+_CONTRACT = "2 ranks with 1 thread each, float32"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; ends the program with usage on a mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="ranks to start (ignored under torchrun)")
+    parser.add_argument("--threads", type=int, default=1, help="intra-op threads of each rank")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    parser.add_argument("--repeats", type=int, help="rounds that are measured (default 9; 5 with --quick)")
+    parser.add_argument("--cases", default="", metavar="REGEX", help="only rows whose name this is found in")
+    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--output", type=Path, help="folder of the results (default benchmarks/results/<machine>)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="short shapes, fewer rounds: under a minute on two cores")
+    size.add_argument("--full", action="store_true", help="the models' true widths: long, and gigabytes for each rank")
+    parsed = parser.parse_args(arguments)
+    parsed.size = "quick" if parsed.quick else "full" if parsed.full else "default"
+    if parsed.repeats is None:
+        parsed.repeats = 5 if parsed.quick else 9
+    for name in ("ranks", "threads", "repeats"):
+        if getattr(parsed, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(parsed, name)}")
+    return parsed
+
+
+def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings:
+    """What ranks are told.  ValueError if no row is left."""
+    size: Size = arguments.size
+    return Settings(
+        rows=tuple(make_cases(world_size, size, arguments.cases)),
+        dtype=arguments.dtype,
+        device=arguments.device,
+        repeats=arguments.repeats,
+        transports=tuple(arguments.transports),
+        memory=arguments.memory,
+    )
+
+
+def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that is written to the JSON file."""
+    if arguments.memory:
+        rows, verdicts = list(rows), report.judge_memory(rows)
+    else:
+        rows = [report.summarize(row) for row in rows]
+        verdicts = report.judge(rows)
+    names = ("threads", "dtype", "repeats", "cases", "transports", "device", "size")
+    given = {"ranks": world_size, **{name: getattr(arguments, name) for name in names}}
+    return {
+        "schema": SCHEMA,
+        "kind": "memory" if arguments.memory else "overlap",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe_machine(arguments.device),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "arguments": given,
+        "rows": rows,
+        "targets": verdicts,
+    }
+
+
+def print_document(document: dict[str, Any]) -> None:
+    """The tables, as wide on a terminal as in a file."""
+    console = Console(width=report.WIDTH, highlight=False)
+    given, place = document["arguments"], document["machine"]
+    console.print(
+        f"{given['ranks']} ranks with {given['threads']} thread(s) each, {given['dtype']}, {given['device']}; "
+        f"{place['processor']}, {place['cores']} cores, {place['memory_gib']} GiB; "
+        f"torch {document['versions']['torch']}, commit {document['commit']}"
+        + ("" if document["kind"] == "memory" else f"; {given['repeats']} rounds"),
+        soft_wrap=True,
+    )
+    notes = []
+    if given["size"] == "quick":
+        notes.append("quick: shapes are shorter than the contract's, figures are for orientation")
+    if (given["ranks"], given["threads"], given["dtype"]) != (2, 1, "float32"):
+        notes.append(f"limits are for {_CONTRACT}")
+    if given["ranks"] * given["threads"] > place["cores"] and given["device"] == "cpu":
+        notes.append("more threads than cores: ranks disturb one another")
+    note = "; ".join(notes)
+    show = report.print_memory if document["kind"] == "memory" else report.print_time
+    show(console, document["rows"], document["targets"], note=note)
+
+
+def write(document: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes the JSON file and, for times, the plot; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+    path = folder / f"{document['kind']}-{stamp}.json"
+    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+    if document["kind"] == "memory":
+        return [path]
+    image = path.with_suffix(".png")
+    plot.draw(document, image)
+    return [path, image]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: errors that are one become text."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def finish(arguments: argparse.Namespace, world_size: int, rows: Sequence[dict[str, Any]]) -> int:
+    """Prints and writes; returns the exit status: 1 if any result was wrong."""
+    document = make_document(arguments, world_size, rows)
+    print_document(document)
+    folder = arguments.output or _RESULTS / machine.machine_tag(arguments.device)
+    print("\n" + "\n".join(f"wrote {os.path.relpath(path)}" for path in write(document, folder)))
+    return int(any(row.get("wrong") for row in document["rows"]))
+
+
+def run_under_torchrun(arguments: argparse.Namespace) -> int:
+    """This process is one rank."""
+    torch.set_num_threads(arguments.threads)
+    dist.init_process_group("gloo" if arguments.device == "cpu" else "cpu:gloo,cuda:nccl")
+    try:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rows = run_rows(rank, world_size, make_settings(arguments, world_size))
+        return finish(arguments, world_size, rows) if rank == 0 else 0
+    finally:
+        dist.destroy_process_group()
+
+
+def main() -> int:
+    """Runs the benchmark; times decide nothing about the exit status, wrong results do."""
+    arguments = parse()
+    if "RANK" in os.environ:
+        return run_under_torchrun(arguments)
+    try:
+        settings = make_settings(arguments, arguments.ranks)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    count = len(settings.rows)
+    print(f"{count} rows on {arguments.ranks} ranks; {arguments.size} shapes", file=sys.stderr, flush=True)
+    backend = "gloo" if arguments.device == "cpu" else "cpu:gloo,cuda:nccl"
+    environment = {"KINETO_LOG_LEVEL": "99"} if arguments.memory else {}  # else the profiler greets for each call
+    pool = RankPool(
+        arguments.ranks, threads=arguments.threads, timeout=RUN_LIMIT_S, backend=backend, environment=environment
+    )
+    with pool:
+        try:
+            rows = pool.run(run_rows, settings)[0]
+        except RanksFailedError as error:
+            print(error, file=sys.stderr)
+            return 1
+    return finish(arguments, arguments.ranks, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""What each rank does: measures the rows one after another and hands back plain values.
+
+Runs in processes that ``overlap.py`` starts, or under torchrun; the process group is there already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.cases import Case
+from benchmarks.measure import slowest_rank, take_turns
+from benchmarks.memory import measure_memory
+from benchmarks.workload import TRANSPORTS, Workload
+
+__all__ = ["Settings", "run_rows"]
+
+WARM_UP_ROUNDS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all ranks must agree on."""
+
+    rows: tuple[Case, ...]
+    dtype: str
+    device: str
+    repeats: int
+    transports: tuple[str, ...] = TRANSPORTS
+    memory: bool = False
+    seed: int = 1
+
+
+def run_rows(rank: int, world_size: int, settings: Settings) -> list[dict[str, Any]]:
+    """Measures every row; returns what is written to the JSON file, the same on all ranks."""
+    device = torch.device(settings.device, rank % max(torch.cuda.device_count(), 1))
+    if settings.device == "cpu":
+        device = torch.device("cpu")
+    else:
+        torch.cuda.set_device(device)
+    measure = measure_memory if settings.memory else measure_time
+    return [measure(case, settings, device) for case in _with_progress(settings.rows, visible=rank == 0)]
+
+
+def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Samples and errors of all variants of one row."""
+    work = Workload(
+        case, dtype=getattr(torch, settings.dtype), device=device, transports=settings.transports, seed=settings.seed
+    )
+    calls = work.calls()
+    checked = [name for name in calls if work.is_checked(name)]
+    errors: dict[str, dict[str, float]] = {name: {} for name in checked}
+
+    def check(name: str, results: Sequence[torch.Tensor]) -> None:
+        if name in errors:
+            for what, error in work.errors([r.cpu() for r in results]).items():
+                errors[name][what] = _worse(errors[name].get(what, 0.0), error)
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work.truth  # noqa: B018 - computed now, not while another rank waits at a barrier with a timeout
+    take_turns(calls, rounds=WARM_UP_ROUNDS, barrier=dist.barrier, synchronize=synchronize, last=check)
+    wrong = _wrong(errors, work.tolerance)
+    timed = {name: call for name, call in calls.items() if name not in wrong}
+    samples = take_turns(timed, rounds=settings.repeats, barrier=dist.barrier, synchronize=synchronize, last=check)
+    wrong = _wrong(errors, work.tolerance)
+    samples = slowest_rank(samples, dist.get_world_size())
+    return {
+        **dataclasses.asdict(case),
+        "part": case.part,
+        "shape": case.shape,
+        "flops_per_rank": case.flops(dist.get_world_size()),
+        "tolerance": work.tolerance,
+        "errors": _worst_rank(errors),
+        "wrong": wrong,
+        # A time of a wrong result is no time.
+        "samples_s": {name: values for name, values in samples.items() if name not in wrong},
+    }
+
+
+def _worse(a: float, b: float) -> float:
+    """The larger, where NaN is larger than anything."""
+    return a if a != a or a > b else b
+
+
+def _wrong(errors: dict[str, dict[str, float]], tolerance: float) -> list[str]:
+    """Names of the variants with a wrong result on any rank; the same on all ranks."""
+    return [n for n, found in _worst_rank(errors).items() if not all(e <= tolerance for e in found.values())]
+
+
+def _worst_rank(errors: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    flat = [(name, what) for name, found in errors.items() for what in found]
+    mine = torch.tensor([errors[name][what] for name, what in flat], dtype=torch.float64)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    worst = torch.stack(everyone).amax(0).tolist()  # amax keeps NaN
+    result: dict[str, dict[str, float]] = {name: {} for name in errors}
+    for (name, what), error in zip(flat, worst, strict=True):
+        result[name][what] = error
+    return result
+
+
+def _with_progress(rows: Sequence[Case], *, visible: bool) -> Iterator[Case]:
+    """The rows, with a bar on a terminal and a line for each row elsewhere."""
+    console = Console(file=sys.stderr)
+    if visible and console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=len(rows))
+            for case in rows:
+                progress.update(task, description=case.name)
+                yield case
+                progress.advance(task)
+        return
+    for index, case in enumerate(rows, 1):
+        begin = time.monotonic()
+        yield case
+        if visible:
+            print(f"[{index}/{len(rows)}] {case.name} ({time.monotonic() - begin:.1f} s)", file=sys.stderr, flush=True)

@@ -1,0 +1,59 @@
+// Checks whose messages print both operands, and the errors that the bindings turn into Python exceptions.
+#pragma once
+
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace odysseus {
+
+// A failed system call: OSError in Python, of the subclass that belongs to the errno.
+struct OsError : std::runtime_error {
+  OsError(int error_number, const std::string& message) : std::runtime_error(message), code(error_number) {}
+  int code;
+};
+
+// The file system cannot back a segment: NoSpace in Python.
+struct NoSpaceError : std::runtime_error {
+  NoSpaceError(const std::string& message, std::uint64_t needed_bytes, std::uint64_t free_bytes)
+      : std::runtime_error(message), needed(needed_bytes), free(free_bytes) {}
+  std::uint64_t needed;
+  std::uint64_t free;
+};
+
+// A descriptor that is not in the ring: LookupError in Python.
+struct NotPostedError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <class... Parts>
+std::string concat(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+[[noreturn]] inline void throw_errno(int code, const std::string& what) {
+  throw OsError(code, concat(what, ": ", std::strerror(code)));
+}
+
+}  // namespace odysseus
+
+// ODY_CHECK(Exception, lhs, <, rhs, "what to do", ...): throws Exception naming the comparison and both values.
+#define ODY_CHECK(Exception, lhs, op, rhs, ...)                                                                       \
+  do {                                                                                                                \
+    const auto ody_lhs = (lhs);                                                                                       \
+    const auto ody_rhs = (rhs);                                                                                       \
+    if (!(ody_lhs op ody_rhs)) {                                                                                      \
+      throw Exception(::odysseus::concat("expected ", #lhs, " ", #op, " ", #rhs, ", got ", ody_lhs, " and ", ody_rhs, \
+                                         ": ", __VA_ARGS__));                                                         \
+    }                                                                                                                 \
+  } while (0)
+
+// Bad arguments (ValueError) and wrong states (RuntimeError).
+#define ODY_CHECK_VALUE(lhs, op, rhs, ...) ODY_CHECK(std::invalid_argument, lhs, op, rhs, __VA_ARGS__)
+#define ODY_CHECK_STATE(lhs, op, rhs, ...) ODY_CHECK(std::runtime_error, lhs, op, rhs, __VA_ARGS__)

@@ -1,0 +1,62 @@
+"""What a training run leaves: a JSON file, a table, and a plot of all runs in the output folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["plot_runs", "print_table", "write_run"]
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> Path:
+    """Writes ``loss-N<ranks>.json`` and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"loss-N{run['ranks']}.json"
+    path.write_text(json.dumps(run, indent=1))
+    return path
+
+
+def print_table(run: dict[str, Any]) -> None:
+    """Prints the figures of a run."""
+    losses, memory = run["losses"], run["peak_memory_bytes"]
+    steps = sorted(int(step) for step in losses)
+    table = Table(title=f"{run['ranks']} rank(s), {run['parameters'] / 1e6:.1f} M parameters, {run['how']}")
+    table.add_column("measured in this run")
+    table.add_column("value", justify="right")
+    table.add_row(f"loss at step {steps[0]}", f"{losses[str(steps[0])]:.4f}")
+    table.add_row(f"loss at step {steps[-1]}", f"{losses[str(steps[-1])]:.4f}")
+    for step, bits in run["validation_bits_per_byte"].items():
+        table.add_row(f"validation, bits per byte, after step {step}", f"{bits:.4f}")
+    table.add_row("tokens/s, all ranks, median step", f"{run['tokens_per_second']:,.0f}")
+    for rank, peak in enumerate(memory):
+        table.add_row(f"peak resident memory, rank {rank}", f"{peak / 2**20:,.0f} MiB")
+    # Wide enough where there is no terminal to ask, as in a log file.
+    Console(width=100).print(table)
+
+
+def plot_runs(folder: Path) -> Path:
+    """Draws the losses of every ``loss-N*.json`` in ``folder`` into ``loss.png`` there, one over another."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    runs = [json.loads(path.read_text()) for path in folder.glob("loss-N*.json")]
+    for index, run in enumerate(sorted(runs, key=lambda run: run["ranks"])):
+        steps = sorted(int(step) for step in run["losses"])
+        label = "single process, stock model" if run["ranks"] == 1 else f"{run['ranks']} ranks, {run['how']}"
+        # Equal curves lie on one another: later ones are thinner and dashed, so that all can be seen.
+        style = {"linewidth": max(4.0 - 1.5 * index, 1.2), "linestyle": ("-", "--", ":", "-.")[index % 4]}
+        axes.plot(steps, [run["losses"][str(step)] for step in steps], label=label, **style)
+    axes.set(xlabel="step", ylabel="training loss, nats per byte", title="Byte-level Llama on Python's standard library")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = folder / "loss.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,51 @@
+"""The only importer of the compiled module ``odysseus_kernels._C``.
+
+Nothing is imported until :func:`load` or :func:`available` is called, so that a checkout without a build can still
+plan, print help and run the collective transport.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+from odysseus_kernels.errors import ExtensionNotBuiltError
+
+__all__ = ["available", "load", "why_unavailable"]
+
+
+@functools.lru_cache(maxsize=1)
+def _import() -> tuple[ModuleType | None, ImportError | None]:
+    try:
+        return importlib.import_module("odysseus_kernels._C"), None
+    except ImportError as error:
+        return None, error
+
+
+def available() -> bool:
+    """Whether the compiled module can be used."""
+    return _import()[0] is not None
+
+
+def why_unavailable() -> str:
+    """One line that says why :func:`available` is false and what to do; empty where it is true."""
+    error = _import()[1]
+    if error is None:
+        return ""
+    return (
+        "the compiled host extension odysseus_kernels._C is not usable; build it with `pip install -e .` in the "
+        f"project's folder (needs Linux and a C++17 compiler such as g++ 9 or later). The import said: {error}"
+    )
+
+
+def load() -> ModuleType:
+    """The compiled module; ``odysseus_kernels/_C.pyi`` documents it.
+
+    Raises:
+        ExtensionNotBuiltError: it is not built, or not for this Python; says how to build it.
+    """
+    module, error = _import()
+    if module is None:
+        raise ExtensionNotBuiltError(why_unavailable()) from error
+    return module

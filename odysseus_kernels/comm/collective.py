@@ -1,0 +1,227 @@
+"""The collective transport: asynchronous collectives of a process group, a piece in flight while another multiplies.
+
+Concurrency contract.  The backend (Gloo's threads) moves data; callbacks run on the calling thread.  At most two
+pieces are in flight, each with its own buffers, and a buffer is written again only after the collective that used it
+has finished and its blocks were consumed; collectives are issued in the order of the schedule, the same on all ranks.
+Reduce-scatter travels as all-to-all: the same bytes, and the sum is ours, in fp32 and in a fixed order.
+
+Before the data of a call moves, ranks exchange a hash of what they call (8 bytes each): collectives of different sizes
+would hang or mix data, where an error that names the rank is wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
+from .backend import all_gather_single, reduce_scatter_single
+from .membership import Member, lost_members
+from .reduce import PieceSum
+from .schedule import IN_FLIGHT, Kind, Step, Task, collective_schedule, piece_bounds
+from .transport import Call, Scatter, Transport, describe_mismatch, row_pieces, signature_hash
+
+__all__ = ["CollectiveTransport"]
+
+_TEXT_BYTES = 384
+# Pieces of a shard: enough that the first product starts early, few enough that issuing does not dominate.
+_PIECES = 4
+
+
+class CollectiveTransport(Transport):
+    """Any process group with asynchronous all-gather and all-to-all; made by ``comm/groups.py``."""
+
+    name = "collective"
+
+    def __init__(self, group: dist.ProcessGroup, members: list[Member]) -> None:
+        super().__init__(group.rank(), group.size())
+        self._group = group
+        self._members = members
+        self._sequence = 0
+
+    def _execute(self, call: Call) -> None:
+        with self._errors(call):
+            self._handshake(call)
+            _Run(self, call).steps()
+
+    def all_gather(self, call: Call, out: Tensor) -> None:
+        assert call.gather is not None
+        with self._lock, self._errors(call):
+            self._handshake(call)
+            shard = call.gather.shard.contiguous()
+            self._wait(call, all_gather_single(out.view(-1), shard.view(-1), self._group, async_op=True))
+        self._count(call)
+
+    def reduce_scatter(self, call: Call, full: Tensor) -> None:
+        scatter = call.scatter
+        assert scatter is not None
+        if full.dtype not in (torch.float32, torch.float64) or not scatter.out.is_contiguous():
+            # Backends would add bf16 and fp16 in their own type; all-to-all sends the same bytes and we add in fp32.
+            super().reduce_scatter(call, full)
+            return
+        with self._lock, self._errors(call):
+            self._handshake(call)
+            out = scatter.out.view(-1)
+            self._wait(call, reduce_scatter_single(out, full.view(-1), group=self._group, async_op=True))
+        self._count(call)
+
+    # ---- ranks that differ, peers that are gone ----------------------------------------------------------------------
+
+    def _handshake(self, call: Call) -> None:
+        self._sequence += 1
+        own = signature_hash(call.signature)
+        hashes = self._exchange(call, torch.tensor([own], dtype=torch.int64)).flatten().tolist()
+        if len(set(hashes)) == 1:
+            return
+        # Everybody has seen the same hashes, so everybody comes here.
+        text = call.signature.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES)
+        texts = self._exchange(call, torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        signatures = [bytes(row.tolist()).decode(errors="replace").strip() for row in texts]
+        calls = dict(enumerate(zip(hashes, signatures, strict=True)))
+        raise RankMismatchError(describe_mismatch(calls, self._sequence))
+
+    def _exchange(self, call: Call, own: Tensor) -> Tensor:
+        everyone = own.new_empty((self.world, own.numel()))
+        self._wait(call, all_gather_single(everyone.view(-1), own, self._group, async_op=True))
+        return everyone
+
+    def _wait(self, call: Call, work: dist.Work) -> None:
+        seconds = min(call.config.timeout_s, datetime.timedelta.max.total_seconds() / 2)
+        work.wait(datetime.timedelta(seconds=math.ceil(seconds * 1000) / 1000))
+
+    @contextlib.contextmanager
+    def _errors(self, call: Call) -> Iterator[None]:
+        """Turns the backend's errors into ours: which operator, which peer, which wait."""
+        try:
+            yield
+        except CommunicationError as error:
+            self.broken = f"{call.name} failed: {error}"
+            raise
+        except RuntimeError as error:
+            self.broken = f"{call.name} failed: {error}"
+            gone = lost_members(self._members)
+            reason = str(error).splitlines()[0][:300]
+            where = f"{call.name}: rank {self.rank}, collective number {self._sequence} of its group"
+            if gone:
+                ranks = ", ".join(f"rank {rank}" for rank in gone)
+                raise PeerLostError(f"{where}: the process of {ranks} is gone ({reason})") from error
+            if "timed out" in reason.lower() or "timeout" in reason.lower():
+                raise SignalTimeoutError(
+                    f"{where}: not complete within {call.config.timeout_s:g} s and all known processes are alive: "
+                    f"a peer is stuck or makes other calls ({reason})"
+                ) from error
+            if isinstance(error, dist.DistError) or "gloo" in reason.lower() or "connection" in reason.lower():
+                raise PeerLostError(f"{where}: a peer left the group ({reason})") from error
+            raise
+
+
+class _Run:
+    """The buffers and handles of one call."""
+
+    def __init__(self, transport: CollectiveTransport, call: Call) -> None:
+        self._transport = transport
+        self._call = call
+        self._world, self._rank = transport.world, transport.rank
+        chunks = call.config.chunks_per_rank
+        self._pieces = {
+            Task.ALL_GATHER: row_pieces(chunks, call.gather.shard.shape[1], auto=_PIECES) if call.gather else 1,
+            Task.ALL_TO_ALL: row_pieces(chunks, call.scatter.out.shape[1], auto=_PIECES) if call.scatter else 1,
+        }
+        self._work: dict[tuple[Task, int], dist.Work] = {}
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+        # Kept until the collective has finished: the backend reads them.
+        self._sent: dict[tuple[Task, int], Tensor] = {}
+        self._sums: PieceSum | None = None
+        if call.scatter is not None:
+            self._sums = PieceSum(call.scatter.out, self._world, call.config.reduce_dtype)
+
+    def steps(self) -> None:
+        schedule = collective_schedule(
+            self._call.program,
+            self._world,
+            self._rank,
+            gather_pieces=self._pieces[Task.ALL_GATHER],
+            scatter_pieces=self._pieces[Task.ALL_TO_ALL],
+        )
+        for step in schedule.steps:
+            assert step.task is not None
+            if step.kind is Kind.ISSUE:
+                self._issue(step.task, step.piece)
+            elif step.kind is Kind.FINISH:
+                self._transport._wait(self._call, self._work.pop((step.task, step.piece)))
+                self._sent.pop((step.task, step.piece), None)
+            else:
+                self._compute(step)
+
+    def _block(self, name: str, piece: int, like: Tensor, rows: int, slots: int, most: int) -> Tensor:
+        """Buffer ``name`` of ``piece``: [slots, batch, rows, width], made once for each of the pieces in flight."""
+        batch, _, width = like.shape
+        key = (name, piece % IN_FLIGHT)
+        if key not in self._buffers:
+            self._buffers[key] = like.new_empty(slots * batch * most * width)
+        return self._buffers[key][: slots * batch * rows * width].view(slots, batch, rows, width)
+
+    def _bounds(self, task: Task, rows: int, piece: int) -> tuple[int, int, int]:
+        start, stop = piece_bounds(rows, self._pieces[task], piece)
+        return start, stop, -(-rows // self._pieces[task])
+
+    def _gathered(self, piece: int) -> tuple[int, int, Tensor]:
+        assert self._call.gather is not None
+        shard = self._call.gather.shard
+        start, stop, most = self._bounds(Task.ALL_GATHER, shard.shape[1], piece)
+        return start, stop, self._block("gathered", piece, shard, stop - start, self._world, most)
+
+    def _exchanged(self, name: str, piece: int) -> tuple[int, int, Tensor]:
+        assert self._call.scatter is not None
+        out = self._call.scatter.out
+        start, stop, most = self._bounds(Task.ALL_TO_ALL, out.shape[1], piece)
+        return start, stop, self._block(name, piece, out, stop - start, self._world - 1, most)
+
+    def _slot(self, peer: int) -> int:
+        """Place of ``peer`` among the others: no rank sends itself anything."""
+        return peer - (peer > self._rank)
+
+    def _issue(self, task: Task, piece: int) -> None:
+        group = self._transport._group
+        if task is Task.ALL_GATHER:
+            assert self._call.gather is not None
+            start, stop, gathered = self._gathered(piece)
+            own = self._call.gather.shard[:, start:stop].contiguous()
+            self._sent[task, piece] = own
+            self._work[task, piece] = all_gather_single(
+                gathered.view(-1), own.view(-1), group, async_op=True
+            )
+            return
+        _, _, sent = self._exchanged("sent", piece)
+        _, _, received = self._exchanged("received", piece)
+        splits = [0 if peer == self._rank else sent[0].numel() for peer in range(self._world)]
+        self._work[task, piece] = dist.all_to_all_single(
+            received.view(-1), sent.view(-1), splits, splits, group, async_op=True
+        )
+
+    def _compute(self, step: Step) -> None:
+        if step.task is Task.CONSUME:
+            gather = self._call.gather
+            assert gather is not None
+            if step.rank == self._rank:
+                gather.consume(self._rank, 0, gather.shard.shape[1], gather.shard)
+                return
+            start, stop, gathered = self._gathered(step.piece)
+            gather.consume(step.rank, start, stop, gathered[step.rank])
+            return
+        scatter: Scatter | None = self._call.scatter
+        assert scatter is not None and self._sums is not None
+        if step.task is Task.ADD:
+            start, stop, received = self._exchanged("received", step.piece)
+            self._sums.add(start, stop, received[self._slot(step.rank)])
+            return
+        start, stop, sent = self._exchanged("sent", step.piece)
+        own = step.rank == self._rank
+        block = scatter.out[:, start:stop] if own else sent[self._slot(step.rank)]
+        scatter.produce(step.rank, start, stop, block)

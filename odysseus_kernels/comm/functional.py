@@ -1,0 +1,146 @@
+"""Plain collectives over the transports: what models need beside the fused operators, counted by the same recorder.
+
+None of these is differentiable; ``nn`` wraps them in the gradients it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..config import OverlapConfig
+from .groups import dispatch, resolve_group
+from .transport import Call, Gather, Scatter, Transport
+
+__all__ = ["all_gather", "all_reduce", "reduce_scatter"]
+
+Group = dist.ProcessGroup | DeviceMesh | None
+Phase = Literal["forward", "backward"]
+
+
+def _unused(*_: object) -> None:
+    raise AssertionError("the transport's own copy replaces this callback")
+
+
+def _collective_config(config: OverlapConfig | None) -> OverlapConfig:
+    return dataclasses.replace(config or OverlapConfig(), mode="unfused")
+
+
+def all_gather(
+    tensor: Tensor,
+    group: Group = None,
+    *,
+    operator: str = "all_gather",
+    dim: int = 0,
+    phase: Phase = "forward",
+    config: OverlapConfig | None = None,
+) -> Tensor:
+    """All ranks' tensors concatenated along ``dim`` in rank order.
+
+    Args:
+        tensor: [..., s, ...], the same shape and dtype on every rank (any dtype but complex).
+        group: the ranks; None is the default group.
+        operator, phase: how the recorder counts it and errors name it.
+        dim: dimension that grows from s to N * s.
+        config: transport and timeout.
+
+    Raises:
+        ValueError: see :func:`odysseus_kernels.comm.groups.resolve_group`.
+        CommunicationError: ranks differ, or a peer is lost or silent.
+    """
+    resolved = resolve_group(group)
+    dim %= max(tensor.ndim, 1)
+    before, rows, after = tensor.shape[:dim], tensor.shape[dim], tensor.shape[dim + 1 :]
+    shard = tensor.contiguous().view(before.numel(), rows, after.numel())
+    # Bytes travel as they are: any dtype, bool and integers included.
+    raw = shard.view(torch.uint8) if shard.numel() and shard.dtype != torch.uint8 else shard
+    world = resolved.size()
+    out = raw.new_empty((world, *raw.shape))
+    described = _collective_config(config)
+
+    def run(transport: Transport) -> None:
+        shapes = f"tensor {list(tensor.shape)} {tensor.dtype}, dim {dim}"
+        transport.all_gather(Call(operator, phase, described, Gather(raw, _unused), shapes=shapes), out)
+
+    dispatch(resolved, described, tensor.device, run)
+    full = out.view(shard.dtype) if raw is not shard else out
+    return full.transpose(0, 1).reshape(*before, world * rows, *after)
+
+
+def reduce_scatter(
+    tensor: Tensor,
+    group: Group = None,
+    *,
+    operator: str = "reduce_scatter",
+    dim: int = 0,
+    phase: Phase = "forward",
+    config: OverlapConfig | None = None,
+) -> Tensor:
+    """This rank's slice along ``dim`` of the sum of all ranks' tensors, added in fp32 (fp64 for fp64).
+
+    Args:
+        tensor: [..., N * s, ...], the same shape and dtype on every rank.
+        group, operator, dim, phase, config: as in :func:`all_gather`; ``dim`` shrinks from N * s to s.
+
+    Raises:
+        ValueError: ``dim`` does not divide by the number of ranks.
+    """
+    resolved = resolve_group(group)
+    world = resolved.size()
+    dim %= max(tensor.ndim, 1)
+    before, rows, after = tensor.shape[:dim], tensor.shape[dim], tensor.shape[dim + 1 :]
+    if rows % world:
+        raise ValueError(f"reduce_scatter: expected dimension {dim} to divide by {world} ranks, got {rows}")
+    full = tensor.reshape(before.numel(), world, rows // world, after.numel()).transpose(0, 1).contiguous()
+    out = full.new_empty(full.shape[1:])
+    described = _collective_config(config)
+
+    def run(transport: Transport) -> None:
+        shapes = f"tensor {list(tensor.shape)} {tensor.dtype}, dim {dim}"
+        transport.reduce_scatter(Call(operator, phase, described, None, Scatter(out, _unused), shapes), full)
+
+    dispatch(resolved, described, tensor.device, run)
+    return out.view(*before, rows // world, *after)
+
+
+def all_reduce(
+    tensor: Tensor,
+    group: Group = None,
+    *,
+    operator: str = "all_reduce",
+    phase: Phase = "forward",
+    config: OverlapConfig | None = None,
+) -> Tensor:
+    """The sum of all ranks' tensors, a new tensor, bitwise equal on every rank.
+
+    Added in fp32 (fp64 for fp64) and rounded once.  It travels as reduce-scatter and all-gather over the flattened
+    tensor, padded to a multiple of the number of ranks.
+
+    Args:
+        tensor: any shape and floating dtype, the same on every rank.
+        group, operator, phase, config: as in :func:`all_gather`.
+    """
+    resolved = resolve_group(group)
+    world = resolved.size()
+    if world == 1:
+        return tensor.clone()
+    described = _collective_config(config)
+    rows = max(1, -(-tensor.numel() // world))
+    full = tensor.new_zeros(world * rows)
+    full[: tensor.numel()].copy_(tensor.reshape(-1))
+    mine = tensor.new_empty((1, 1, rows))
+    everyone = tensor.new_empty((world, 1, 1, rows))
+
+    def run(transport: Transport) -> None:
+        shapes = f"tensor {list(tensor.shape)} {tensor.dtype}"
+        call = Call(operator, phase, described, Gather(mine, _unused), Scatter(mine, _unused), shapes, "all_reduce")
+        transport.reduce_scatter(dataclasses.replace(call, gather=None), full.view(world, 1, 1, rows))
+        transport.all_gather(dataclasses.replace(call, scatter=None), everyone)
+
+    dispatch(resolved, described, tensor.device, run)
+    return everyone.view(-1)[: tensor.numel()].view(tensor.shape)

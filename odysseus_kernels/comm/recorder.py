@@ -1,0 +1,97 @@
+"""Bytes that each rank sends, by operator, phase and collective.
+
+The one place that counts is :meth:`Transport.execute <odysseus_kernels.comm.transport.Transport.execute>`, so that
+operators and benchmarks cannot count differently from one another.  What is counted is what COMMUNICATION formulas
+give: (N-1)/N of the global tensor for an all-gather or a reduce-scatter, twice that for an all-reduce.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import Counter
+from types import TracebackType
+
+__all__ = ["CommRecorder", "Traffic", "record"]
+
+_lock = threading.Lock()
+_active: list[CommRecorder] = []
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Traffic:
+    """What was sent: operator, phase (``"forward"`` or ``"backward"``), collective and transport."""
+
+    operator: str
+    phase: str
+    collective: str
+    transport: str
+
+
+class CommRecorder:
+    """Counts the bytes that this rank sends while it is entered.
+
+    ::
+
+        with ody.CommRecorder() as record:
+            model(**batch).loss.backward()
+        print(record.table())
+
+    Recorders may be nested; each counts everything within it.  Backward passes run on other threads in some setups,
+    so counting is by process, not by thread.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: Counter[Traffic] = Counter()
+        self._calls: Counter[Traffic] = Counter()
+
+    def __enter__(self) -> CommRecorder:
+        with _lock:
+            _active.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with _lock:
+            _active.remove(self)
+
+    def bytes(self, *, operator: str | None = None, phase: str | None = None, collective: str | None = None) -> int:
+        """Bytes sent by this rank, of all traffic that matches what is given."""
+        wanted = {"operator": operator, "phase": phase, "collective": collective}
+        return sum(
+            count
+            for traffic, count in self._bytes.items()
+            if all(value is None or getattr(traffic, name) == value for name, value in wanted.items())
+        )
+
+    def rows(self) -> list[dict[str, str | int]]:
+        """One row for each kind of traffic: operator, phase, collective, transport, calls, bytes."""
+        return [
+            {**dataclasses.asdict(traffic), "calls": self._calls[traffic], "bytes": self._bytes[traffic]}
+            for traffic in sorted(self._bytes)
+        ]
+
+    def table(self) -> str:
+        """The rows as text, with a total."""
+        header = ("operator", "phase", "collective", "transport", "calls", "bytes")
+        lines = [header, *((*(str(row[name]) for name in header[:5]), f"{row['bytes']:,}") for row in self.rows())]
+        lines.append(("total", "", "", "", str(sum(self._calls.values())), f"{self.bytes():,}"))
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        numbers = (4, 5)
+
+        def cell(column: int, text: str) -> str:
+            return text.rjust(widths[column]) if column in numbers else text.ljust(widths[column])
+
+        return "\n".join("  ".join(cell(i, text) for i, text in enumerate(line)).rstrip() for line in lines)
+
+    def _add(self, traffic: Traffic, count: int) -> None:
+        self._bytes[traffic] += count
+        self._calls[traffic] += 1
+
+
+def record(traffic: Traffic, count: int) -> None:
+    """Adds ``count`` bytes sent by this rank to every entered recorder."""
+    with _lock:
+        for recorder in _active:
+            recorder._add(traffic, count)

@@ -1,0 +1,87 @@
+"""Sums over partial results of several ranks, in a fixed order and a wide accumulator.
+
+A sum is ``(received 0 + received 1 + ...) + own + last received``: the own part is computed last but one, so that peers
+get theirs first, and lies in the output by then.  The order is the schedule's, the same in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _ext
+
+__all__ = ["PieceSum", "accumulator_dtype", "add_into"]
+
+
+def accumulator_dtype(dtype: torch.dtype, reduce_dtype: torch.dtype = torch.float32) -> torch.dtype:
+    """Type in which values of ``dtype`` are added: fp64 for fp64, else ``reduce_dtype``."""
+    return torch.float64 if dtype == torch.float64 else reduce_dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def add_into(out: Tensor, sources: Sequence[Tensor]) -> None:
+    """``out = sources[0] + sources[1] + ...`` accumulated in fp32 (fp64 if any is fp64), rounded once.
+
+    All are contiguous and of the same shape; ``out`` may be one of the sources.
+    """
+    if out.device.type == "cpu" and _ext.available():
+        _ext.load().reduce(
+            out.data_ptr(),
+            _name(out.dtype),
+            [source.data_ptr() for source in sources],
+            [_name(source.dtype) for source in sources],
+            out.numel(),
+        )
+        return
+    wide = torch.float64 if torch.float64 in {out.dtype, *(s.dtype for s in sources)} else torch.float32
+    total = sources[0].to(wide, copy=True)
+    for source in sources[1:]:
+        total += source
+    out.copy_(total)
+
+
+class PieceSum:
+    """The sum in progress of one reduce-scatter: a piece of ``out`` at a time.
+
+    ``out`` is [batch, rows, width].  With two ranks nothing is held beside it; with more, one piece of the accumulator
+    type is, because a received block must be given back before the own part exists.
+    """
+
+    def __init__(self, out: Tensor, world: int, reduce_dtype: torch.dtype) -> None:
+        self._out = out
+        self._expected = world - 1
+        self._dtype = accumulator_dtype(out.dtype, reduce_dtype)
+        self._buffer: Tensor | None = None
+        self._received = 0
+
+    def add(self, start: int, stop: int, block: Tensor) -> None:
+        """Adds what one peer sent for rows ``start`` to ``stop``; the last one completes those rows of ``out``.
+
+        ``block`` is [batch, stop - start, width], contiguous.  Before the last call the own part lies in ``out``.
+        """
+        self._received += 1
+        last = self._received == self._expected
+        held = None
+        if self._expected > 1:
+            if self._buffer is None:
+                self._buffer = torch.empty(block.numel(), dtype=self._dtype, device=block.device)
+            elif self._buffer.numel() < block.numel():
+                self._buffer = self._buffer.new_empty(block.numel())
+            held = self._buffer[: block.numel()].view(block.shape)
+        if not last:
+            assert held is not None
+            add_into(held, [block] if self._received == 1 else [held, block])
+            return
+        for index in range(self._out.shape[0]):
+            own = self._out[index, start:stop]
+            sources = [own, block[index]] if held is None else [held[index], own, block[index]]
+            if self._dtype == torch.float64 and own.dtype != torch.float64 and held is None:
+                sources[0] = own.double()
+            add_into(own, sources)
+        self._received = 0

@@ -1,0 +1,334 @@
+"""Schedules as data: who copies, signals, waits, computes and releases what, in which order.
+
+A schedule is the tuple of :class:`Step` that one rank runs for one call of an operator.  It is made by a pure function
+of (program, ranks, rank, chunk order, pieces); a transport executes it, ``testing/happens_before.py`` proves that it
+is free of races and deadlocks for any number of calls back to back, and nothing else decides an order anywhere.
+
+Two programs carry every operator, and a backward runs both in one call:
+
+``gather``
+    every rank publishes its shard and consumes all shards, its own first, straight from the owners' buffers;
+``scatter``
+    every rank produces partial results for all others, its own last, and adds up what it is sent.
+
+Words.  A signal :class:`Word` has exactly one writer and only grows.  ``ready`` (written by the buffer's owner) counts
+what was published in a cell; ``done`` (written by one reader) says up to which count that reader has finished, which is
+the owner's credit to overwrite.  Values here count from the start of the call; a lease (``comm/leases.py``) adds what
+earlier calls left in the word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+__all__ = [
+    "SHARD",
+    "PARTIAL",
+    "ChunkOrder",
+    "Kind",
+    "Program",
+    "Region",
+    "Schedule",
+    "Step",
+    "Task",
+    "Word",
+    "chunk_order",
+    "collective_schedule",
+    "piece_bounds",
+    "symmetric_schedule",
+]
+
+ChunkOrder = Literal["ring", "sequence"]
+Program = Literal["gather", "scatter", "gather+scatter"]
+
+SHARD = "shard"
+PARTIAL = "partial"
+_RECEIVED = "received"
+# Two cells for outgoing partial results: one is read by its target while the next is computed.
+PARTIAL_CELLS = 2
+# Two sets of collective buffers: one travels while the other is multiplied.
+IN_FLIGHT = 2
+
+
+class Kind(enum.Enum):
+    """What a step does."""
+
+    COPY = "copy"
+    SIGNAL = "signal"
+    WAIT = "wait"
+    COMPUTE = "compute"
+    RELEASE = "release"
+    ISSUE = "issue"
+    FINISH = "finish"
+
+
+class Task(enum.Enum):
+    """Which callback a COPY, COMPUTE, ISSUE or FINISH step stands for."""
+
+    PUBLISH = "publish"
+    CONSUME = "consume"
+    PRODUCE = "produce"
+    ADD = "add"
+    ALL_GATHER = "all_gather"
+    ALL_TO_ALL = "all_to_all"
+
+
+class Region(NamedTuple):
+    """A part of a buffer that other ranks or collectives touch: owner rank, buffer name, part."""
+
+    owner: int
+    buffer: str
+    part: int
+
+
+class Word(NamedTuple):
+    """A signal word beside a cell of the owner's buffer; ``writer`` is the owner (ready) or one reader (done)."""
+
+    owner: int
+    buffer: str
+    cell: int
+    writer: int
+
+    @property
+    def is_ready(self) -> bool:
+        return self.owner == self.writer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One step of one rank.
+
+    Attributes:
+        kind: what the step does.
+        task: the callback it stands for (COPY, COMPUTE, ISSUE, FINISH).
+        rank: the rank whose chunk is meant: source of a consumed shard, target or source of a partial result.
+        piece: which piece of that chunk.
+        word: the word that is set (SIGNAL, RELEASE) or waited for (WAIT).
+        value: the word's value, counted from the start of the call.
+        reads, writes: regions touched; the proof's subject.
+        stream: queue within which steps run in order; on a CPU host there is one.
+    """
+
+    kind: Kind
+    task: Task | None = None
+    rank: int = -1
+    piece: int = 0
+    word: Word | None = None
+    value: int = 0
+    reads: tuple[Region, ...] = ()
+    writes: tuple[Region, ...] = ()
+    stream: str = "compute"
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The steps of one rank, with what has to be leased for them.
+
+    Attributes:
+        steps: in execution order.
+        counts: for each shared buffer, how far its cells' words are advanced by the call.
+        readers: for each shared buffer and cell, the ranks whose ``done`` reaches the count at the end of the call.
+            In a cell that is written several times only the last write's reader does.
+    """
+
+    steps: tuple[Step, ...]
+    counts: dict[str, tuple[int, ...]]
+    readers: dict[str, tuple[tuple[int, ...], ...]]
+
+
+def chunk_order(world: int, rank: int, order: ChunkOrder = "ring") -> tuple[int, ...]:
+    """Order in which ``rank`` visits the ranks' chunks.
+
+    ``"ring"`` starts at the local one and walks up, so that no two ranks pull from one peer at once; ``"sequence"``
+    is 0, 1, 2, ... on every rank, for consumers that need the sequence in order.
+    """
+    if order == "ring":
+        return tuple((rank + step) % world for step in range(world))
+    if order == "sequence":
+        return tuple(range(world))
+    raise ValueError(f'chunk order: expected "ring" or "sequence", got {order!r}')
+
+
+def piece_bounds(rows: int, pieces: int, piece: int) -> tuple[int, int]:
+    """First and last-plus-one row of ``piece`` when ``rows`` rows are cut into ``pieces`` as evenly as they can."""
+    return rows * piece // pieces, rows * (piece + 1) // pieces
+
+
+def _publish(rank: int, pieces: int) -> Iterator[Step]:
+    ready = Word(rank, SHARD, 0, rank)
+    for piece in range(pieces):
+        yield Step(Kind.COPY, Task.PUBLISH, rank, piece, writes=(Region(rank, SHARD, piece),))
+        yield Step(Kind.SIGNAL, word=ready, value=piece + 1)
+
+
+def _consume(world: int, rank: int, order: ChunkOrder, pieces: int) -> Iterator[Step]:
+    for source in chunk_order(world, rank, order):
+        if source == rank:
+            # The local shard is read where the caller has it: whole, and without waiting for anything.
+            yield Step(Kind.COMPUTE, Task.CONSUME, rank, -1)
+            continue
+        for piece in range(pieces):
+            yield Step(Kind.WAIT, rank=source, piece=piece, word=Word(source, SHARD, 0, source), value=piece + 1)
+            yield Step(Kind.COMPUTE, Task.CONSUME, source, piece, reads=(Region(source, SHARD, piece),))
+        # One release for the whole chunk: the owner overwrites it at once or not at all.
+        yield Step(Kind.RELEASE, rank=source, word=Word(source, SHARD, 0, rank), value=pieces)
+
+
+def _scatter(world: int, rank: int, pieces: int) -> Iterator[Step]:
+    """Partial results leave piece by piece; within a piece the ring is walked and the own part comes last.
+
+    A target adds what it is sent one send later than it was produced, so that in step with its peers it never waits.
+    Pieces outside, targets inside: then the sum in progress is one piece, not a chunk.
+    """
+    sends = [(piece, hop) for piece in range(pieces) for hop in range(world - 1)]
+
+    def target(hop: int) -> int:
+        return (rank + hop + 1) % world
+
+    def add(index: int) -> Iterator[Step]:
+        piece, hop = sends[index]
+        source = (rank - hop - 1) % world
+        cell, value = index % PARTIAL_CELLS, index // PARTIAL_CELLS + 1
+        yield Step(Kind.WAIT, rank=source, piece=piece, word=Word(source, PARTIAL, cell, source), value=value)
+        yield Step(Kind.COMPUTE, Task.ADD, source, piece, reads=(Region(source, PARTIAL, cell),))
+        yield Step(Kind.RELEASE, rank=source, piece=piece, word=Word(source, PARTIAL, cell, rank), value=value)
+
+    for index, (piece, hop) in enumerate(sends):
+        cell, value = index % PARTIAL_CELLS, index // PARTIAL_CELLS + 1
+        if index >= PARTIAL_CELLS:
+            reader = target(sends[index - PARTIAL_CELLS][1])
+            credit = Word(rank, PARTIAL, cell, reader)
+            yield Step(Kind.WAIT, rank=reader, piece=piece, word=credit, value=value - 1)
+        yield Step(Kind.COMPUTE, Task.PRODUCE, target(hop), piece, writes=(Region(rank, PARTIAL, cell),))
+        yield Step(Kind.SIGNAL, rank=target(hop), piece=piece, word=Word(rank, PARTIAL, cell, rank), value=value)
+        if hop > 0:
+            yield from add(index - 1)
+        if hop == world - 2:
+            yield Step(Kind.COMPUTE, Task.PRODUCE, rank, piece)
+            yield from add(index)
+
+
+def _scatter_lease(world: int, rank: int, pieces: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    sends = pieces * (world - 1)
+    counts, readers = [], []
+    for cell in range(PARTIAL_CELLS):
+        writes = range(cell, sends, PARTIAL_CELLS)
+        counts.append(len(writes))
+        readers.append(((rank + writes[-1] % (world - 1) + 1) % world,) if writes else ())
+    return tuple(counts), tuple(readers)
+
+
+@functools.lru_cache(maxsize=1024)
+def symmetric_schedule(
+    program: Program,
+    world: int,
+    rank: int,
+    *,
+    order: ChunkOrder = "ring",
+    gather_pieces: int = 1,
+    scatter_pieces: int = 1,
+    published: bool = False,
+) -> Schedule:
+    """Steps of ``rank`` for ``program`` on a transport whose ranks read one another's buffers.
+
+    ``gather+scatter`` publishes first, then scatters, then consumes: the shards arrive while the scattered product
+    runs.  ``published`` leaves the publication out because a prefetch has already done it.
+
+    Raises:
+        ValueError: fewer than two ranks, or a rank or a number of pieces out of range.
+    """
+    if world < 2 or not 0 <= rank < world:
+        raise ValueError(f"schedule: expected 0 <= rank < world and world >= 2, got rank {rank} of {world}")
+    if min(gather_pieces, scatter_pieces) < 1:
+        raise ValueError(f"schedule: expected at least 1 piece, got {gather_pieces} and {scatter_pieces}")
+    steps: list[Step] = []
+    counts: dict[str, tuple[int, ...]] = {}
+    readers: dict[str, tuple[tuple[int, ...], ...]] = {}
+    if program in ("gather", "gather+scatter"):
+        counts[SHARD] = (gather_pieces,)
+        readers[SHARD] = (tuple(peer for peer in range(world) if peer != rank),)
+        if not published:
+            steps.extend(_publish(rank, gather_pieces))
+    if program in ("scatter", "gather+scatter"):
+        counts[PARTIAL], readers[PARTIAL] = _scatter_lease(world, rank, scatter_pieces)
+        steps.extend(_scatter(world, rank, scatter_pieces))
+    if program in ("gather", "gather+scatter"):
+        steps.extend(_consume(world, rank, order, gather_pieces))
+    if not steps:
+        raise ValueError(f'program: expected "gather", "scatter" or "gather+scatter", got {program!r}')
+    return Schedule(tuple(steps), counts, readers)
+
+
+def publication(rank: int, gather_pieces: int = 1) -> tuple[Step, ...]:
+    """The steps of a prefetch: the publication that a later ``published`` schedule leaves out."""
+    return tuple(_publish(rank, gather_pieces))
+
+
+@functools.lru_cache(maxsize=1024)
+def collective_schedule(
+    program: Program,
+    world: int,
+    rank: int,
+    *,
+    order: ChunkOrder = "ring",
+    gather_pieces: int = 1,
+    scatter_pieces: int = 1,
+) -> Schedule:
+    """Steps of ``rank`` for ``program`` over asynchronous collectives of a process group.
+
+    Piece k travels while piece k - 1 multiplies; at most two pieces are in flight.  Ranks issue the same collectives
+    in the same order, which is what a process group asks for.
+    """
+    if world < 2 or not 0 <= rank < world:
+        raise ValueError(f"schedule: expected 0 <= rank < world and world >= 2, got rank {rank} of {world}")
+    others = [peer for peer in chunk_order(world, rank, order) if peer != rank]
+
+    def gather_step(kind: Kind, piece: int) -> Step:
+        region = (Region(rank, SHARD, piece % IN_FLIGHT),)
+        return Step(kind, Task.ALL_GATHER, rank, piece, writes=region if kind is Kind.ISSUE else ())
+
+    def scatter_step(kind: Kind, piece: int) -> Step:
+        sent, received = Region(rank, PARTIAL, piece % IN_FLIGHT), Region(rank, _RECEIVED, piece % IN_FLIGHT)
+        issued = kind is Kind.ISSUE
+        return Step(kind, Task.ALL_TO_ALL, rank, piece, (sent,) if issued else (), (received,) if issued else ())
+
+    def scatter() -> Iterator[Step]:
+        def add(piece: int) -> Iterator[Step]:
+            yield scatter_step(Kind.FINISH, piece)
+            received = (Region(rank, _RECEIVED, piece % IN_FLIGHT),)
+            yield from (Step(Kind.COMPUTE, Task.ADD, peer, piece, reads=received) for peer in sources)
+
+        targets = [(rank + hop + 1) % world for hop in range(world - 1)]
+        sources = [(rank - hop - 1) % world for hop in range(world - 1)]
+        for piece in range(scatter_pieces):
+            sent = (Region(rank, PARTIAL, piece % IN_FLIGHT),)
+            yield from (Step(Kind.COMPUTE, Task.PRODUCE, peer, piece, writes=sent) for peer in targets)
+            yield scatter_step(Kind.ISSUE, piece)
+            yield Step(Kind.COMPUTE, Task.PRODUCE, rank, piece)
+            if piece:
+                yield from add(piece - 1)
+        yield from add(scatter_pieces - 1)
+
+    def gather() -> Iterator[Step]:
+        yield Step(Kind.COMPUTE, Task.CONSUME, rank, -1)
+        for piece in range(gather_pieces):
+            yield gather_step(Kind.FINISH, piece)
+            region = (Region(rank, SHARD, piece % IN_FLIGHT),)
+            yield from (Step(Kind.COMPUTE, Task.CONSUME, peer, piece, reads=region) for peer in others)
+            if piece + IN_FLIGHT < gather_pieces:
+                yield gather_step(Kind.ISSUE, piece + IN_FLIGHT)
+
+    steps: list[Step] = []
+    if program in ("gather", "gather+scatter"):
+        steps.extend(gather_step(Kind.ISSUE, piece) for piece in range(min(IN_FLIGHT, gather_pieces)))
+    if program in ("scatter", "gather+scatter"):
+        steps.extend(scatter())
+    if program in ("gather", "gather+scatter"):
+        steps.extend(gather())
+    if not steps:
+        raise ValueError(f'program: expected "gather", "scatter" or "gather+scatter", got {program!r}')
+    return Schedule(tuple(steps), {}, {})

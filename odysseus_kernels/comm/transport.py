@@ -1,0 +1,243 @@
+"""How operators ask for communication: the interface that every transport implements, and the one place that counts.
+
+An operator never names a collective.  It hands over a :class:`Call` with up to two parts: a :class:`Gather`, whose
+``consume`` is given every rank's shard as it becomes available, and a :class:`Scatter`, whose ``produce`` writes
+partial results for every rank.  The transport decides nothing about the order: it executes the schedule
+(``comm/schedule.py``) of its kind.
+
+Concurrency: callbacks run on the calling thread, one at a time.  A block given to ``consume`` is a peer's memory or a
+buffer of the transport: it must not be kept, written to, or read after the callback returns.  Calls on one transport
+are serialised by a lock; ranks must make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from typing import Literal
+
+from torch import Tensor
+
+from ..config import OverlapConfig
+from .recorder import Traffic, record
+from .schedule import Program
+
+__all__ = ["Call", "CapacityExceededError", "Gather", "LocalTransport", "Scatter", "Transport"]
+
+Consume = Callable[[int, int, int, Tensor], None]
+Produce = Callable[[int, int, int, Tensor], None]
+
+
+class CapacityExceededError(Exception):
+    """Raised on all ranks alike before anything is sent: this call's buffers do not fit; use another transport."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """All ranks' shards, one block after another.
+
+    Attributes:
+        shard: [batch, rows, width], contiguous; this rank's.
+        consume: ``consume(source, start, stop, block)`` with ``block`` [batch, stop - start, width], contiguous or a
+            slice along rows of a contiguous tensor: rows ``start`` to ``stop`` of rank ``source``'s shard.
+        prefetch: shard that a later call gathers, to be sent ahead while this one computes.
+    """
+
+    shard: Tensor
+    consume: Consume
+    prefetch: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scatter:
+    """Sums over ranks, each rank receiving its own rows.
+
+    Attributes:
+        out: [batch, rows, width], rows contiguous; receives the sum of what all ranks produce for this one.
+        produce: ``produce(target, start, stop, block)`` writes this rank's part of rows ``start`` to ``stop`` of rank
+            ``target``'s output into ``block`` [batch, stop - start, width], whatever it holds.
+    """
+
+    out: Tensor
+    produce: Produce
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One operator call on one rank.
+
+    Attributes:
+        operator, phase: for errors and the recorder; phase is ``"forward"`` or ``"backward"``.
+        config: the caller's settings; ``mode`` has been decided, it is not ``"auto"`` here.
+        gather, scatter: what is communicated; if both, the shards travel while the scattered product runs.
+        shapes: what the user passed, in the user's words, for the message when ranks disagree.
+        collective: name to record instead of ``all_gather`` and ``reduce_scatter`` (``all_reduce`` is both).
+    """
+
+    operator: str
+    phase: Literal["forward", "backward"]
+    config: OverlapConfig
+    gather: Gather | None = None
+    scatter: Scatter | None = None
+    shapes: str = ""
+    collective: str | None = None
+
+    @property
+    def program(self) -> Program:
+        if self.gather is not None and self.scatter is not None:
+            return "gather+scatter"
+        return "gather" if self.gather is not None else "scatter"
+
+    @cached_property
+    def signature(self) -> str:
+        """What must be equal on all ranks, for people to read."""
+        parts = [f"{self.operator} {self.phase}", self.shapes]
+        if self.gather is not None:
+            parts.append(f"gathers {_describe(self.gather.shard)}")
+        if self.scatter is not None:
+            parts.append(f"scatters {_describe(self.scatter.out)}")
+        parts.append(f"{self.config.mode}, chunks_per_rank={self.config.chunks_per_rank}")
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator} ({self.phase})"
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+@lru_cache(maxsize=4096)
+def signature_hash(signature: str) -> int:
+    """A 63-bit hash that is equal in every process (``hash`` is not) and fits a signed integer of a collective."""
+    return int.from_bytes(hashlib.blake2b(signature.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Transport(abc.ABC):
+    """Moves bytes among the ranks of one group.
+
+    Attributes:
+        name: ``"symmetric"``, ``"collective"`` or ``"local"``.
+        rank, world: this rank's index in the group and the number of ranks.
+        fuses: whether ``mode="auto"`` means ``"fused"`` here.
+        broken: why the transport can no longer be used, after an error between ranks.
+    """
+
+    name: str
+    fuses: bool = True
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank = rank
+        self.world = world
+        self.broken: str | None = None
+        self._lock = threading.Lock()
+
+    def execute(self, call: Call) -> None:
+        """Runs ``call`` together with all other ranks; returns when this rank's results are complete.
+
+        Raises:
+            RankMismatchError: ranks made different calls; names the one that differs.
+            PeerLostError: a peer's process is gone or gave up.
+            SignalTimeoutError: a live peer did not signal within ``config.timeout_s``.
+            CapacityExceededError: on every rank, before anything was sent.
+        """
+        with self._lock:
+            self._execute(call)
+        self._count(call)
+
+    def decide(self, config: OverlapConfig, operator: str) -> OverlapConfig:
+        """``config`` with ``mode`` settled: ``"auto"`` fuses ``operator`` where that does not lose here."""
+        if config.mode != "auto":
+            return config
+        return dataclasses.replace(config, mode="fused" if self.fuses else "unfused")
+
+    def all_gather(self, call: Call, out: Tensor) -> None:
+        """The unfused twin of a gather: ``out[source]`` [batch, rows, width] becomes rank ``source``'s shard.
+
+        ``call.gather.consume`` is not used.
+        """
+        assert call.gather is not None
+
+        def copy(source: int, start: int, stop: int, block: Tensor) -> None:
+            out[source, :, start:stop].copy_(block)
+
+        gather = dataclasses.replace(call.gather, consume=copy)
+        self.execute(dataclasses.replace(call, gather=gather, scatter=None))
+
+    def reduce_scatter(self, call: Call, full: Tensor) -> None:
+        """The unfused twin of a scatter of ``full`` [world, batch, rows, width] into ``call.scatter.out``.
+
+        ``call.scatter.produce`` is not used.
+        """
+        assert call.scatter is not None
+
+        def copy(target: int, start: int, stop: int, block: Tensor) -> None:
+            block.copy_(full[target, :, start:stop])
+
+        scatter = dataclasses.replace(call.scatter, produce=copy)
+        self.execute(dataclasses.replace(call, gather=None, scatter=scatter))
+
+    def close(self) -> None:
+        """Gives back what the transport holds; it cannot be used afterwards."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of buffers that this rank holds for the transport between calls."""
+        return 0
+
+    @abc.abstractmethod
+    def _execute(self, call: Call) -> None: ...
+
+    def _count(self, call: Call) -> None:
+        peers = self.world - 1
+        for part, collective in ((call.gather, "all_gather"), (call.scatter, "reduce_scatter")):
+            if part is None or peers == 0:
+                continue
+            chunk = part.shard if isinstance(part, Gather) else part.out
+            traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
+            record(traffic, peers * chunk.numel() * chunk.element_size())
+
+
+class LocalTransport(Transport):
+    """A group of one rank: nothing travels."""
+
+    name = "local"
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def _execute(self, call: Call) -> None:
+        if call.scatter is not None:
+            call.scatter.produce(0, 0, call.scatter.out.shape[1], call.scatter.out)
+        if call.gather is not None:
+            call.gather.consume(0, 0, call.gather.shard.shape[1], call.gather.shard)
+
+
+def row_pieces(chunks_per_rank: int | Literal["auto"], rows: int, *, auto: int) -> int:
+    """Pieces into which ``rows`` rows are cut: as configured, or ``auto``, never more than there are rows."""
+    return max(1, min(auto if chunks_per_rank == "auto" else chunks_per_rank, rows))
+
+
+def describe_mismatch(calls: dict[int, tuple[int, str]], sequence: int) -> str:
+    """Says which ranks' calls differ from the majority's, and what each called.
+
+    ``calls`` maps each rank that is known to have begun call number ``sequence`` to the hash of its signature and the
+    signature as far as it was transmitted.
+    """
+    counts = Counter(digest for digest, _ in calls.values())
+    common, votes = counts.most_common(1)[0]
+    odd = {rank: text for rank, (digest, text) in calls.items() if digest != common}
+    agreed = {rank: text for rank, (digest, text) in calls.items() if digest == common}
+    if votes > len(odd):
+        which = f"rank {next(iter(odd))} differs" if len(odd) == 1 else f"ranks {', '.join(map(str, odd))} differ"
+        listed = "; ".join(f"rank {rank} called {text}" for rank, text in odd.items())
+        ranks = ("ranks " if len(agreed) > 1 else "rank ") + ", ".join(map(str, agreed))
+        return f"{which} in call number {sequence}: {listed}; {ranks} called {next(iter(agreed.values()))}"
+    listed = "; ".join(f"rank {rank} called {text}" for rank, (_, text) in calls.items())
+    return f"ranks differ in call number {sequence}: {listed}"

@@ -1,0 +1,85 @@
+"""Settings of the operators, as frozen data.  This is the only module that reads environment variables.
+
+======================== ============================================================================
+variable                 meaning
+======================== ============================================================================
+ODYSSEUS_SHM_DIR         directory of the symmetric host transport's segments (default ``/dev/shm``)
+======================== ============================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from typing import Literal, cast, get_args
+
+import torch
+
+__all__ = ["Gathered", "Mode", "OverlapConfig", "TransportName", "shared_memory_directory"]
+
+Mode = Literal["auto", "fused", "unfused"]
+TransportName = Literal["auto", "symmetric", "collective"]
+Gathered = Literal["regather", "save"]
+
+_REDUCE_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
+
+
+def shared_memory_directory() -> str:
+    """Directory in which the symmetric host transport makes its (nameless) segments."""
+    return os.environ.get("ODYSSEUS_SHM_DIR", "/dev/shm")
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlapConfig:
+    """How an operator communicates.
+
+    Attributes:
+        mode: ``"fused"`` multiplies chunk by chunk as data arrives, ``"unfused"`` runs the collective and then the
+            product; ``"auto"`` fuses where that does not lose.
+        transport: ``"symmetric"`` maps every peer's buffers (one host), ``"collective"`` uses the process group's
+            NCCL or Gloo; ``"auto"`` takes symmetric where it can and warns once where it cannot.
+        chunks_per_rank: pieces into which one rank's shard is cut; ``"auto"`` chooses from the shape.
+        gathered: ``"regather"`` keeps only the local shard for backward (1/N activations), ``"save"`` keeps the
+            gathered input of :func:`all_gather_linear` and saves one all-gather in backward.
+        reduce_dtype: type in which partial results of several ranks are added (fp64 inputs always add in fp64).
+        timeout_s: seconds after which a wait for a live peer becomes an error that names it.
+    """
+
+    mode: Mode = "auto"
+    transport: TransportName = "auto"
+    chunks_per_rank: int | Literal["auto"] = "auto"
+    gathered: Gathered = "regather"
+    reduce_dtype: torch.dtype = torch.float32
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("mode", Mode), ("transport", TransportName), ("gathered", Gathered)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}: expected one of {get_args(choices)}, got {getattr(self, name)!r}")
+        chunks = self.chunks_per_rank
+        if chunks != "auto" and (isinstance(chunks, bool) or not isinstance(chunks, int) or not 1 <= chunks <= 64):
+            raise ValueError(f'chunks_per_rank: expected "auto" or a whole number from 1 to 64, got {chunks!r}')
+        if self.reduce_dtype not in _REDUCE_DTYPES.values():
+            raise ValueError(f"reduce_dtype: expected torch.float32 or torch.float64, got {self.reduce_dtype}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s: expected seconds above 0, got {self.timeout_s!r}")
+
+    def key(self) -> str:
+        """This configuration as a string: what a custom operator takes, since it cannot take a dataclass."""
+        fields = (self.mode, self.transport, self.chunks_per_rank, self.gathered, self.reduce_dtype, self.timeout_s)
+        return "|".join(str(field) for field in fields)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def from_key(key: str) -> OverlapConfig:
+        """The configuration that :meth:`key` turned into ``key``."""
+        mode, transport, chunks, gathered, reduce_dtype, timeout_s = key.split("|")
+        return OverlapConfig(
+            mode=cast(Mode, mode),
+            transport=cast(TransportName, transport),
+            chunks_per_rank="auto" if chunks == "auto" else int(chunks),
+            gathered=cast(Gathered, gathered),
+            reduce_dtype=_REDUCE_DTYPES[reduce_dtype],
+            timeout_s=float(timeout_s),
+        )

@@ -1,0 +1,1 @@
+"""Models and batches of other libraries; ``transformers`` is imported nowhere else."""

@@ -1,0 +1,1 @@
+"""Layers of the strategies, independent of where the model comes from."""

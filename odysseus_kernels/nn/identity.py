@@ -1,0 +1,78 @@
+"""Whether every rank built the same model, found out with a few bytes for each tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from odysseus_kernels.comm.functional import all_gather
+from odysseus_kernels.errors import RankMismatchError
+from odysseus_kernels.nn.group import SequenceGroup
+
+__all__ = ["check_identical"]
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_OPERATOR = "identity_check"
+
+
+def check_identical(tensors: Iterable[tuple[str, torch.Tensor]], group: SequenceGroup) -> None:
+    """Compares named tensors across ranks by checksums.
+
+    Args:
+        tensors: names and full tensors, in the same order on every rank.
+        group: the ranks that compare.
+
+    Raises:
+        RankMismatchError: naming the ranks that differ from most others, and the first tensor they differ in.
+    """
+    named = list(tensors)
+    outline = "\n".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named)
+    digest = hashlib.blake2b(outline.encode(), digest_size=7).digest()
+    # First the structure, in a message of fixed size: checksums of different numbers of tensors cannot be gathered.
+    structure = torch.tensor([[len(named), int.from_bytes(digest, "little")]])
+    odd = _odd_ranks(_gathered(structure, group))
+    if odd:
+        raise RankMismatchError(
+            f"expected the same model on every rank, but on rank {_join(odd)} the names, shapes or dtypes of its "
+            f"parameters differ (rank {group.rank} has {len(named)} tensors); build it from the same configuration"
+        )
+    if not named:
+        return
+    checksums = torch.stack([_checksum(tensor).cpu() for _, tensor in named])[None]
+    everyone = _gathered(checksums, group)
+    odd = _odd_ranks(everyone)
+    if odd:
+        usual = next(row for rank, row in enumerate(everyone) if rank not in odd)
+        differing = (everyone[odd[0]] != usual).nonzero()[:, 0].tolist()
+        raise RankMismatchError(
+            f"expected the same weights on every rank, but rank {_join(odd)} differs from the others in "
+            f"{len(differing)} of {len(named)} tensors, {named[differing[0]][0]!r} first; call torch.manual_seed with "
+            f"the same seed, or load the same checkpoint, before building the model on each rank"
+        )
+
+
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """A 64-bit sum of the tensor's bits, in which the order of its rows counts."""
+    bits = tensor.detach().contiguous().reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+    bits = bits.view(_INTEGERS[bits.element_size()])
+    rows = bits.sum(dim=1, dtype=torch.int64)
+    return (rows * (2 * torch.arange(rows.shape[0], device=rows.device) + 1)).sum()
+
+
+def _gathered(row: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+    device = torch.device(group.mesh.device_type)
+    return all_gather(row.to(device), group.group, operator=_OPERATOR, config=group.config).cpu()
+
+
+def _odd_ranks(rows: torch.Tensor) -> list[int]:
+    """Ranks whose row is not the most common one; of equally common ones the lowest rank's counts."""
+    keys = [tuple(row) for row in rows.tolist()]
+    usual = max(Counter(keys).items(), key=lambda item: (item[1], -keys.index(item[0])))[0]
+    return [rank for rank, key in enumerate(keys) if key != usual]
+
+
+def _join(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))

@@ -1,0 +1,162 @@
+"""Cross-entropy as the mean over all tokens of all ranks, in memory that does not grow with the sequence.
+
+The value is the global mean on every rank.  Backward of it gives each rank the gradient of that global mean with
+respect to its own logits, so the sum over ranks of every parameter's gradient is the gradient of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
+
+from odysseus_kernels.comm.functional import all_reduce
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.nn.group import SequenceGroup
+
+__all__ = ["IGNORE_INDEX", "sequence_loss"]
+
+IGNORE_INDEX = -100
+
+
+def sequence_loss(
+    logits_or_hidden: torch.Tensor,
+    labels: torch.Tensor,
+    mesh: DeviceMesh,
+    *,
+    head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    num_items: int | torch.Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    chunk_rows: int = 1024,
+    config: OverlapConfig | None = None,
+) -> torch.Tensor:
+    """Mean cross-entropy over the valid tokens of the whole batch, on every rank.
+
+    Args:
+        logits_or_hidden: this rank's logits [..., s, V], or with ``head`` its hidden states [..., s, d].
+        labels: this rank's targets [..., s], already shifted: ``labels[i]`` is what position i predicts.
+        mesh: device mesh with the single dimension ``"seq"``.
+        head: turns hidden states into logits; called chunk by chunk and again in backward, so that the logits of the
+            whole sequence are never held.
+        num_items: divides the sum instead of the number of valid tokens; the same number on every rank, for
+            instance the tokens of all accumulated batches.
+        ignore_index: label of tokens that do not count.
+        chunk_rows: tokens whose probabilities are held in fp32 at a time.
+        config: how the sum over ranks is communicated.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 logits). With no valid token it is nan and its gradients are zero, as those of
+        ``torch.nn.functional.cross_entropy`` are.
+
+    Raises:
+        ValueError: if shapes disagree, or labels are not integers.
+    """
+    group = SequenceGroup.of(mesh, config)
+    if logits_or_hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels: expected shape {tuple(logits_or_hidden.shape[:-1])} for input of shape "
+            f"{tuple(logits_or_hidden.shape)}, got {tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: expected an integer dtype, got {labels.dtype}")
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+    rows = logits_or_hidden.reshape(-1, logits_or_hidden.shape[-1])
+    targets = labels.reshape(-1).to(rows.device)
+    if head is None:
+        total = ChunkedCrossEntropy.apply(rows, targets, ignore_index, chunk_rows)
+    else:
+        total = _cross_entropy_through_head(rows, targets, head, ignore_index, chunk_rows)
+    count = (targets != ignore_index).sum()
+    return GlobalMean.apply(total, count, num_items, group)  # type: ignore[no-any-return]
+
+
+def _cross_entropy_through_head(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    ignore_index: int,
+    chunk_rows: int,
+) -> torch.Tensor:
+    def of_chunk(hidden_chunk: torch.Tensor, target_chunk: torch.Tensor) -> torch.Tensor:
+        return ChunkedCrossEntropy.apply(head(hidden_chunk), target_chunk, ignore_index, chunk_rows)  # type: ignore
+
+    # Every rank has as many rows, hence as many chunks: a head that communicates is called equally often everywhere.
+    sums = [
+        checkpoint(of_chunk, chunk, target, use_reentrant=False)
+        for chunk, target in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
+    ]
+    return torch.stack(sums).sum()
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropy of rows, with only one chunk of rows in fp32 at a time.
+
+    Shapes: logits [R, V], targets [R]; the sum is a scalar in fp32 (fp64 for fp64 logits).
+
+    forward: sum over valid rows of logsumexp(logits) - logits[target]; saves logits, targets and the logsumexp [R]
+    logits gradient: (softmax(logits) - onehot(target)) * grad on valid rows, zero elsewhere
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, chunk_rows: int
+    ) -> torch.Tensor:
+        """Returns the sum."""
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        log_sums = torch.empty(logits.shape[0], dtype=wide, device=logits.device)
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for start in range(0, logits.shape[0], chunk_rows):
+            chunk = logits[start : start + chunk_rows].to(wide)
+            target = targets[start : start + chunk_rows]
+            log_sum = torch.logsumexp(chunk, dim=-1, out=log_sums[start : start + chunk_rows])
+            total += F.nll_loss(chunk - log_sum[:, None], target, ignore_index=ignore_index, reduction="sum")
+        ctx.save_for_backward(logits, targets, log_sums)
+        ctx.ignore_index, ctx.chunk_rows = ignore_index, chunk_rows
+        return total.to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """Returns the gradient of the logits in their own dtype."""
+        (grad,) = grad_outputs
+        logits, targets, log_sums = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for start in range(0, logits.shape[0], ctx.chunk_rows):
+            part = slice(start, start + ctx.chunk_rows)
+            valid = targets[part] != ctx.ignore_index
+            probabilities = (logits[part].to(log_sums.dtype) - log_sums[part, None]).exp_()
+            target = targets[part].where(valid, 0)[:, None]
+            probabilities.scatter_add_(1, target, probabilities.new_full((1, 1), -1.0).expand_as(target))
+            out[part] = probabilities.mul_(grad).masked_fill_(~valid[:, None], 0.0)
+        return out, None, None, None
+
+
+class GlobalMean(torch.autograd.Function):
+    """Sum over ranks of local sums, divided by the sum over ranks of local counts.
+
+    forward: all_reduce(total) / all_reduce(count)
+    total gradient: grad / all_reduce(count), on every rank for its own part of the sum; nothing is sent
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, total: torch.Tensor, count: torch.Tensor, num_items: int | torch.Tensor | None, group: SequenceGroup
+    ) -> torch.Tensor:
+        """Returns the mean, equal on every rank."""
+        # One message for both; counts are exact in fp64 up to 2**53 tokens.
+        local = torch.stack((total.double(), count.double()))
+        total_sum, count_sum = all_reduce(local, group.group, operator="sequence_loss", config=group.config).unbind()
+        divisor = count_sum if num_items is None else torch.as_tensor(num_items, device=total.device).double()
+        # With no valid token every gradient is zero already; dividing it by zero would make it nan.
+        ctx.divisor = divisor.clamp_min(1.0) if num_items is None else divisor
+        return (total_sum / divisor).to(total.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """Returns the gradient of this rank's sum."""
+        (grad,) = grad_outputs
+        return (grad / ctx.divisor).to(grad.dtype), None, None, None

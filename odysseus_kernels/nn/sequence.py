@@ -1,0 +1,89 @@
+"""Cuts a batch into this rank's part of the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+
+from odysseus_kernels.nn.group import SequenceGroup
+from odysseus_kernels.nn.loss import IGNORE_INDEX
+
+__all__ = ["shard_sequence"]
+
+_PAD_TOKEN = 0  # any valid id: no token attends to the padding, which is at the end, and no label counts there
+_CONTIGUOUS = ("odysseus",)  # strategies whose rank r holds the r-th slice
+_KEYS = ("input_ids", "labels", "attention_mask", "position_ids")
+
+
+def shard_sequence(
+    batch: Mapping[str, torch.Tensor], mesh: DeviceMesh, strategy: str = "odysseus"
+) -> dict[str, torch.Tensor]:
+    """This rank's part of a batch that every rank has, ready for ``model(**batch)`` of a parallelized model.
+
+    The sequence is padded at its end to a multiple of the number of ranks N and cut into N slices of s tokens, of
+    which rank r gets the r-th. Labels are shifted by one *before* cutting, so that the last token of a slice predicts
+    the first of the next one.
+
+    Args:
+        batch: ``input_ids`` [B, L] and, if wanted, ``labels`` [B, L] (not shifted, as a stock model takes them),
+            ``attention_mask`` [B, L] (1 for tokens, 0 for padding) and ``position_ids`` [B, L] or [1, L]; identical on
+            every rank.
+        mesh: device mesh with the single dimension ``"seq"``.
+        strategy: the strategy that the model was parallelized with.
+
+    Returns:
+        ``input_ids``, ``position_ids`` and, where they were given, ``attention_mask``, ``labels``, ``shift_labels``,
+        all [B, s]. ``labels`` is the same tensor as ``shift_labels``: shifted already, and required by stock models
+        for computing a loss at all.
+
+    Raises:
+        ValueError: for missing or unknown keys, wrong shapes or dtypes.
+    """
+    if strategy not in _CONTIGUOUS:
+        raise ValueError(f"strategy: expected one of {sorted(_CONTIGUOUS)}, got {strategy!r}")
+    group = SequenceGroup.of(mesh)
+    batch_size, length = _check(batch)
+    padding = -length % group.size
+    part = slice(group.rank * (length + padding) // group.size, (group.rank + 1) * (length + padding) // group.size)
+
+    def cut(tensor: torch.Tensor, fill: int) -> torch.Tensor:
+        return F.pad(tensor, (0, padding), value=fill)[:, part].contiguous()
+
+    out = {"input_ids": cut(batch["input_ids"], _PAD_TOKEN)}
+    positions = batch.get("position_ids")
+    if positions is None:
+        positions = torch.arange(length, device=batch["input_ids"].device)[None]
+    positions = positions.expand(batch_size, length)
+    # Positions go on through the padding: a jump would look like the start of another document.
+    further = positions[:, -1:] + torch.arange(1, padding + 1, device=positions.device)
+    out["position_ids"] = torch.cat((positions, further), dim=1)[:, part].contiguous()
+    if "attention_mask" in batch:
+        out["attention_mask"] = cut(batch["attention_mask"], 0)
+    if "labels" in batch:
+        shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        out["labels"] = out["shift_labels"] = cut(shifted, IGNORE_INDEX)
+    return out
+
+
+def _check(batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Batch size and length of a valid batch."""
+    unknown = sorted(set(batch) - set(_KEYS))
+    if unknown or "input_ids" not in batch:
+        raise ValueError(f"batch: expected input_ids and, if wanted, {_KEYS[1:]}, got the keys {sorted(batch)}")
+    for name, tensor in batch.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        integers = not (tensor.is_floating_point() or tensor.is_complex())
+        if not integers or (tensor.dtype == torch.bool and name != "attention_mask"):
+            raise ValueError(f"{name}: expected an integer dtype, got {tensor.dtype}")
+    shape = batch["input_ids"].shape
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"input_ids: expected shape [batch, length] without empty dimensions, got {tuple(shape)}")
+    for name, tensor in batch.items():
+        one_row = name == "position_ids" and tensor.shape == (1, shape[1])
+        if tensor.shape != shape and not one_row:
+            raise ValueError(f"{name}: expected shape {tuple(shape)} as input_ids have, got {tuple(tensor.shape)}")
+    return shape[0], shape[1]

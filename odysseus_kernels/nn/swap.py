@@ -1,0 +1,40 @@
+"""Gives a module another forward in place: same object, same parameters, same hooks, same place in its parent.
+
+The module's class becomes a subclass of its own class, as FSDP2 does, so ``isinstance`` checks of the model's code
+keep holding and whatever the subclass does not define is the stock module's.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+__all__ = ["swap_class"]
+
+
+def swap_class(module: nn.Module, mixin: type, *, keep_name: bool = False) -> None:
+    """Makes ``module`` an instance of a class that derives from ``mixin`` and from the class it has.
+
+    Args:
+        module: changed in place.
+        mixin: comes first in the order of method resolution.
+        keep_name: let the new class answer to the stock class's name, for code that looks classes up by name.
+
+    Raises:
+        ValueError: if something else has replaced the module's forward, which would hide the new one.
+    """
+    cls = type(module)
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"{cls.__name__}: expected the class's own forward, but this instance has one of its own (from a hook "
+            f"library or a kernel replacement); call parallelize before whatever replaces it"
+        )
+    module.__class__ = _subclass(mixin, cls, keep_name)
+
+
+@functools.cache
+def _subclass(mixin: type, cls: type, keep_name: bool) -> type:
+    name = cls.__name__ if keep_name else f"{mixin.__name__}{cls.__name__}"
+    namespace = {"__module__": cls.__module__, "__qualname__": name, "__doc__": mixin.__doc__}
+    return type(cls)(name, (mixin, cls), namespace)

@@ -1,0 +1,148 @@
+"""Local matrix products that write where they are told: slices of outputs, peers' memory, windows in flight.
+
+Canonical form.  The dimension that is cut over the ranks splits a tensor into [batch, rows, inner, features]; blocks are
+[batch, rows, inner * features], so a row is contiguous and any number of dimensions before or behind the cut one works.
+Everything here is for use below autograd.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..comm.reduce import accumulator_dtype
+
+__all__ = ["Layout", "WeightGradient", "multiply", "project"]
+
+# Rows below which one product over all batches and a copy beats a product for each batch.
+_SMALL_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a tensor [..., rows, ..., features] is cut: sizes before, at, and between the cut and the last dimension."""
+
+    before: tuple[int, ...]
+    rows: int
+    inner: tuple[int, ...]
+
+    @staticmethod
+    def of(shape: torch.Size, dim: int) -> Layout:
+        return Layout(tuple(shape[:dim]), shape[dim], tuple(shape[dim + 1 : -1]))
+
+    @property
+    def batch(self) -> int:
+        return _product(self.before)
+
+    @property
+    def inner_size(self) -> int:
+        return _product(self.inner)
+
+    def shape(self, rows: int, features: int) -> tuple[int, ...]:
+        """The user's shape with ``rows`` along the cut dimension and ``features`` along the last."""
+        return (*self.before, rows, *self.inner, features)
+
+    def blocks(self, tensor: Tensor) -> Tensor:
+        """``tensor`` (in the user's shape, contiguous) as [batch, rows, inner * features]."""
+        rows = tensor.shape[len(self.before)]
+        return tensor.view(self.batch, rows, self.inner_size * tensor.shape[-1])
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _multiply_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+    if accumulate:
+        torch.addmm(out, a, b, out=out)
+    elif bias is not None:
+        torch.addmm(bias, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def multiply(out: Tensor, block: Tensor, matrix: Tensor, bias: Tensor | None = None, *, add: bool = False) -> None:
+    """``out = block @ matrix (+ bias)``, or ``out += block @ matrix`` with ``add``.
+
+    ``block`` [batch, rows, inner * K] and ``out`` [batch, rows, inner * n] have contiguous rows and may be slices of
+    larger tensors along rows; ``matrix`` is [K, n].
+    """
+    features, results = matrix.shape
+    batch, rows, _ = block.shape
+    lines = block.shape[2] // features * rows if features else 0
+    if batch == 1:
+        _multiply_into(out[0].view(lines, results), block[0].view(lines, features), matrix, bias, add)
+    elif lines >= _SMALL_ROWS:
+        for index in range(batch):
+            _multiply_into(out[index].view(lines, results), block[index].view(lines, features), matrix, bias, add)
+    else:
+        a = block.reshape(batch * lines, features)
+        result = torch.addmm(bias, a, matrix) if bias is not None else torch.mm(a, matrix)
+        result = result.view(out.shape)
+        if add:
+            out.add_(result)
+        else:
+            out.copy_(result)
+
+
+def project(out: Tensor, block: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """``out = block @ weight.T + bias``; shapes as in :func:`multiply`, weight [n, K]."""
+    multiply(out, block, weight.t(), bias)
+
+
+class WeightGradient:
+    """Sum of ``grad.T @ input`` over blocks of rows, in the accumulator's type, and of the bias gradient beside it.
+
+    fp32 and fp64 accumulate inside the product (beta = 1).  For bf16 and fp16 each block's product is added to an fp32
+    sum, which is rounded once at the end: adding in 16 bits would round once for every chunk.
+    """
+
+    def __init__(self, weight: Tensor, *, weight_needed: bool = True, bias_needed: bool = False) -> None:
+        dtype = weight.dtype
+        wide = accumulator_dtype(dtype)
+        self._dtype = dtype
+        self._features, self._inputs = weight.shape
+        self._sum = weight.new_empty(weight.shape, dtype=wide) if weight_needed else None
+        self._bias = weight.new_zeros(weight.shape[0], dtype=wide) if bias_needed else None
+        self._started = False
+
+    def add(self, grad: Tensor, block: Tensor | None) -> None:
+        """Adds rows: ``grad`` [batch, rows, inner * n] and ``block`` [batch, rows, inner * K], rows contiguous.
+
+        ``block`` may be None where only the bias gradient is wanted.
+        """
+        batch, rows, width = grad.shape
+        lines = width // self._features * rows
+        if batch > 1 and (lines < _SMALL_ROWS or self._dtype.itemsize < 4):
+            grad = grad.reshape(1, batch * rows, width)
+            block = None if block is None else block.reshape(1, batch * rows, block.shape[2])
+            batch, lines = 1, batch * lines
+        for index in range(batch):
+            left = grad[index].view(lines, self._features)
+            if self._bias is not None:
+                self._bias += left.sum(0, dtype=self._bias.dtype)
+            if self._sum is None or block is None:
+                continue
+            right = block[index].view(lines, self._inputs)
+            if self._dtype == self._sum.dtype:
+                _multiply_into(self._sum, left.t(), right, None, self._started)
+            elif self._started:
+                self._sum += torch.mm(left.t(), right)
+            else:
+                self._sum.copy_(torch.mm(left.t(), right))
+            self._started = True
+
+    def weight(self) -> Tensor | None:
+        """The weight's gradient [n, K] in the weight's type."""
+        if self._sum is None:
+            return None
+        return (self._sum if self._started else self._sum.zero_()).to(self._dtype)
+
+    def bias(self) -> Tensor | None:
+        """The bias's gradient [n] in the weight's type."""
+        return None if self._bias is None else self._bias.to(self._dtype)

@@ -1,0 +1,65 @@
+"""What the public operators check before anything is sent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_bias", "check_dim", "check_linear", "group_by_name"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def group_by_name(name: str) -> torch.distributed.ProcessGroup:
+    """The process group that a custom operator was called with; operators take names since groups are no values."""
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
+def check_linear(operator: str, x: Tensor, weight: Tensor, name: str = "weight") -> None:
+    """x [..., K] and weight [n, K]: floating, same dtype, same device, same K."""
+    for what, tensor in (("x", x), (name, weight)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{operator}: expected {what} to be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{operator}: expected {what} of dtype float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
+    if weight.ndim != 2:
+        raise ValueError(f"{operator}: expected {name} [out_features, in_features], got shape {list(weight.shape)}")
+    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{operator}: expected the last dimension of x to be {name}'s in_features {weight.shape[1]}, "
+            f"got x {list(x.shape)} and {name} {list(weight.shape)}"
+        )
+    _same(operator, x, weight, name)
+
+
+def check_bias(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "bias") -> None:
+    """bias [n] beside weight [n, K]."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+        got = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+        raise ValueError(f"{operator}: expected {name} of shape [{weight.shape[0]}], got {got}")
+    _same(operator, x, bias, name)
+
+
+def check_dim(operator: str, x: Tensor, dim: int) -> int:
+    """``dim`` as a non-negative index; the last dimension holds the features and cannot be cut."""
+    if x.ndim < 2:
+        raise ValueError(f"{operator}: expected x with at least 2 dimensions, got shape {list(x.shape)}")
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"{operator}: expected dim from {-x.ndim} to {x.ndim - 2}, got {dim}")
+    dim %= x.ndim
+    if dim == x.ndim - 1:
+        raise ValueError(
+            f"{operator}: expected dim to name a sequence or batch dimension, got the last one (features) of {x.ndim}"
+        )
+    return dim
+
+
+def _same(operator: str, x: Tensor, other: Tensor, name: str) -> None:
+    if x.dtype != other.dtype:
+        raise ValueError(f"{operator}: expected {name} of x's dtype {x.dtype}, got {other.dtype}")
+    if x.device != other.device:
+        raise ValueError(f"{operator}: expected {name} on x's device {x.device}, got {other.device}")

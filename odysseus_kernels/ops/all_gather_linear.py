@@ -1,0 +1,317 @@
+"""All-gather fused with the linear layers behind it.
+
+The products of a rank's chunk start with the local shard and go round the ring; on the symmetric transport they read
+peers' shards where they lie, so the gathered tensor never exists.  Buffers, streams and who may run beside the
+operator are the transport's contract (``comm/symmetric_host.py``, ``comm/collective.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..comm.groups import dispatch, resolve_group
+from ..comm.transport import Call, Gather, Scatter, Transport
+from ..config import OverlapConfig
+from ._products import Layout, WeightGradient, multiply, project
+from ._validate import check_bias, check_dim, check_linear, group_by_name
+
+__all__ = ["all_gather_linear"]
+
+_NAME = "all_gather_linear"
+
+
+@overload
+def all_gather_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None,
+    dim: int = -2,
+    config: OverlapConfig | None = None,
+) -> Tensor: ...
+
+
+@overload
+def all_gather_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None = None,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None,
+    dim: int = -2,
+    config: OverlapConfig | None = None,
+) -> tuple[Tensor, ...]: ...
+
+
+def all_gather_linear(
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None,
+    dim: int = -2,
+    config: OverlapConfig | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """``y = all_gather(x, dim) @ weight.T + bias``, column-parallel, differentiable.
+
+    N ranks; L whole sequence, K input features, n this rank's output features.
+
+    forward:          y [..., L, n]    = AG(x) [..., L, K] @ weight [n, K].T + bias [n]
+    input gradient:   dx [..., L/N, K] = RS(dy [..., L, n] @ weight), added in fp32
+    weight gradient:  dweight [n, K]   = dy.T @ AG(x); x is gathered again, or was kept (``config.gathered``)
+    bias gradient:    dbias [n]        = sum of dy over all but the last dimension
+
+    In backward the second gather starts first, then the input gradient leaves chunk by chunk, then the weight gradient
+    is summed over the chunks that have arrived meanwhile.
+
+    Args:
+        x: [..., L/N, ..., K], this rank's shard; equal shapes on all ranks.
+        weight: [n, K], or a tuple of them: one gather then feeds several projections.
+        bias: [n] or None; with several weights a tuple of these.
+        group: the ranks; None is the default group.
+        dim: dimension of x along which the shards are concatenated; not the last.
+        config: mode, transport, pieces, what is kept for backward, time limit.
+
+    Returns:
+        [..., L, ..., n], or a tuple of them.
+
+    Raises:
+        ValueError: bad input, before anything is sent.
+        CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+    """
+    single = isinstance(weight, Tensor)
+    weights = [weight] if single else list(weight)
+    if bias is None:
+        biases: list[Tensor | None] = [None] * len(weights)
+    else:
+        biases = [bias] if isinstance(bias, Tensor) else list(bias)
+    if not weights or len(biases) != len(weights):
+        raise ValueError(f"{_NAME}: expected as many biases as weights, got {len(biases)} and {len(weights)}")
+    for one, its_bias in zip(weights, biases, strict=True):
+        check_linear(_NAME, x, one)
+        check_bias(_NAME, x, one, its_bias)
+    dim = check_dim(_NAME, x, dim)
+    config = config or OverlapConfig()
+    resolved = resolve_group(group)
+    keep = (
+        config.gathered == "save"
+        and resolved.size() > 1
+        and torch.is_grad_enabled()
+        and any(one.requires_grad for one in weights)
+    )
+    present = [one for one in biases if one is not None]
+    has_bias = [one is not None for one in biases]
+    outputs = torch.ops.odysseus.all_gather_linear(
+        x, weights, present, has_bias, resolved.group_name, dim, config.key(), keep
+    )
+    return outputs[0] if single else tuple(outputs[:-1])
+
+
+@torch.library.custom_op("odysseus::all_gather_linear", mutates_args=())
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    group_name: str,
+    dim: int,
+    config_key: str,
+    keep: bool,
+) -> list[Tensor]:
+    """One output for each weight, and last the gathered x if it is to be kept, else an empty tensor.
+
+    ``biases`` holds one for each weight that ``has_bias``: lists of optional tensors have no gradients.
+    """
+    group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
+    remaining = iter(biases)
+    bias_of = [next(remaining) if present else None for present in has_bias]
+    world = group.size()
+    layout = Layout.of(x.shape, dim)
+    shard = layout.blocks(x.contiguous())
+    length = layout.rows * world
+    outputs = [x.new_empty(layout.shape(length, weight.shape[0])) for weight in weights]
+    blocks = [layout.blocks(output) for output in outputs]
+    gathered = x.new_empty(layout.shape(length, x.shape[-1]) if keep else (0,))
+    kept = layout.blocks(gathered) if keep else None
+
+    def consume(source: int, start: int, stop: int, block: Tensor) -> None:
+        rows = slice(source * layout.rows + start, source * layout.rows + stop)
+        for out, weight, bias in zip(blocks, weights, bias_of, strict=True):
+            project(out[:, rows], block, weight, bias)
+        if kept is not None:
+            kept[:, rows].copy_(block)
+
+    def run(transport: Transport) -> None:
+        decided = transport.decide(config, _NAME)
+        shapes = f"x {list(x.shape)} dim {dim}, gathered={config.gathered!r}"
+        call = Call(_NAME, "forward", decided, Gather(shard, consume), shapes=shapes)
+        if decided.mode == "fused":
+            transport.execute(call)
+            return
+        full = _gathered(transport, call, kept)
+        for out, weight, bias in zip(blocks, weights, bias_of, strict=True):
+            project(out, full, weight, bias)
+
+    dispatch(group, config, x.device, run)
+    return [*outputs, gathered]
+
+
+def _gathered(transport: Transport, call: Call, into: Tensor | None = None) -> Tensor:
+    """The whole x as [batch, L, inner * K], by one collective."""
+    assert call.gather is not None
+    shard = call.gather.shard
+    batch, rows, width = shard.shape
+    if batch == 1:
+        full = into if into is not None else shard.new_empty((1, transport.world * rows, width))
+        transport.all_gather(call, full.view(transport.world, 1, rows, width))
+        return full
+    by_rank = shard.new_empty((transport.world, batch, rows, width))
+    transport.all_gather(call, by_rank)
+    in_order = by_rank.transpose(0, 1).reshape(batch, transport.world * rows, width)
+    return in_order if into is None else into.copy_(in_order)
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    group_name: str,
+    dim: int,
+    config_key: str,
+    keep: bool,
+) -> list[Tensor]:
+    layout = Layout.of(x.shape, dim)
+    length = layout.rows * group_by_name(group_name).size()
+    outputs = [x.new_empty(layout.shape(length, weight.shape[0])) for weight in weights]
+    return [*outputs, x.new_empty(layout.shape(length, x.shape[-1]) if keep else (0,))]
+
+
+@torch.library.custom_op("odysseus::all_gather_linear_backward", mutates_args=())
+def _backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    gathered: Tensor | None,
+    weights: Sequence[Tensor],
+    group_name: str,
+    dim: int,
+    config_key: str,
+    input_needed: bool,
+    weights_needed: Sequence[bool],
+    biases_needed: Sequence[bool],
+) -> list[Tensor]:
+    """[dx, dweights..., dbiases...]; an empty tensor stands for a gradient that is not needed."""
+    group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
+    layout = Layout.of(x.shape, dim)
+    world, rows = group.size(), layout.rows
+    incoming = [layout.blocks(grad.contiguous()) for grad in grads]
+    sums = [
+        WeightGradient(weight, weight_needed=needed, bias_needed=bias_needed)
+        for weight, needed, bias_needed in zip(weights, weights_needed, biases_needed, strict=True)
+    ]
+    dx = x.new_empty(x.shape if input_needed else (0,))
+
+    def produce(target: int, start: int, stop: int, block: Tensor) -> None:
+        part = slice(target * rows + start, target * rows + stop)
+        for index, (grad, weight) in enumerate(zip(incoming, weights, strict=True)):
+            multiply(block, grad[:, part], weight, add=index > 0)
+
+    def consume(source: int, start: int, stop: int, block: Tensor) -> None:
+        part = slice(source * rows + start, source * rows + stop)
+        for grad, total in zip(incoming, sums, strict=True):
+            total.add(grad[:, part], block)
+
+    def run(transport: Transport) -> None:
+        decided = transport.decide(config, _NAME)
+        gather = scatter = None
+        if any(weights_needed) and gathered is None:
+            gather = Gather(layout.blocks(x.contiguous()), consume)
+        if input_needed:
+            scatter = Scatter(layout.blocks(dx), produce)
+        shapes = f"x {list(x.shape)} dim {dim}, gathered={config.gathered!r}"
+        if gather is None and scatter is None:
+            return
+        call = Call(_NAME, "backward", decided, gather, scatter, shapes)
+        if decided.mode == "fused":
+            transport.execute(call)
+            return
+        if scatter is not None:
+            full = x.new_empty((world, *scatter.out.shape))
+            for target in range(world):
+                produce(target, 0, rows, full[target])
+            transport.reduce_scatter(call, full)
+        if gather is not None:
+            whole = _gathered(transport, call)
+            for grad, total in zip(incoming, sums, strict=True):
+                total.add(grad, whole)
+
+    dispatch(group, config, x.device, run)
+    if gathered is not None or not any(weights_needed):
+        whole = layout.blocks(gathered) if gathered is not None else None
+        for grad, total in zip(incoming, sums, strict=True):
+            total.add(grad, whole)
+    results = [*(total.weight() for total in sums), *(total.bias() for total in sums)]
+    return [dx, *(x.new_empty(0) if grad is None else grad for grad in results)]
+
+
+@_backward.register_fake
+def _(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    gathered: Tensor | None,
+    weights: Sequence[Tensor],
+    group_name: str,
+    dim: int,
+    config_key: str,
+    input_needed: bool,
+    weights_needed: Sequence[bool],
+    biases_needed: Sequence[bool],
+) -> list[Tensor]:
+    dx = x.new_empty(x.shape if input_needed else (0,))
+    dweights = [w.new_empty(w.shape if n else (0,)) for w, n in zip(weights, weights_needed, strict=True)]
+    dbiases = [w.new_empty(w.shape[:1] if n else (0,)) for w, n in zip(weights, biases_needed, strict=True)]
+    return [dx, *dweights, *dbiases]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, biases, has_bias, ctx.group_name, ctx.dim, ctx.config_key, keep = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[-1] if keep else None, *weights)
+    ctx.shapes = [one.shape for one in output[:-1]]
+    ctx.weights_needed = [one.requires_grad for one in weights]
+    needed = iter([one.requires_grad for one in biases])
+    ctx.biases_needed = [present and next(needed) for present in has_bias]
+    ctx.has_bias = has_bias
+
+
+def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    x, gathered, *weights = ctx.saved_tensors
+    incoming = [x.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=False)]
+    dx, *rest = torch.ops.odysseus.all_gather_linear_backward(
+        incoming,
+        x,
+        gathered,
+        weights,
+        ctx.group_name,
+        ctx.dim,
+        ctx.config_key,
+        ctx.needs_input_grad[0],
+        ctx.weights_needed,
+        ctx.biases_needed,
+    )
+    count = len(weights)
+    dweights = [grad if needed else None for grad, needed in zip(rest[:count], ctx.weights_needed, strict=True)]
+    of_weights = zip(rest[count:], ctx.biases_needed, ctx.has_bias, strict=True)
+    dbiases = [grad if needed else None for grad, needed, present in of_weights if present]
+    return dx if ctx.needs_input_grad[0] else None, dweights, dbiases, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,203 @@
+"""A linear layer fused with the reduce-scatter behind it.
+
+A rank computes its part of every other rank's rows first and its own last; parts leave as they are produced and are
+added, in fp32, while the next one is computed.  Buffers, streams and who may run beside the operator are the
+transport's contract (``comm/symmetric_host.py``, ``comm/collective.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..comm.groups import dispatch, resolve_group
+from ..comm.transport import Call, Gather, Scatter, Transport
+from ..config import OverlapConfig
+from ._products import Layout, WeightGradient, multiply, project
+from ._validate import check_bias, check_dim, check_linear, group_by_name
+
+__all__ = ["linear_reduce_scatter"]
+
+_NAME = "linear_reduce_scatter"
+
+
+def linear_reduce_scatter(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None,
+    dim: int = -2,
+    config: OverlapConfig | None = None,
+) -> Tensor:
+    """``y = reduce_scatter(x @ weight.T, dim) + bias``, row-parallel, differentiable.
+
+    N ranks; L whole sequence, k this rank's input features, n output features.
+
+    forward:          y [..., L/N, n]  = RS(x [..., L, k] @ weight [n, k].T) + bias [n], added in fp32
+    input gradient:   dx [..., L, k]   = AG(dy) [..., L, n] @ weight
+    weight gradient:  dweight [n, k]   = AG(dy).T @ x
+    bias gradient:    dbias [n]        = sum of AG(dy) over all but the last dimension: complete on every rank
+
+    One gather of dy feeds all gradients, chunk by chunk.
+
+    Args:
+        x: [..., L, ..., k]; L and the dimensions other than k are equal on all ranks.
+        weight: [n, k], this rank's columns.
+        bias: [n], the same on all ranks; added once, not once for each rank.
+        group: the ranks; None is the default group.
+        dim: dimension of x that is cut over the ranks; not the last.
+        config: mode, transport, pieces, time limit.
+
+    Returns:
+        [..., L/N, ..., n], this rank's rows of the sum.
+
+    Raises:
+        ValueError: bad input, before anything is sent.
+        CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+    """
+    check_linear(_NAME, x, weight)
+    check_bias(_NAME, x, weight, bias)
+    dim = check_dim(_NAME, x, dim)
+    resolved = resolve_group(group)
+    if x.shape[dim] % resolved.size():
+        raise ValueError(
+            f"{_NAME}: expected dimension {dim} of x to divide by {resolved.size()} ranks, got x {list(x.shape)}; "
+            f"shard_sequence pads a batch so that it does"
+        )
+    key = (config or OverlapConfig()).key()
+    return torch.ops.odysseus.linear_reduce_scatter(x, weight, bias, resolved.group_name, dim, key)
+
+
+@torch.library.custom_op("odysseus::linear_reduce_scatter", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, dim: int, config_key: str) -> Tensor:
+    group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
+    world = group.size()
+    layout = Layout.of(x.shape, dim)
+    whole = layout.blocks(x.contiguous())
+    rows = layout.rows // world
+    output = x.new_empty(layout.shape(rows, weight.shape[0]))
+    out = layout.blocks(output)
+
+    def produce(target: int, start: int, stop: int, block: Tensor) -> None:
+        part = whole[:, target * rows + start : target * rows + stop]
+        project(block, part, weight, bias if target == group.rank() else None)
+
+    def run(transport: Transport) -> None:
+        decided = transport.decide(config, _NAME)
+        shapes = f"x {[*x.shape[:-1], '*']} dim {dim}"
+        call = Call(_NAME, "forward", decided, None, Scatter(out, produce), shapes)
+        if decided.mode == "fused":
+            transport.execute(call)
+            return
+        full = x.new_empty((world, *out.shape))
+        if layout.batch == 1:
+            project(full.view(1, layout.rows, out.shape[2]), whole, weight)
+        else:
+            for target in range(world):
+                project(full[target], whole[:, target * rows : (target + 1) * rows], weight)
+        transport.reduce_scatter(call, full)
+        if bias is not None:
+            output.add_(bias)
+
+    dispatch(group, config, x.device, run)
+    return output
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, dim: int, config_key: str) -> Tensor:
+    layout = Layout.of(x.shape, dim)
+    return x.new_empty(layout.shape(layout.rows // group_by_name(group_name).size(), weight.shape[0]))
+
+
+@torch.library.custom_op("odysseus::linear_reduce_scatter_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    group_name: str,
+    dim: int,
+    config_key: str,
+    input_needed: bool,
+    weight_needed: bool,
+    bias_needed: bool,
+) -> list[Tensor]:
+    """[dx, dweight, dbias]; an empty tensor stands for a gradient that is not needed."""
+    group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
+    world = group.size()
+    layout = Layout.of(x.shape, dim)
+    rows = layout.rows // world
+    whole = layout.blocks(x.contiguous()) if weight_needed else None
+    dx = x.new_empty(x.shape if input_needed else (0,))
+    dx_blocks = layout.blocks(dx) if input_needed else None
+    total = WeightGradient(weight, weight_needed=weight_needed, bias_needed=bias_needed)
+
+    def consume(source: int, start: int, stop: int, block: Tensor) -> None:
+        part = slice(source * rows + start, source * rows + stop)
+        if dx_blocks is not None:
+            multiply(dx_blocks[:, part], block, weight)
+        total.add(block, None if whole is None else whole[:, part])
+
+    def run(transport: Transport) -> None:
+        decided = transport.decide(config, _NAME)
+        shard = layout.blocks(grad.contiguous())
+        shapes = f"x {[*x.shape[:-1], '*']} dim {dim}"
+        call = Call(_NAME, "backward", decided, Gather(shard, consume), None, shapes)
+        if decided.mode == "fused":
+            transport.execute(call)
+            return
+        full = shard.new_empty((world, *shard.shape))
+        transport.all_gather(call, full)
+        if layout.batch == 1:
+            full = full.view(1, 1, layout.rows, shard.shape[2])
+            if dx_blocks is not None:
+                multiply(dx_blocks, full[0], weight)
+            total.add(full[0], whole)
+            return
+        for source in range(world):
+            consume(source, 0, rows, full[source])
+
+    dispatch(group, config, x.device, run)
+    results = [total.weight(), total.bias()]
+    return [dx, *(x.new_empty(0) if result is None else result for result in results)]
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    group_name: str,
+    dim: int,
+    config_key: str,
+    input_needed: bool,
+    weight_needed: bool,
+    bias_needed: bool,
+) -> list[Tensor]:
+    return [
+        x.new_empty(x.shape if input_needed else (0,)),
+        x.new_empty(weight.shape if weight_needed else (0,)),
+        x.new_empty(weight.shape[:1] if bias_needed else (0,)),
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.group_name, ctx.dim, ctx.config_key = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:3]
+    results = torch.ops.odysseus.linear_reduce_scatter_backward(
+        grad, x, weight, ctx.group_name, ctx.dim, ctx.config_key, *needed
+    )
+    gradients = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
+    return *gradients, None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,258 @@
+"""A linear layer whose weight is sharded over the ranks (ZeRO-3), gathered chunk by chunk as it is used.
+
+It is all-gather → linear turned by 90 degrees: the gathered operand is the weight, the scattered one its gradient.
+On the symmetric transport every product reads the owner's memory, so the whole weight never exists; the collective
+transport holds the pieces in flight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..comm import functional
+from ..comm.groups import dispatch, resolve_group
+from ..comm.reduce import accumulator_dtype
+from ..comm.transport import Call, Gather, Scatter, Transport
+from ..config import OverlapConfig
+from ._validate import check_bias, check_linear, group_by_name
+
+__all__ = ["zero3_linear"]
+
+_NAME = "zero3_linear"
+
+
+def zero3_linear(
+    x: Tensor,
+    weight_shard: Tensor,
+    bias_shard: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None,
+    config: OverlapConfig | None = None,
+    prefetch: Tensor | None = None,
+    prefetch_backward: Tensor | None = None,
+) -> Tensor:
+    """``y = x @ all_gather(weight_shard).T + all_gather(bias_shard)``, differentiable.
+
+    N ranks, each with its own rows x; K input features, n output features.
+
+    forward:          y [..., n]        = x [..., K] @ AG(weight_shard [n/N, K]).T + AG(bias_shard [n/N])
+    input gradient:   dx [..., K]       = dy @ AG(weight_shard)
+    weight gradient:  dweight [n/N, K]  = RS(dy.T @ x), added in fp32: the sum over all ranks' rows
+    bias gradient:    dbias [n/N]       = RS(sum of dy)
+
+    In backward the weight's gradient leaves chunk by chunk while the next chunk is computed, and the weight, whose
+    gather started first, then makes the input gradient.  ``config.gathered`` does not apply: the weight is always
+    gathered again.
+
+    Args:
+        x: [..., K]; rows may differ from rank to rank.
+        weight_shard: [n/N, K], this rank's rows of the weight.
+        bias_shard: [n/N] or None.
+        group: the ranks; None is the default group.
+        config: mode, transport, pieces, time limit.
+        prefetch: weight shard of the zero3_linear that every rank calls next with this group; it is sent ahead while
+            this product runs.  A shard that is not used next is dropped.
+        prefetch_backward: the same for the backward of this operator.
+
+    Returns:
+        [..., n].
+
+    Raises:
+        ValueError: bad input, before anything is sent.
+        CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+    """
+    check_linear(_NAME, x, weight_shard, "weight_shard")
+    check_bias(_NAME, x, weight_shard, bias_shard, "bias_shard")
+    resolved = resolve_group(group)
+    key = (config or OverlapConfig()).key()
+    ahead = None if prefetch is None else prefetch.detach()
+    ahead_backward = None if prefetch_backward is None else prefetch_backward.detach()
+    return torch.ops.odysseus.zero3_linear(
+        x, weight_shard, bias_shard, resolved.group_name, key, ahead, ahead_backward
+    )
+
+
+@torch.library.custom_op("odysseus::zero3_linear", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight_shard: Tensor,
+    bias_shard: Tensor | None,
+    group_name: str,
+    config_key: str,
+    prefetch: Tensor | None,
+    prefetch_backward: Tensor | None,
+) -> Tensor:
+    group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
+    features = weight_shard.shape[0]
+    lines = x.reshape(-1, x.shape[-1])
+    output = x.new_empty((lines.shape[0], features * group.size()))
+    bias = None
+    if bias_shard is not None:
+        # n numbers: gathered whole, before the weight, so that each product can add its slice.
+        bias = functional.all_gather(bias_shard, group, operator=_NAME, config=config)
+
+    def consume(source: int, start: int, stop: int, block: Tensor) -> None:
+        columns = slice(source * features + start, source * features + stop)
+        _product(output[:, columns], lines, block[0].t(), None if bias is None else bias[columns])
+
+    def run(transport: Transport) -> None:
+        decided = transport.decide(config, _NAME)
+        shard = weight_shard.contiguous().unsqueeze(0)
+        call = Call(_NAME, "forward", decided, Gather(shard, consume, _as_shard(prefetch)))
+        if decided.mode == "fused":
+            transport.execute(call)
+            return
+        _product(output, lines, _whole(transport, call).t(), bias)
+
+    dispatch(group, config, x.device, run)
+    return output.view(*x.shape[:-1], output.shape[1])
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+def _as_shard(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None or not tensor.is_contiguous() else tensor.unsqueeze(0)
+
+
+def _whole(transport: Transport, call: Call) -> Tensor:
+    """The whole weight [n, K], by one collective."""
+    assert call.gather is not None
+    shard = call.gather.shard
+    whole = shard.new_empty((transport.world * shard.shape[1], shard.shape[2]))
+    transport.all_gather(call, whole.view(transport.world, *shard.shape))
+    return whole
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weight_shard: Tensor,
+    bias_shard: Tensor | None,
+    group_name: str,
+    config_key: str,
+    prefetch: Tensor | None,
+    prefetch_backward: Tensor | None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_shard.shape[0] * group_by_name(group_name).size()))
+
+
+@torch.library.custom_op("odysseus::zero3_linear_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight_shard: Tensor,
+    group_name: str,
+    config_key: str,
+    prefetch: Tensor | None,
+    input_needed: bool,
+    weight_needed: bool,
+    bias_needed: bool,
+) -> list[Tensor]:
+    """[dx, dweight, dbias]; an empty tensor stands for a gradient that is not needed."""
+    group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
+    world = group.size()
+    features = weight_shard.shape[0]
+    lines = x.reshape(-1, x.shape[-1])
+    incoming = grad.reshape(-1, features * world)
+    incoming = incoming if incoming.is_contiguous() else incoming.contiguous()
+    wide = accumulator_dtype(x.dtype)
+    dx = x.new_empty(lines.shape if input_needed else (0,), dtype=wide)
+    dweight = weight_shard.new_empty(weight_shard.shape if weight_needed else (0,))
+    dbias = weight_shard.new_empty(0)
+
+    def produce(target: int, start: int, stop: int, block: Tensor) -> None:
+        columns = slice(target * features + start, target * features + stop)
+        torch.mm(incoming[:, columns].t(), lines, out=block[0])
+
+    started = False
+
+    def consume(source: int, start: int, stop: int, block: Tensor) -> None:
+        nonlocal started
+        part = incoming[:, source * features + start : source * features + stop]
+        if dx.dtype != x.dtype:
+            # A sum over weight chunks in 16 bits would round once for each of them.
+            product = torch.mm(part, block[0])
+            _ = dx.add_(product) if started else dx.copy_(product)
+        elif started:
+            torch.addmm(dx, part, block[0], out=dx)
+        else:
+            torch.mm(part, block[0], out=dx)
+        started = True
+
+    def run(transport: Transport) -> None:
+        nonlocal started
+        started = False
+        decided = transport.decide(config, _NAME)
+        gather = scatter = None
+        if input_needed:
+            gather = Gather(weight_shard.contiguous().unsqueeze(0), consume, _as_shard(prefetch))
+        if weight_needed:
+            scatter = Scatter(dweight.unsqueeze(0), produce)
+        if gather is None and scatter is None:
+            return
+        call = Call(_NAME, "backward", decided, gather, scatter)
+        if decided.mode == "fused":
+            transport.execute(call)
+            return
+        if scatter is not None:
+            full = torch.mm(incoming.t(), lines)
+            transport.reduce_scatter(call, full.view(world, *scatter.out.shape))
+        if gather is not None:
+            torch.mm(incoming, _whole(transport, call), out=dx) if dx.dtype == x.dtype else dx.copy_(
+                torch.mm(incoming, _whole(transport, call))
+            )
+
+    dispatch(group, config, x.device, run)
+    if bias_needed:
+        total = incoming.sum(0, dtype=wide)
+        dbias = functional.reduce_scatter(
+            total, group, operator=_NAME, phase="backward", config=config
+        ).to(weight_shard.dtype)
+    return [dx.to(x.dtype).view(x.shape if input_needed else (0,)), dweight, dbias]
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight_shard: Tensor,
+    group_name: str,
+    config_key: str,
+    prefetch: Tensor | None,
+    input_needed: bool,
+    weight_needed: bool,
+    bias_needed: bool,
+) -> list[Tensor]:
+    return [
+        x.new_empty(x.shape if input_needed else (0,)),
+        x.new_empty(weight_shard.shape if weight_needed else (0,)),
+        x.new_empty(weight_shard.shape[:1] if bias_needed else (0,)),
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight_shard, _, ctx.group_name, ctx.config_key, _, prefetch_backward = inputs
+    ctx.save_for_backward(x, weight_shard, prefetch_backward)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight_shard, prefetch = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:3]
+    results = torch.ops.odysseus.zero3_linear_backward(
+        grad, x, weight_shard, ctx.group_name, ctx.config_key, prefetch, *needed
+    )
+    gradients = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
+    return *gradients, None, None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

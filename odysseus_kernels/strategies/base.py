@@ -1,0 +1,118 @@
+"""What a strategy is: tables from the roles of parameters and modules to placements and classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from torch import nn
+from torch.distributed.tensor import DTensor, Placement
+
+from odysseus_kernels.nn.attention import AttentionSpec
+from odysseus_kernels.nn.group import SequenceGroup
+from odysseus_kernels.nn.mlp import MLPSpec
+from odysseus_kernels.nn.parameters import distribute_parameter
+from odysseus_kernels.nn.swap import swap_class
+
+__all__ = ["LayerRole", "ModelShape", "ModuleRole", "Part", "PlacementRule", "Strategy", "apply_strategy"]
+
+ModuleRole = Literal["attention", "mlp", "embedding", "norm", "head"]
+LayerRole = Literal["query", "key", "value", "output", "gate", "up", "down", "embedding", "norm", "head"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """The sizes that decide whether and how a model is cut.
+
+    Attributes:
+        hidden: width of the residual stream.
+        intermediate: width inside the feed-forward network.
+        heads: query heads.
+        kv_heads: key/value heads.
+        head_dim: width of a head.
+        vocabulary: rows of the embedding.
+        tied: whether the head's weight is the embedding's.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacementRule:
+    """How the parameters of a layer with some role are distributed.
+
+    Attributes:
+        weight: placement of the weight.
+        bias: placement of the bias.
+    """
+
+    weight: Placement
+    bias: Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """One way to distribute a model over the ranks of a sequence.
+
+    Attributes:
+        name: what users call it.
+        check: raises ValueError where a shape cannot be cut for so many ranks.
+        placements: for a shape and a number of ranks, the rule of each layer role.
+        modules: for a shape and a number of ranks, the class that each module role's forward comes from.
+    """
+
+    name: str
+    check: Callable[[ModelShape, int], None]
+    placements: Callable[[ModelShape, int], Mapping[LayerRole, PlacementRule]]
+    modules: Callable[[ModelShape, int], Mapping[ModuleRole, type[nn.Module]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A module that gets a strategy's forward, with the layers whose parameters it uses.
+
+    Attributes:
+        role: role of the module.
+        module: the stock module.
+        layers: by role, the modules that own the parameters: projections, or the module itself.
+        spec: names of an attention's or feed-forward network's parts.
+    """
+
+    role: ModuleRole
+    module: nn.Module
+    layers: Mapping[LayerRole, nn.Module]
+    spec: AttentionSpec | MLPSpec | None = None
+
+
+def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part], group: SequenceGroup) -> None:
+    """Distributes the parameters of ``parts`` and swaps the modules' classes, in place.  Nothing is sent.
+
+    Every rank's parameters must be full and identical.  A parameter that two layers share stays shared.
+    """
+    placements, classes = strategy.placements(shape, group.size), strategy.modules(shape, group.size)
+    # By the identity of the full parameter, which is kept alive here so that no id is used twice.
+    distributed: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for part in parts:
+        for role, layer in part.layers.items():
+            for name, parameter in layer.named_parameters(recurse=False):
+                if isinstance(parameter, DTensor):
+                    continue  # a shared module, done already
+                if id(parameter) not in distributed:
+                    placement = placements[role].bias if name == "bias" else placements[role].weight
+                    distributed[id(parameter)] = (parameter, distribute_parameter(parameter, group, placement))
+                setattr(layer, name, distributed[id(parameter)][1])
+        swap_class(part.module, classes[part.role])
+        part.module.sequence_group = group
+        if isinstance(part.spec, AttentionSpec):
+            part.module.attention_spec = part.spec
+        elif isinstance(part.spec, MLPSpec):
+            part.module.mlp_spec = part.spec
+        if hasattr(part.module, "setup_sequence"):
+            part.module.setup_sequence()

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Checks and tests.  Makes .venv first, if need be.
+#   bash run_tests.sh                  everything
+#   bash run_tests.sh tests/test_ext.py -k reduce      only pytest, with these arguments
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup_env.sh"
+
+if (($# > 0)); then
+  exec python -m pytest "$@"
+fi
+ruff check .
+lint-imports --no-logo
+mypy
+exec python -m pytest
