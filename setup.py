@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,8 @@ CSRC = Path("csrc")  # relative to ROOT, as setuptools wants sources to be
 ARCHITECTURES = ("80", "90a", "100a")
 
 
-def find_nvcc() -> tuple[Path, Path] | None:
-    """(nvcc, the toolkit's root), from CUDA_HOME, PATH or the nvidia-cuda-nvcc wheel; None where there is none."""
+def find_nvcc() -> Path | None:
+    """The compiler, from CUDA_HOME, PATH or the nvidia-cuda-nvcc wheel; None where there is none."""
     candidates = []
     if os.environ.get("CUDA_HOME"):
         candidates.append(Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc")
@@ -31,10 +32,24 @@ def find_nvcc() -> tuple[Path, Path] | None:
     if spec := importlib.util.find_spec("nvidia"):
         for folder in spec.submodule_search_locations or ():
             candidates += sorted(Path(folder).glob("cu*/bin/nvcc")) + sorted(Path(folder).glob("cuda_nvcc/bin/nvcc"))
-    for nvcc in candidates:
-        if nvcc.is_file():
-            return nvcc, nvcc.resolve().parent.parent
-    return None
+    return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
+
+
+def architectures(nvcc: Path) -> list[str]:
+    """Those of ARCHITECTURES that this nvcc knows; its list leaves out the "a" variants, which come with the plain."""
+    known = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return [name for name in ARCHITECTURES if f"sm_{name.removesuffix('a')}" in known]
+
+
+def toolkit_folders(nvcc: Path, source: str) -> tuple[list[str], list[str]]:
+    """Folders of headers and of libraries, as nvcc itself uses them: it may be a link or a script from elsewhere."""
+    plan = subprocess.run([str(nvcc), "--dryrun", "-c", source], capture_output=True, text=True, check=True).stderr
+    flags = {name: value for name, _, value in (line[3:].partition("=") for line in plan.splitlines())}
+    includes = [flag[2:] for flag in shlex.split(flags.get("INCLUDES", "")) if flag.startswith("-I")]
+    libraries = [flag[2:] for flag in shlex.split(flags.get("LIBRARIES", "")) if flag.startswith("-L")]
+    # The wheels keep them where their nvcc does not look.
+    libraries += [str(Path(flags["TOP"]) / name) for name in ("lib64", "lib") if "TOP" in flags]
+    return includes, [folder for folder in libraries if Path(folder).is_dir()]
 
 
 class BuildExt(build_ext):
@@ -44,22 +59,22 @@ class BuildExt(build_ext):
         """Builds one extension; CUDA sources are compiled to objects first and linked with the rest."""
         sources = [source for source in ext.sources if source.endswith(".cu")]
         ext.sources = [source for source in ext.sources if not source.endswith(".cu")]
-        toolkit = find_nvcc() if sources else None
-        if toolkit is not None:
-            nvcc, home = toolkit
+        nvcc = find_nvcc() if sources else None
+        if nvcc is not None:
+            includes, libraries = toolkit_folders(nvcc, sources[0])
+            ext.sources += cuda_bindings()
             ext.extra_objects += self.compile_cuda(sources, nvcc)
             ext.define_macros.append(("ODYSSEUS_CUDA", "1"))
-            libraries = next((str(home / name) for name in ("lib64", "lib") if (home / name).is_dir()), str(home))
-            ext.library_dirs.append(libraries)
+            ext.include_dirs += includes
+            ext.library_dirs += libraries
             # Static, so that the module loads on machines without a driver or a toolkit.
             ext.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-            ext.include_dirs.append(str(home / "include"))
         super().build_extension(ext)
-        print(f"odysseus_kernels: built the host extension{describe_cuda(sources, toolkit)}", file=sys.stderr)
+        print(f"odysseus_kernels: built the host extension{describe_cuda(sources, nvcc)}", file=sys.stderr)
 
     def compile_cuda(self, sources: list[str], nvcc: Path) -> list[str]:
         """Object files of the given CUDA sources."""
-        targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
+        targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures(nvcc)]
         flags = ["-std=c++17", "-O3", "-DNDEBUG", "-DODYSSEUS_CUDA=1", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         objects = []
         for source in sources:
@@ -70,10 +85,10 @@ class BuildExt(build_ext):
         return objects
 
 
-def describe_cuda(sources: list[str], toolkit: tuple[Path, Path] | None) -> str:
+def describe_cuda(sources: list[str], nvcc: Path | None) -> str:
     """What to say about the CUDA part."""
-    if toolkit is not None:
-        return f" with {len(sources)} CUDA files ({toolkit[0]}; {', '.join('sm_' + name for name in ARCHITECTURES)})"
+    if nvcc is not None:
+        return f" with {len(sources)} CUDA files ({nvcc}; {', '.join('sm_' + name for name in architectures(nvcc))})"
     if os.environ.get("ODYSSEUS_BUILD_CUDA") == "0":
         return " without CUDA (ODYSSEUS_BUILD_CUDA=0)"
     return " without CUDA (no nvcc found)" if cuda_sources() else " (there is no CUDA code)"
@@ -84,6 +99,11 @@ def cuda_sources() -> list[str]:
     if os.environ.get("ODYSSEUS_BUILD_CUDA") == "0":
         return []
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / CSRC / "cuda").rglob("*.cu"))
+
+
+def cuda_bindings() -> list[str]:
+    """C++ files that need the CUDA code; pybind11 stays out of .cu files, which nvcc compiles slowly enough."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / CSRC / "cuda").rglob("*.cpp"))
 
 
 def make_extension() -> Pybind11Extension:

@@ -33,6 +33,7 @@ from odysseus_kernels.testing.spawn import RankPool, RanksFailedError
 SCHEMA = 1
 RUN_LIMIT_S = 3600.0 * 4
 _RESULTS = Path(__file__).resolve().parent / "results"
+_QUIET_LOAD = 0.7
 _CONTRACT = "2 ranks with 1 thread each, float32"
 
 
@@ -48,6 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
     parser.add_argument("--output", type=Path, help="folder of the results (default benchmarks/results/<machine>)")
+    parser.set_defaults(load_before=os.getloadavg()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="short shapes, fewer rounds: under a minute on two cores")
     size.add_argument("--full", action="store_true", help="the models' true widths: long, and gigabytes for each rank")
@@ -88,6 +90,7 @@ def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence
         "kind": "memory" if arguments.memory else "overlap",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe_machine(arguments.device),
+        "load_before": round(arguments.load_before, 2),
         "versions": machine.versions(),
         "commit": machine.commit(),
         "arguments": given,
@@ -108,12 +111,15 @@ def print_document(document: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     notes = []
-    if given["size"] == "quick":
-        notes.append("quick: shapes are shorter than the contract's, figures are for orientation")
-    if (given["ranks"], given["threads"], given["dtype"]) != (2, 1, "float32"):
-        notes.append(f"limits are for {_CONTRACT}")
-    if given["ranks"] * given["threads"] > place["cores"] and given["device"] == "cpu":
-        notes.append("more threads than cores: ranks disturb one another")
+    if document["kind"] == "overlap":  # limits of memory hold for all shapes and ranks
+        if given["size"] == "quick":
+            notes.append("quick: shapes are shorter than the contract's, figures are for orientation")
+        if (given["ranks"], given["threads"], given["dtype"]) != (2, 1, "float32"):
+            notes.append(f"limits are for {_CONTRACT}")
+        if given["ranks"] * given["threads"] > place["cores"] and given["device"] == "cpu":
+            notes.append("more threads than cores: ranks disturb one another")
+        if document["load_before"] > _QUIET_LOAD:
+            notes.append(f"the machine was busy: load {document['load_before']} before this run")
     note = "; ".join(notes)
     show = report.print_memory if document["kind"] == "memory" else report.print_time
     show(console, document["rows"], document["targets"], note=note)
@@ -185,6 +191,8 @@ def main() -> int:
         except RanksFailedError as error:
             print(error, file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            return 130  # as a shell reports it; nothing is written, because half a run is no result
     return finish(arguments, arguments.ranks, rows)
 
 

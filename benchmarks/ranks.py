@@ -68,7 +68,7 @@ def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[s
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    work.truth  # noqa: B018 - computed now, not while another rank waits at a barrier with a timeout
+    work.truth  # noqa: B018 - takes long the first time, which must not fall between two timed calls
     take_turns(calls, rounds=WARM_UP_ROUNDS, barrier=dist.barrier, synchronize=synchronize, last=check)
     wrong = _wrong(errors, work.tolerance)
     timed = {name: call for name, call in calls.items() if name not in wrong}

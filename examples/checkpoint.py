@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 __all__ = ["latest", "load", "save"]
@@ -25,12 +26,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def save(
-    folder: Path,
-    step: int,
-    losses: dict[str, float],
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rank: int,
+    folder: Path, step: int, losses: dict[str, float], model: nn.Module, optimizer: torch.optim.Optimizer, rank: int
 ) -> None:
     """Writes ``folder/step-<step>``; every rank calls it."""
     target = folder / f"step-{step}"
@@ -43,7 +39,7 @@ def save(
         shutil.move(unfinished, target / _PROGRESS)
 
 
-def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
     """Restores everything from a checkpoint of any number of ranks; returns its step and the losses so far."""
     state = _state(model, optimizer)
     dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
@@ -53,6 +49,6 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     return progress["step"], progress["losses"]
 
 
-def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments, "random": torch.get_rng_state()}

@@ -18,13 +18,7 @@ _HELD_OUT_OF = 16  # one file in so many is for validation
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Bytes for training and for validation, uint8 [n], from different files.
-
-    Attributes:
-        training: the files that are trained on, one after another.
-        validation: the held-out files, one after another.
-        files: number of files read.
-    """
+    """Bytes for training and for validation, uint8 [n], from different ones of so many files."""
 
     training: torch.Tensor
     validation: torch.Tensor
@@ -46,15 +40,7 @@ class Text:
 
 
 def load_text(limit: int = 8_000_000, folder: Path | None = None) -> Text:
-    """Reads up to ``limit`` bytes of ``*.py`` files in the order of their names.
-
-    Args:
-        limit: bytes to read in all.
-        folder: where to read; the standard library of the running Python if None.
-
-    Raises:
-        ValueError: if there is too little text for training and validation.
-    """
+    """Reads up to ``limit`` bytes of ``*.py`` files, by default the standard library's, sorted by name."""
     root = folder or Path(sysconfig.get_path("stdlib"))
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     # What is installed beside the standard library differs from machine to machine.

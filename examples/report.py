@@ -11,6 +11,9 @@ from rich.table import Table
 
 __all__ = ["plot_runs", "print_table", "write_run"]
 
+# Runs that agree in these must have equal losses; whoever plots others on one another is told.
+_COMPARABLE = ("seq_len", "batch_size", "hidden", "layers", "heads", "kv_heads", "lr", "seed", "text_limit")
+
 
 def write_run(folder: Path, run: dict[str, Any]) -> Path:
     """Writes ``loss-N<ranks>.json`` and returns its path."""
@@ -24,7 +27,8 @@ def print_table(run: dict[str, Any]) -> None:
     """Prints the figures of a run."""
     losses, memory = run["losses"], run["peak_memory_bytes"]
     steps = sorted(int(step) for step in losses)
-    table = Table(title=f"{run['ranks']} rank(s), {run['parameters'] / 1e6:.1f} M parameters, {run['how']}")
+    ranks = "1 process" if run["ranks"] == 1 else f"{run['ranks']} ranks"
+    table = Table(title=f"{ranks}, {run['parameters'] / 1e6:.1f} M parameters\n{run['how']}")
     table.add_column("measured in this run")
     table.add_column("value", justify="right")
     table.add_row(f"loss at step {steps[0]}", f"{losses[str(steps[0])]:.4f}")
@@ -47,13 +51,16 @@ def plot_runs(folder: Path) -> Path:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     runs = [json.loads(path.read_text()) for path in folder.glob("loss-N*.json")]
-    for index, run in enumerate(sorted(runs, key=lambda run: run["ranks"])):
+    runs.sort(key=lambda run: run["ranks"])
+    for index, run in enumerate(runs):
         steps = sorted(int(step) for step in run["losses"])
         label = "single process, stock model" if run["ranks"] == 1 else f"{run['ranks']} ranks, {run['how']}"
+        if any(run["settings"][name] != runs[0]["settings"][name] for name in _COMPARABLE):
+            label += " (other settings)"
         # Equal curves lie on one another: later ones are thinner and dashed, so that all can be seen.
         style = {"linewidth": max(4.0 - 1.5 * index, 1.2), "linestyle": ("-", "--", ":", "-.")[index % 4]}
         axes.plot(steps, [run["losses"][str(step)] for step in steps], label=label, **style)
-    axes.set(xlabel="step", ylabel="training loss, nats per byte", title="Byte-level Llama on Python's standard library")
+    axes.set(xlabel="step", ylabel="training loss, nats per byte", title="Byte-level Llama on Python's own sources")
     axes.grid(alpha=0.3)
     axes.legend()
     path = folder / "loss.png"

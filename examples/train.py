@@ -29,7 +29,7 @@ import transformers
 from checkpoint import latest, load, save
 from data import VOCABULARY, Text, load_text
 from report import plot_runs, print_table, write_run
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,28 +40,34 @@ WARM_UP_STEPS = 10
 VALIDATION_BATCHES = 4
 
 
+NUMBERS: dict[str, tuple[int | float, str]] = {
+    "steps": (50, "number of the last step"),
+    "seq-len": (512, "bytes in a sequence"),
+    "batch-size": (4, "sequences in a batch"),
+    "hidden": (256, "width of the model"),
+    "layers": (4, "decoder layers"),
+    "heads": (8, "query heads"),
+    "kv-heads": (4, "key/value heads"),
+    "lr": (1e-3, "learning rate after warm-up"),
+    "seed": (0, "of the weights and the batches"),
+    "eval-every": (0, "steps between validations; 0: at the end only"),
+    "text-limit": (8_000_000, "bytes of text to read"),
+    "threads": (0, "threads of each rank; 0: cores divided by the ranks on this machine"),
+    "timeout": (120.0, "seconds a rank waits for another one"),
+}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50, help="number of the last step (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=512, help="bytes in a sequence (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences in a batch (default: %(default)s)")
-    parser.add_argument("--hidden", type=int, default=256, help="width of the model (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
-    parser.add_argument("--kv-heads", type=int, default=4, help="key/value heads (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate after warm-up (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: %(default)s)")
+    for name, (value, help_text) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{help_text} (default: %(default)s)")
     parser.add_argument("--strategy", default="odysseus", help="how ranks share the model (default: %(default)s)")
     parser.add_argument("--mode", default="auto", choices=("auto", "fused", "unfused"))
     parser.add_argument("--transport", default="auto", choices=("auto", "symmetric", "collective"))
-    parser.add_argument("--eval-every", type=int, default=0, help="steps between validations; 0: at the end only")
     parser.add_argument("--checkpoint", type=Path, help="folder of checkpoints: one at the end and at each validation")
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint, if there is one")
     parser.add_argument("--output", type=Path, default=Path("train-output"), help="folder (default: %(default)s)")
     parser.add_argument("--plot", action="store_true", help="draw loss.png with all runs in the output folder")
-    parser.add_argument("--text-limit", type=int, default=8_000_000, help="bytes of text to read")
-    parser.add_argument("--threads", type=int, default=0, help="threads of each rank; 0: cores / ranks on this machine")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a rank waits for another one")
     options = parser.parse_args()
     if options.resume and options.checkpoint is None:
         parser.error("--resume: expected --checkpoint with the folder to resume from")
@@ -134,7 +140,7 @@ def peak_memory(mesh: DeviceMesh | None) -> list[int]:
 
 def train(options: argparse.Namespace, mesh: DeviceMesh | None) -> dict[str, Any]:
     """Trains up to ``options.steps`` and returns what was measured."""
-    rank, ranks = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+    rank = 0 if mesh is None else mesh.get_local_rank()
     text, model = load_text(options.text_limit), build_model(options)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if mesh is not None:
@@ -142,14 +148,11 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None) -> dict[str, Any
         ody.parallelize(model, mesh, options.strategy, overlap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
     losses: dict[str, float] = {}
-    found = latest(options.checkpoint) if options.resume else None
-    done = 0
-    if found is not None:
-        done, losses = load(found, model, optimizer)
     validation: dict[str, float] = {}
     seconds: list[float] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
+    found = latest(options.checkpoint) if options.resume else None
+    done, losses = (0, losses) if found is None else load(found, model, optimizer)
+    with Progress(transient=True) as progress:
         # Only where somebody watches: log files get the table at the end.
         progress.disable = rank != 0 or not progress.console.is_terminal
         task = progress.add_task("loss", total=options.steps, completed=done)
@@ -175,10 +178,9 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None) -> dict[str, Any
         raise SystemExit(f"nothing to do: the checkpoint is of step {done}, and --steps is {options.steps}")
     # The first step also pays for buffers and worker threads.
     typical = statistics.median(seconds[1:] or seconds)
-    how = "stock model" if mesh is None else f"{options.strategy}, mode {options.mode}, transport {options.transport}"
     return {
-        "ranks": ranks,
-        "how": how,
+        "ranks": 1 if mesh is None else mesh.size(),
+        "how": "stock model" if mesh is None else f"{options.strategy}, {options.mode}, {options.transport} transport",
         "parameters": parameters,
         "losses": losses,
         "validation_bits_per_byte": validation,
@@ -188,12 +190,8 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None) -> dict[str, Any
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()},
         "text": {"files": text.files, "training": text.training.numel(), "validation": text.validation.numel()},
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "odysseus_kernels": ody.__version__,
-        },
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (torch, transformers, ody)},
     }
 
 

@@ -39,11 +39,16 @@ const void* element(const Operand& operand, std::size_t index) {
   return reinterpret_cast<const void*>(operand.address + index * size_of(operand.dtype));
 }
 
+// Whether the first two sources can be added in one pass.
+bool starts_with_pair(const std::vector<Operand>& sources) {
+  return sources.size() > 1 && sources[0].dtype == sources[1].dtype;
+}
+
 // Whether `out` can hold the running sum itself: it has the accumulator's type, and no source is read from it after
 // the sum has begun to overwrite it.
 bool sums_in_place(const Operand& out, const std::vector<Operand>& sources, DType accumulator) {
   if (out.dtype != accumulator) return false;
-  return std::none_of(sources.begin() + 1, sources.end(),
+  return std::none_of(sources.begin() + (starts_with_pair(sources) ? 2 : 1), sources.end(),
                       [&](const Operand& source) { return source.address == out.address; });
 }
 
@@ -51,6 +56,7 @@ template <class Sum>
 void reduce_as(const SumKernels<Sum>& loops, DType accumulator, const Operand& out,
                const std::vector<Operand>& sources, std::size_t count) {
   const bool in_place = sums_in_place(out, sources, accumulator);
+  const bool paired = starts_with_pair(sources);
   const auto kernel = [](const auto& table, DType dtype) { return table[static_cast<int>(dtype)]; };
   alignas(64) Sum block[kBlock];
   for (std::size_t start = 0; start < count; start += kBlock) {
@@ -58,9 +64,13 @@ void reduce_as(const SumKernels<Sum>& loops, DType accumulator, const Operand& o
     void* target = const_cast<void*>(element(out, start));
     Sum* sum = in_place ? static_cast<Sum*>(target) : block;
     const void* first = element(sources[0], start);
-    // Beginning with the first source, not with zero, keeps -0 and saves a pass where it is the output already.
-    if (first != sum) kernel(loops.set, sources[0].dtype)(sum, first, length);
-    for (std::size_t i = 1; i < sources.size(); ++i) {
+    // Beginning with sources, not with zero, keeps -0 and saves a pass.
+    if (paired) {
+      kernel(loops.pair, sources[0].dtype)(sum, first, element(sources[1], start), length);
+    } else if (first != sum) {
+      kernel(loops.set, sources[0].dtype)(sum, first, length);
+    }
+    for (std::size_t i = paired ? 2 : 1; i < sources.size(); ++i) {
       kernel(loops.add, sources[i].dtype)(sum, element(sources[i], start), length);
     }
     if (!in_place) kernel(loops.store, out.dtype)(target, sum, length);

@@ -7,10 +7,12 @@
 
 namespace odysseus {
 
-// Loops with an accumulator of type Sum, indexed by the other array's DType.  Addresses need no alignment.
+// Loops with an accumulator of type Sum, indexed by the other arrays' DType.  Addresses need no alignment; arrays of
+// one type may be the same.  `pair` is `set` and `add` in one pass: sum[i] = first[i] + second[i].
 template <class Sum>
 struct SumKernels {
   void (*set[kDTypes])(Sum* sum, const void* source, std::size_t count);  // sum[i] = source[i]
+  void (*pair[kDTypes])(Sum* sum, const void* first, const void* second, std::size_t count);
   void (*add[kDTypes])(Sum* sum, const void* source, std::size_t count);  // sum[i] += source[i]
   void (*store[kDTypes])(void* out, const Sum* sum, std::size_t count);   // out[i] = cast(sum[i])
 };

@@ -49,6 +49,18 @@ ODY_TARGET void set(Sum* sum, const void* source, std::size_t count) {
 }
 
 template <class Type, class Sum, class Memory>
+ODY_TARGET void pair(Sum* sum, const void* first, const void* second, std::size_t count) {
+  const auto* a = static_cast<const typename Type::Stored*>(first);
+  const auto* b = static_cast<const typename Type::Stored*>(second);
+  auto* to = reinterpret_cast<Memory*>(sum);
+// The sum may be one of its sources, element by element, which the compiler's own overlap check would send down a
+// scalar path.
+#pragma GCC ivdep
+  for (std::size_t i = 0; i < count; ++i)
+    to[i] = static_cast<Sum>(Type::widen(a[i])) + static_cast<Sum>(Type::widen(b[i]));
+}
+
+template <class Type, class Sum, class Memory>
 ODY_TARGET void add(Sum* sum, const void* source, std::size_t count) {
   const auto* from = static_cast<const typename Type::Stored*>(source);
   auto* to = reinterpret_cast<Memory*>(sum);
@@ -71,6 +83,18 @@ ODY_TARGET void set_half(float* sum, const void* source, std::size_t count) {
   set<Float16, float, f32_t>(sum + whole, from + whole, count - whole);
 }
 
+ODY_TARGET void pair_half(float* sum, const void* first, const void* second, std::size_t count) {
+  const std::size_t whole = count / ODY_HALF_LANES * ODY_HALF_LANES;
+  const auto* a = static_cast<const b16_t*>(first);
+  const auto* b = static_cast<const b16_t*>(second);
+  auto* to = reinterpret_cast<f32_t*>(sum);
+  for (std::size_t i = 0; i < whole; i += ODY_HALF_LANES) {
+    widen_half(to + i, a + i, false);
+    widen_half(to + i, b + i, true);
+  }
+  pair<Float16, float, f32_t>(sum + whole, a + whole, b + whole, count - whole);
+}
+
 ODY_TARGET void add_half(float* sum, const void* source, std::size_t count) {
   const std::size_t whole = count / ODY_HALF_LANES * ODY_HALF_LANES;
   const auto* from = static_cast<const b16_t*>(source);
@@ -88,6 +112,7 @@ ODY_TARGET void store_half(void* out, const float* sum, std::size_t count) {
 }
 #else
 constexpr auto set_half = set<Float16, float, f32_t>;
+constexpr auto pair_half = pair<Float16, float, f32_t>;
 constexpr auto add_half = add<Float16, float, f32_t>;
 constexpr auto store_half = store<Float16, float, f32_t>;
 #endif
@@ -99,12 +124,15 @@ extern const ReduceKernels ODY_KERNELS = {
     ODY_KERNELS_NAME,
     {
         {set<Float32, float, f32_t>, nullptr, set<BFloat16, float, f32_t>, set_half},
+        {pair<Float32, float, f32_t>, nullptr, pair<BFloat16, float, f32_t>, pair_half},
         {add<Float32, float, f32_t>, nullptr, add<BFloat16, float, f32_t>, add_half},
         {store<Float32, float, f32_t>, nullptr, store<BFloat16, float, f32_t>, store_half},
     },
     {
         {set<Float32, double, f64_t>, set<Float64, double, f64_t>, set<BFloat16, double, f64_t>,
          set<Float16, double, f64_t>},
+        {pair<Float32, double, f64_t>, pair<Float64, double, f64_t>, pair<BFloat16, double, f64_t>,
+         pair<Float16, double, f64_t>},
         {add<Float32, double, f64_t>, add<Float64, double, f64_t>, add<BFloat16, double, f64_t>,
          add<Float16, double, f64_t>},
         {store<Float32, double, f64_t>, store<Float64, double, f64_t>, store<BFloat16, double, f64_t>,

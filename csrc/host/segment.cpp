@@ -29,6 +29,8 @@ struct flock life_lock() {
 std::shared_ptr<Mapping> map(int fd, std::size_t bytes) {
   void* address = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
   if (address == MAP_FAILED) throw_errno(errno, concat("mapping a segment of ", bytes, " bytes (check ulimit -v)"));
+  // A core dump would walk terabytes of address space that hold next to nothing.  Only advice: no harm if refused.
+  ::madvise(address, bytes, MADV_DONTDUMP);
   return std::make_shared<Mapping>(address, bytes);
 }
 

@@ -139,7 +139,10 @@ class _Run:
         self._sent: dict[tuple[Task, int], Tensor] = {}
         self._sums: PieceSum | None = None
         if call.scatter is not None:
-            self._sums = PieceSum(call.scatter.out, self._world, call.config.reduce_dtype)
+            out, dtype = call.scatter.out, call.config.reduce_dtype
+            rows = -(-out.shape[1] // self._pieces[Task.ALL_TO_ALL])
+            held = torch.empty(PieceSum.held_bytes(out, self._world, dtype, rows), dtype=torch.uint8)
+            self._sums = PieceSum(out, self._world, dtype, held)
 
     def steps(self) -> None:
         schedule = collective_schedule(

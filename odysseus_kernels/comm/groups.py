@@ -6,6 +6,7 @@ unpickled.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import datetime
 import json
@@ -181,6 +182,13 @@ class GroupTransports:
 
 _registry: dict[str, GroupTransports] = {}
 _registry_lock = threading.Lock()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ranks that end normally say so: peers can then tell an end from a crash."""
+    for transports in _registry.values():
+        transports.close()
 
 
 def group_transports(group: dist.ProcessGroup) -> GroupTransports:

@@ -49,16 +49,24 @@ def add_into(out: Tensor, sources: Sequence[Tensor]) -> None:
 class PieceSum:
     """The sum in progress of one reduce-scatter: a piece of ``out`` at a time.
 
-    ``out`` is [batch, rows, width].  With two ranks nothing is held beside it; with more, one piece of the accumulator
-    type is, because a received block must be given back before the own part exists.
+    With two ranks nothing is held beside ``out`` [batch, rows, width].  With more, one piece in the accumulator's type
+    is, because a received block must be given back before the own part exists: ``held``, of at least
+    :meth:`held_bytes`.
     """
 
-    def __init__(self, out: Tensor, world: int, reduce_dtype: torch.dtype) -> None:
+    def __init__(self, out: Tensor, world: int, reduce_dtype: torch.dtype, held: Tensor | None = None) -> None:
         self._out = out
         self._expected = world - 1
         self._dtype = accumulator_dtype(out.dtype, reduce_dtype)
-        self._buffer: Tensor | None = None
+        self._held = held
         self._received = 0
+
+    @staticmethod
+    def held_bytes(out: Tensor, world: int, reduce_dtype: torch.dtype, rows: int) -> int:
+        """Bytes of ``held`` for pieces of at most ``rows`` rows."""
+        if world <= 2:
+            return 0
+        return out.shape[0] * rows * out.shape[2] * accumulator_dtype(out.dtype, reduce_dtype).itemsize
 
     def add(self, start: int, stop: int, block: Tensor) -> None:
         """Adds what one peer sent for rows ``start`` to ``stop``; the last one completes those rows of ``out``.
@@ -66,22 +74,20 @@ class PieceSum:
         ``block`` is [batch, stop - start, width], contiguous.  Before the last call the own part lies in ``out``.
         """
         self._received += 1
-        last = self._received == self._expected
         held = None
         if self._expected > 1:
-            if self._buffer is None:
-                self._buffer = torch.empty(block.numel(), dtype=self._dtype, device=block.device)
-            elif self._buffer.numel() < block.numel():
-                self._buffer = self._buffer.new_empty(block.numel())
-            held = self._buffer[: block.numel()].view(block.shape)
-        if not last:
+            assert self._held is not None
+            held = self._held.view(self._dtype)[: block.numel()].view(block.shape)
+        if self._received < self._expected:
             assert held is not None
             add_into(held, [block] if self._received == 1 else [held, block])
             return
         for index in range(self._out.shape[0]):
             own = self._out[index, start:stop]
-            sources = [own, block[index]] if held is None else [held[index], own, block[index]]
-            if self._dtype == torch.float64 and own.dtype != torch.float64 and held is None:
-                sources[0] = own.double()
-            add_into(own, sources)
+            if held is not None:
+                add_into(own, [held[index], own, block[index]])
+            else:
+                # Two ranks: only a wider reduce_dtype than the sources' own makes a copy.
+                wide = own.to(self._dtype) if self._dtype == torch.float64 else own
+                add_into(own, [wide, block[index]])
         self._received = 0

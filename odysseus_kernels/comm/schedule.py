@@ -294,7 +294,8 @@ def collective_schedule(
     def scatter_step(kind: Kind, piece: int) -> Step:
         sent, received = Region(rank, PARTIAL, piece % IN_FLIGHT), Region(rank, _RECEIVED, piece % IN_FLIGHT)
         issued = kind is Kind.ISSUE
-        return Step(kind, Task.ALL_TO_ALL, rank, piece, (sent,) if issued else (), (received,) if issued else ())
+        reads, writes = ((sent,), (received,)) if issued else ((), ())
+        return Step(kind, Task.ALL_TO_ALL, rank, piece, reads=reads, writes=writes)
 
     def scatter() -> Iterator[Step]:
         def add(piece: int) -> Iterator[Step]:

@@ -85,6 +85,7 @@ class _Buffer:
     rows: int
     pieces: int
     cell_bytes: int = 0
+    held_bytes: int = 0  # behind the cells: the sum in progress, which no other rank reads
     clean: bool = False  # all credits of the window's previous use are collected
 
 
@@ -169,7 +170,10 @@ class SymmetricHostTransport(Transport):
         schedule, buffers, pending = self._prepare(call)
         sums = None
         if call.scatter is not None:
-            sums = PieceSum(call.scatter.out, self.world, call.config.reduce_dtype)
+            partial = buffers[PARTIAL]
+            held = self._window(self.rank, partial.lease.window)[PARTIAL_CELLS * partial.cell_bytes :]
+            held = held[: partial.held_bytes]
+            sums = PieceSum(call.scatter.out, self.world, call.config.reduce_dtype, held)
         prefetch = call.gather.prefetch if call.gather is not None else None
         for step in schedule.steps:
             if prefetch is not None and step.kind not in (Kind.COPY, Kind.SIGNAL):
@@ -211,8 +215,11 @@ class SymmetricHostTransport(Transport):
             size = batch * largest * width * scatter.out.element_size()
             cell_bytes = -(-size // _ALIGNMENT) * _ALIGNMENT
             lease = self._leases.lease()
-            needed[lease.window] = PARTIAL_CELLS * cell_bytes
-            buffers[PARTIAL] = _Buffer(lease, scatter.out.dtype, (batch, width), rows, scatter_pieces, cell_bytes)
+            held_bytes = PieceSum.held_bytes(scatter.out, self.world, call.config.reduce_dtype, largest)
+            needed[lease.window] = PARTIAL_CELLS * cell_bytes + held_bytes
+            buffers[PARTIAL] = _Buffer(
+                lease, scatter.out.dtype, (batch, width), rows, scatter_pieces, cell_bytes, held_bytes
+            )
         pending = None
         if gather is not None and gather.prefetch is not None:
             pending = self._leases.lease()
@@ -228,7 +235,8 @@ class SymmetricHostTransport(Transport):
 
     def _scatter_pieces(self, call: Call, scatter: Scatter) -> int:
         batch, rows, _ = scatter.out.shape
-        auto = max(2, min(_MAX_PIECES, batch * rows // _PIECE_ROWS))
+        # At least so many that two outgoing pieces and the sum in progress, which is wider, stay within one chunk.
+        auto = max(2 if self.world == 2 else 4, min(_MAX_PIECES, batch * rows // _PIECE_ROWS))
         return row_pieces(call.config.chunks_per_rank, rows, auto=auto)
 
     def _shard_buffer(self, shard: Tensor, pieces: int, needed: dict[int, int]) -> _Buffer:

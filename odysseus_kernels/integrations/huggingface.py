@@ -165,7 +165,7 @@ class _Attend:
         self._eager = getattr(importlib.import_module(modeling), eager)
 
     def __call__(
-        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, self._eager)
         return attend(module, query, key, value, mask, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +25,7 @@ class SequenceModel(nn.Module):
     """
 
     sequence_group: SequenceGroup
+    get_input_embeddings: Callable[[], nn.Embedding]
 
     def forward(
         self,
@@ -58,7 +60,11 @@ class SequenceModel(nn.Module):
         tokens: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
         batch, local = tokens.shape[:2]
         group = self.sequence_group
-        whole_mask = self._gather("attention_mask", attention_mask, (batch, local), tokens.device)
+        whole_mask = (
+            None
+            if attention_mask is None
+            else self._gather("attention_mask", attention_mask, (batch, local), tokens.device)
+        )
         if position_ids is None:
             positions = torch.arange(local * group.size, device=tokens.device)[None]
         else:
@@ -90,11 +96,9 @@ class SequenceModel(nn.Module):
         )
 
     def _gather(
-        self, name: str, tensor: torch.Tensor | None, expected: tuple[int, int], device: torch.device
-    ) -> torch.Tensor | None:
+        self, name: str, tensor: torch.Tensor, expected: tuple[int, int], device: torch.device
+    ) -> torch.Tensor:
         """A tensor [B, s] of every rank as [B, L]."""
-        if tensor is None:
-            return None
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name}: expected this rank's part, of shape {expected}, got {tuple(tensor.shape)}")
         group = self.sequence_group

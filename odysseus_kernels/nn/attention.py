@@ -132,17 +132,23 @@ class HeadParallelAttention(nn.Module):
         weight, bias = local_parameter(layer.weight), local_parameter(layer.bias)
         return ops.linear_reduce_scatter(out, weight, bias, group=group.group, config=group.config), attention_weights
 
-    def _projection_parameters(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]:
+    def _projection_parameters(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...] | None]:
         """This rank's query, key and value weights, and their biases or None."""
         spec, group = self.attention_spec, self.sequence_group
-        rows = None
-        if spec.kv_heads % group.size:
+        query, key, value = (getattr(self, name) for name in (spec.query, spec.key, spec.value))
+        if spec.kv_heads % group.size == 0:
+            layers = (query, key, value)
+            weights = tuple(local_parameter(layer.weight) for layer in layers)
+            biases = tuple(local_parameter(layer.bias) for layer in layers)
+        else:
             _, first, count = local_heads(spec.heads, spec.kv_heads, group.rank, group.size)
             rows = (first * spec.head_dim, count * spec.head_dim)
-        weights, biases = [], []
-        for name in (spec.query, spec.key, spec.value):
-            layer = getattr(self, name)
-            shared = rows is not None and name != spec.query
-            for tensors, parameter in ((weights, layer.weight), (biases, layer.bias)):
-                tensors.append(replicated_parameter(parameter, group, rows) if shared else local_parameter(parameter))
-        return tuple(weights), None if biases[0] is None else tuple(biases)
+            weights = (
+                local_parameter(query.weight),
+                *(replicated_parameter(layer.weight, group, rows) for layer in (key, value)),
+            )
+            biases = (
+                local_parameter(query.bias),
+                *(replicated_parameter(layer.bias, group, rows) for layer in (key, value)),
+            )
+        return weights, None if all(bias is None for bias in biases) else biases

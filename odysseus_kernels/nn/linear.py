@@ -19,6 +19,8 @@ class Zero3Linear(nn.Module):
     """
 
     sequence_group: SequenceGroup
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Applies the layer to this rank's tokens."""

@@ -6,7 +6,7 @@ placement of its parameter, so that optimizers, gradient clipping and checkpoint
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -39,9 +39,29 @@ def distribute_parameter(parameter: nn.Parameter, group: SequenceGroup, placemen
     return nn.Parameter(distributed, requires_grad=parameter.requires_grad)
 
 
+@overload
+def local_parameter(parameter: torch.Tensor) -> torch.Tensor: ...
+
+
+@overload
+def local_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None: ...
+
+
 def local_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """This rank's part of a DTensor parameter, for an operator that returns complete gradients for it."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@overload
+def replicated_parameter(
+    parameter: torch.Tensor, group: SequenceGroup, rows: tuple[int, int] | None = None
+) -> torch.Tensor: ...
+
+
+@overload
+def replicated_parameter(
+    parameter: torch.Tensor | None, group: SequenceGroup, rows: tuple[int, int] | None = None
+) -> torch.Tensor | None: ...
 
 
 def replicated_parameter(

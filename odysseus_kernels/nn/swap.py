@@ -7,6 +7,7 @@ keep holding and whatever the subclass does not define is the stock module's.
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 from torch import nn
 
@@ -24,7 +25,7 @@ def swap_class(module: nn.Module, mixin: type, *, keep_name: bool = False) -> No
     Raises:
         ValueError: if something else has replaced the module's forward, which would hide the new one.
     """
-    cls = type(module)
+    cls = cast(type, type(module))
     if "forward" in module.__dict__:
         raise ValueError(
             f"{cls.__name__}: expected the class's own forward, but this instance has one of its own (from a hook "

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..comm.reduce import accumulator_dtype
 
-__all__ = ["Layout", "WeightGradient", "multiply", "project"]
+__all__ = ["Layout", "WeightGradient", "add_wide", "multiply", "project"]
 
 # Rows below which one product over all batches and a copy beats a product for each batch.
 _SMALL_ROWS = 128
+# Inner dimension of a widened product: large enough for a fast product, small beside a chunk.
+_WIDE_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,21 +97,31 @@ def project(out: Tensor, block: Tensor, weight: Tensor, bias: Tensor | None = No
     multiply(out, block, weight.t(), bias)
 
 
-class WeightGradient:
-    """Sum of ``grad.T @ input`` over blocks of rows, in the accumulator's type, and of the bias gradient beside it.
+def add_wide(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` for fp32 ``total`` [m, n] and 16-bit ``a`` [m, k], ``b`` [k, n].
 
-    fp32 and fp64 accumulate inside the product (beta = 1).  For bf16 and fp16 each block's product is added to an fp32
-    sum, which is rounded once at the end: adding in 16 bits would round once for every chunk.
+    A product of 16-bit matrices comes back rounded to 16 bits.  One such rounding for each chunk of a sum would make
+    the fused result worse than the unfused one, which rounds once, so the operands are widened, a block of the inner
+    dimension at a time.
     """
+    for start in range(0, a.shape[1], _WIDE_BLOCK):
+        block = slice(start, start + _WIDE_BLOCK)
+        torch.addmm(total, a[:, block].to(total.dtype), b[block].to(total.dtype), out=total)
+
+
+class WeightGradient:
+    """Sum of ``grad.T @ input`` over blocks of rows, in the accumulator's type, and of the bias gradient beside it."""
 
     def __init__(self, weight: Tensor, *, weight_needed: bool = True, bias_needed: bool = False) -> None:
-        dtype = weight.dtype
-        wide = accumulator_dtype(dtype)
-        self._dtype = dtype
+        self._dtype = weight.dtype
         self._features, self._inputs = weight.shape
-        self._sum = weight.new_empty(weight.shape, dtype=wide) if weight_needed else None
+        wide = accumulator_dtype(weight.dtype)
+        self._narrow = wide != weight.dtype
+        self._sum = None
+        if weight_needed:
+            self._sum = weight.new_zeros(weight.shape, dtype=wide) if self._narrow else weight.new_empty(weight.shape)
         self._bias = weight.new_zeros(weight.shape[0], dtype=wide) if bias_needed else None
-        self._started = False
+        self._started = self._narrow
 
     def add(self, grad: Tensor, block: Tensor | None) -> None:
         """Adds rows: ``grad`` [batch, rows, inner * n] and ``block`` [batch, rows, inner * K], rows contiguous.
@@ -118,23 +130,21 @@ class WeightGradient:
         """
         batch, rows, width = grad.shape
         lines = width // self._features * rows
-        if batch > 1 and (lines < _SMALL_ROWS or self._dtype.itemsize < 4):
+        if batch > 1 and lines < _SMALL_ROWS:
             grad = grad.reshape(1, batch * rows, width)
             block = None if block is None else block.reshape(1, batch * rows, block.shape[2])
             batch, lines = 1, batch * lines
         for index in range(batch):
-            left = grad[index].view(lines, self._features)
+            left = grad[index].reshape(lines, self._features)
             if self._bias is not None:
                 self._bias += left.sum(0, dtype=self._bias.dtype)
             if self._sum is None or block is None:
                 continue
-            right = block[index].view(lines, self._inputs)
-            if self._dtype == self._sum.dtype:
-                _multiply_into(self._sum, left.t(), right, None, self._started)
-            elif self._started:
-                self._sum += torch.mm(left.t(), right)
+            right = block[index].reshape(lines, self._inputs)
+            if self._narrow:
+                add_wide(self._sum, left.t(), right)
             else:
-                self._sum.copy_(torch.mm(left.t(), right))
+                _multiply_into(self._sum, left.t(), right, None, self._started)
             self._started = True
 
     def weight(self) -> Tensor | None:

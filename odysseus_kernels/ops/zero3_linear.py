@@ -19,6 +19,7 @@ from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
 from ..comm.transport import Call, Gather, Scatter, Transport
 from ..config import OverlapConfig
+from ._products import add_wide
 from ._validate import check_bias, check_linear, group_by_name
 
 __all__ = ["zero3_linear"]
@@ -167,6 +168,7 @@ def _backward(
     incoming = incoming if incoming.is_contiguous() else incoming.contiguous()
     wide = accumulator_dtype(x.dtype)
     dx = x.new_empty(lines.shape if input_needed else (0,), dtype=wide)
+    narrow = wide != x.dtype
     dweight = weight_shard.new_empty(weight_shard.shape if weight_needed else (0,))
     dbias = weight_shard.new_empty(0)
 
@@ -179,10 +181,8 @@ def _backward(
     def consume(source: int, start: int, stop: int, block: Tensor) -> None:
         nonlocal started
         part = incoming[:, source * features + start : source * features + stop]
-        if dx.dtype != x.dtype:
-            # A sum over weight chunks in 16 bits would round once for each of them.
-            product = torch.mm(part, block[0])
-            _ = dx.add_(product) if started else dx.copy_(product)
+        if narrow:
+            add_wide(dx if started else dx.zero_(), part, block[0])
         elif started:
             torch.addmm(dx, part, block[0], out=dx)
         else:
@@ -208,9 +208,7 @@ def _backward(
             full = torch.mm(incoming.t(), lines)
             transport.reduce_scatter(call, full.view(world, *scatter.out.shape))
         if gather is not None:
-            torch.mm(incoming, _whole(transport, call), out=dx) if dx.dtype == x.dtype else dx.copy_(
-                torch.mm(incoming, _whole(transport, call))
-            )
+            dx.copy_(torch.mm(incoming, _whole(transport, call)))
 
     dispatch(group, config, x.device, run)
     if bias_needed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement
@@ -109,10 +109,11 @@ def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part],
                     distributed[id(parameter)] = (parameter, distribute_parameter(parameter, group, placement))
                 setattr(layer, name, distributed[id(parameter)][1])
         swap_class(part.module, classes[part.role])
-        part.module.sequence_group = group
+        module: Any = part.module  # has the attributes of its new class
+        module.sequence_group = group
         if isinstance(part.spec, AttentionSpec):
-            part.module.attention_spec = part.spec
+            module.attention_spec = part.spec
         elif isinstance(part.spec, MLPSpec):
-            part.module.mlp_spec = part.spec
-        if hasattr(part.module, "setup_sequence"):
-            part.module.setup_sequence()
+            module.mlp_spec = part.spec
+        if hasattr(module, "setup_sequence"):
+            module.setup_sequence()

@@ -13,10 +13,13 @@ import importlib
 import importlib.util
 import inspect
 import json
+import multiprocessing
 import multiprocessing.connection
+import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +88,7 @@ def serve(setup: Setup, channel: multiprocessing.connection.Connection) -> None:
     stacks = stack_path(setup.folder, setup.rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the ranks
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     job = START_JOB
 
     def attempt(action: Callable[[], Any]) -> None:
@@ -114,6 +118,14 @@ def serve(setup: Setup, channel: multiprocessing.connection.Connection) -> None:
         attempt(call)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """A rank in the middle of a function would outlive a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _join_group(setup: Setup) -> None:

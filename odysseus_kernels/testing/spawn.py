@@ -165,7 +165,13 @@ class RankPool:
             # A rank that died while idle shows up as an end of its process when outcomes are collected.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 channel.send_bytes(job)
-        outcomes = self._collect(timeout or self.timeout, grace)
+        try:
+            outcomes = self._collect(timeout or self.timeout, grace)
+        except (
+            BaseException
+        ):  # Ctrl-C: ranks are in the middle of something and would answer the next question wrongly
+            self._stop(at_once=True)
+            raise
         if not all(o.ok for o in outcomes):
             self._stop(at_once=True)
         return outcomes

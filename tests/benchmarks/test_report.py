@@ -94,6 +94,12 @@ def test_wrong_result_has_no_time_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_
     assert plot.draw(document, tmp_path / "plot.png") is None  # no bar, no failure
 
 
+def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = _document(_row())
+    assert "busy" in _print({**document, "load_before": 3.5}, monkeypatch)
+    assert "busy" not in _print({**document, "load_before": 0.1}, monkeypatch)
+
+
 def test_tables_are_complete_and_of_fixed_width(monkeypatch: pytest.MonkeyPatch) -> None:
     long = _row(label="Llama-2-7B/8 down", operator="zero3_linear", backward=True, part="forward+backward")
     text = _print(_document(_row(), long), monkeypatch)

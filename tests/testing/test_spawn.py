@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +59,11 @@ def _leave(rank: int, world_size: int) -> None:
 
 
 def _sleep(rank: int, world_size: int) -> None:
+    time.sleep(60)
+
+
+def _write_id_and_sleep(rank: int, world_size: int, folder: str) -> None:
+    Path(folder, str(rank)).write_text(str(os.getpid()))
     time.sleep(60)
 
 
@@ -133,3 +141,37 @@ def test_pools_are_made_once_per_world_size() -> None:
     with RankPools() as pools:
         assert pools(1) is pools(1)
         assert pools(1) is not pools(2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ranks_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import test_spawn\n"
+        "from odysseus_kernels.testing.spawn import run_ranks\n"
+        "if __name__ == '__main__': run_ranks(test_spawn._write_id_and_sleep, 1, sys.argv[1])\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(program)
+    note = tmp_path / "0"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(script), str(tmp_path), str(Path(__file__).parent)]
+    with subprocess.Popen(command, env=environment) as parent:
+        _wait_until(lambda: note.exists() and note.read_text() != "")
+        parent.kill()
+    rank = int(note.read_text())
+    _wait_until(lambda: not _is_alive(rank))
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"did not happen within {seconds:g} s"
+        time.sleep(0.05)
+
+
+def _is_alive(process_id: int) -> bool:
+    status = Path(f"/proc/{process_id}/stat")
+    try:  # a process that nobody has waited for yet is dead all the same
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

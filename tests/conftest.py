@@ -1,0 +1,16 @@
+"""Ranks for all tests: persistent processes, one pool for each world size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from odysseus_kernels.testing.spawn import RankPools
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPools]:
+    """``ranks(world_size).run(function, *arguments)`` runs a module's function on that many ranks."""
+    with RankPools(threads=1, timeout=120) as pools:
+        yield pools
