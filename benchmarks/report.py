@@ -174,8 +174,7 @@ def print_memory(console: Console, rows: Sequence[Row], verdicts: Sequence[Row],
         shown = [(name, "extra") for name in names]
         shown += [(_FUSED, "largest_allocation"), (_FUSED, "process_growth"), ("torch", "process_growth")]
         cells = [
-            f"{found[name][what] / chunk:.2f}" if found.get(name, {}).get(what, -1) >= 0 else ""
-            for name, what in shown
+            f"{found[name][what] / chunk:.2f}" if found.get(name, {}).get(what, -1) >= 0 else "" for name, what in shown
         ]
         table.add_row(*_label(row), f"{chunk / 2**20:.1f}", *cells)
     console.print(table)

@@ -165,9 +165,7 @@ class Workload:
         weights = [normal(n, inner, inner**-0.5) for n in outer]
         return x, weights, [normal(case.tokens, n) for n in outer]
 
-    def _share_of_truth(
-        self, name: str, rows_of: Tensor, other: Tensor
-    ) -> tuple[str, Tensor, tuple[int, ...], Tensor]:
+    def _share_of_truth(self, name: str, rows_of: Tensor, other: Tensor) -> tuple[str, Tensor, tuple[int, ...], Tensor]:
         """``rows_of @ other`` in fp64, for rows drawn at random if all would take too long."""
         rows, columns = rows_of.shape[0], other.shape[1]
         affordable = max(1, int(_TRUTH_FLOPS / (2 * other.shape[0] * columns)))

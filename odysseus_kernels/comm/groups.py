@@ -133,7 +133,11 @@ class GroupTransports:
             return self._symmetric
         group = self._alive()
         nonce = secrets.randbits(63)
-        own = {**dataclasses.asdict(this_member()), "nonce": nonce, "extension": _ext.why_unavailable()[:_REASON_CHARACTERS]}
+        own = {
+            **dataclasses.asdict(this_member()),
+            "nonce": nonce,
+            "extension": _ext.why_unavailable()[:_REASON_CHARACTERS],
+        }
         everyone = [json.loads(text) for text in self._exchange(json.dumps(own), config)]
         nonce = everyone[0]["nonce"]
         missing = [(rank, other.pop("extension")) for rank, other in enumerate(everyone)]
@@ -143,7 +147,9 @@ class GroupTransports:
         without = [(rank, why) for rank, why in missing if why]
         hosts = sorted({member.host for member in self._members})
         if len({(member.machine, member.namespace) for member in self._members}) > 1:
-            self._no_symmetric = f"it needs all ranks on one host (and in one container), they are on {', '.join(hosts)}"
+            self._no_symmetric = (
+                f"it needs all ranks on one host (and in one container), they are on {', '.join(hosts)}"
+            )
         elif without:
             self._no_symmetric = f"rank {without[0][0]}: {without[0][1]}"
         else:

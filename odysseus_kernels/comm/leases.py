@@ -72,12 +72,12 @@ class LeaseTable:
         Its own credits were collected before its first write, so only what this call's readers owe is carried on.
         ``readers`` is empty for a published buffer that nobody will read: a prefetch that was discarded.
         """
-        credits = []
+        owed: list[Credit] = []
         for cell, count in enumerate(counts):
             self._counts[lease.window][cell] += count
             if count and readers:
-                credits.extend(Credit(cell, reader, self._counts[lease.window][cell]) for reader in readers[cell])
-        self._credits[lease.window] = tuple(credits)
+                owed.extend(Credit(cell, reader, self._counts[lease.window][cell]) for reader in readers[cell])
+        self._credits[lease.window] = tuple(owed)
         self._free.append(lease.window)
 
     def restore(self, lease: Lease) -> None:

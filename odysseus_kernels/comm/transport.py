@@ -27,7 +27,7 @@ from ..config import OverlapConfig
 from .recorder import Traffic, record
 from .schedule import Program
 
-__all__ = ["Call", "CapacityExceededError", "Gather", "LocalTransport", "Scatter", "Transport"]
+__all__ = ["Call", "CapacityExceededError", "Gather", "LocalTransport", "Scatter", "SentAhead", "Transport"]
 
 Consume = Callable[[int, int, int, Tensor], None]
 Produce = Callable[[int, int, int, Tensor], None]
@@ -45,7 +45,7 @@ class Gather:
         shard: [batch, rows, width], contiguous; this rank's.
         consume: ``consume(source, start, stop, block)`` with ``block`` [batch, stop - start, width], contiguous or a
             slice along rows of a contiguous tensor: rows ``start`` to ``stop`` of rank ``source``'s shard.
-        prefetch: shard that a later call gathers, to be sent ahead while this one computes.
+        prefetch: shard that the next gather is expected to be for, to be sent ahead while this call computes.
     """
 
     shard: Tensor
@@ -119,6 +119,34 @@ def signature_hash(signature: str) -> int:
     return int.from_bytes(hashlib.blake2b(signature.encode(), digest_size=8).digest(), "little") >> 1
 
 
+@dataclasses.dataclass(frozen=True)
+class SentAhead:
+    """A shard that was prefetched, as it was then.
+
+    It is held until the next gather takes or drops it, so that its memory cannot become another tensor's meanwhile:
+    an equal address then means the same storage, and an equal version the same values.
+    """
+
+    shard: Tensor
+    version: int
+    pieces: int
+
+    @staticmethod
+    def of(shard: Tensor, pieces: int) -> SentAhead:
+        return SentAhead(shard, shard._version, pieces)
+
+    def is_of(self, shard: Tensor, pieces: int) -> bool:
+        """Whether this is ``shard``, unchanged, cut into ``pieces``."""
+        mine = self.shard
+        return (
+            mine.data_ptr() == shard.data_ptr()
+            and mine.shape == shard.shape
+            and mine.dtype == shard.dtype
+            and mine._version == self.version == shard._version
+            and pieces == self.pieces
+        )
+
+
 class Transport(abc.ABC):
     """Moves bytes among the ranks of one group.
 
@@ -185,6 +213,7 @@ class Transport(abc.ABC):
 
     def close(self) -> None:
         """Gives back what the transport holds; it cannot be used afterwards."""
+        self.broken = self.broken or "the transport was closed"
 
     @property
     def reserved_bytes(self) -> int:

@@ -95,9 +95,7 @@ class SequenceModel(nn.Module):
             **kwargs,
         )
 
-    def _gather(
-        self, name: str, tensor: torch.Tensor, expected: tuple[int, int], device: torch.device
-    ) -> torch.Tensor:
+    def _gather(self, name: str, tensor: torch.Tensor, expected: tuple[int, int], device: torch.device) -> torch.Tensor:
         """A tensor [B, s] of every rank as [B, L]."""
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name}: expected this rank's part, of shape {expected}, got {tuple(tensor.shape)}")

@@ -59,6 +59,4 @@ class SequenceGroup:
 
 
 def _how() -> str:
-    return (
-        'make one with torch.distributed.device_mesh.init_device_mesh("cpu", (world_size,), mesh_dim_names=("seq",))'
-    )
+    return 'make one with torch.distributed.device_mesh.init_device_mesh("cpu", (world_size,), mesh_dim_names=("seq",))'

@@ -1,7 +1,8 @@
 """Local matrix products that write where they are told: slices of outputs, peers' memory, windows in flight.
 
-Canonical form.  The dimension that is cut over the ranks splits a tensor into [batch, rows, inner, features]; blocks are
-[batch, rows, inner * features], so a row is contiguous and any number of dimensions before or behind the cut one works.
+Canonical form.  The dimension that is cut over the ranks splits a tensor into [batch, rows, inner, features]; blocks
+are [batch, rows, inner * features], so a row is contiguous and any number of dimensions before or behind the cut one
+works.
 Everything here is for use below autograd.
 """
 

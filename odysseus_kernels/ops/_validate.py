@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def group_by_name(name: str) -> torch.distributed.ProcessGroup:
     """The process group that a custom operator was called with; operators take names since groups are no values."""
-    return torch._C._distributed_c10d._resolve_process_group(name)
+    return torch._C._distributed_c10d._resolve_process_group(cast(Any, name))
 
 
 def check_linear(operator: str, x: Tensor, weight: Tensor, name: str = "weight") -> None:

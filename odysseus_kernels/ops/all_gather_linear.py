@@ -87,7 +87,7 @@ def all_gather_linear(
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
     single = isinstance(weight, Tensor)
-    weights = [weight] if single else list(weight)
+    weights: list[Tensor] = [weight] if isinstance(weight, Tensor) else list(weight)
     if bias is None:
         biases: list[Tensor | None] = [None] * len(weights)
     else:

@@ -73,9 +73,7 @@ def zero3_linear(
     key = (config or OverlapConfig()).key()
     ahead = None if prefetch is None else prefetch.detach()
     ahead_backward = None if prefetch_backward is None else prefetch_backward.detach()
-    return torch.ops.odysseus.zero3_linear(
-        x, weight_shard, bias_shard, resolved.group_name, key, ahead, ahead_backward
-    )
+    return torch.ops.odysseus.zero3_linear(x, weight_shard, bias_shard, resolved.group_name, key, ahead, ahead_backward)
 
 
 @torch.library.custom_op("odysseus::zero3_linear", mutates_args=())
@@ -122,7 +120,10 @@ def _product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
 
 
 def _as_shard(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None or not tensor.is_contiguous() else tensor.unsqueeze(0)
+    """What can be sent ahead: only a tensor that the transport will be given again, and whose changes are counted."""
+    if tensor is None or not tensor.is_contiguous() or tensor.is_inference():
+        return None
+    return tensor.unsqueeze(0)
 
 
 def _whole(transport: Transport, call: Call) -> Tensor:
@@ -213,9 +214,9 @@ def _backward(
     dispatch(group, config, x.device, run)
     if bias_needed:
         total = incoming.sum(0, dtype=wide)
-        dbias = functional.reduce_scatter(
-            total, group, operator=_NAME, phase="backward", config=config
-        ).to(weight_shard.dtype)
+        dbias = functional.reduce_scatter(total, group, operator=_NAME, phase="backward", config=config).to(
+            weight_shard.dtype
+        )
     return [dx.to(x.dtype).view(x.shape if input_needed else (0,)), dweight, dbias]
 
 

@@ -112,9 +112,7 @@ def nan_empty() -> Iterator[None]:
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    deterministic: Any = (
-        torch.utils.deterministic
-    )  # a module whose class has the property; checkers see a plain module
+    deterministic: Any = torch.utils.deterministic  # a module whose class has the property; checkers see a plain module
     fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic.fill_uninitialized_memory = True

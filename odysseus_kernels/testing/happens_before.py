@@ -299,9 +299,7 @@ def _clocks(
             if missing[successor] == 0:
                 ready.append(successor)
     if done < len(flat):
-        stuck = [
-            str(flat[index]) for index, count in enumerate(missing) if count > 0 and flat[index].kind is Kind.WAIT
-        ]
+        stuck = [str(flat[index]) for index, count in enumerate(missing) if count > 0 and flat[index].kind is Kind.WAIT]
         raise ScheduleError(f"deadlock: these waits are on a cycle or behind one: {'; '.join(stuck[:4])}")
     return clocks, order
 

@@ -167,9 +167,7 @@ class RankPool:
                 channel.send_bytes(job)
         try:
             outcomes = self._collect(timeout or self.timeout, grace)
-        except (
-            BaseException
-        ):  # Ctrl-C: ranks are in the middle of something and would answer the next question wrongly
+        except BaseException:  # Ctrl-C: ranks are in the middle of something and would answer the next question wrongly
             self._stop(at_once=True)
             raise
         if not all(o.ok for o in outcomes):

@@ -40,9 +40,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "world_size"), [(name, size) for name, (_, sizes) in CASES.items() for size in sizes]
-)
+@pytest.mark.parametrize(("name", "world_size"), [(name, size) for name, (_, sizes) in CASES.items() for size in sizes])
 def test_step_equals_stock(ranks, name, world_size):
     case = CASES[name][0]
     expected = stock_step(case)

@@ -1,0 +1,110 @@
+"""One rank's view of its peers on a host: waits that end in an error with a name, and calls that are compared.
+
+Before the first signal of a peer is waited for in a call, that peer's *descriptor* of the call is compared with our
+own, so that ranks which disagree learn who differs instead of waiting for signals that never come.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
+from .transport import Call, describe_mismatch, signature_hash
+
+__all__ = ["Peers"]
+
+# How long a rank that noticed a disagreement waits for the other ranks' descriptors before it reports what it knows.
+_REPORT_WAIT_S = 2.0
+# A descriptor and a reason have a fixed place in the segment; longer text is cut.
+_SHORTAGE_CHARACTERS = 100
+_SIGNATURE_CHARACTERS = 270
+_REASON_CHARACTERS = 450
+_REPEATED = {kind.__name__: kind for kind in (RankMismatchError, CommunicationError)}
+
+
+class Peers:
+    """Signals, descriptors and errors of one group; ``host`` is the compiled ``SymmetricHost``, attached."""
+
+    def __init__(self, host: Any, rank: int, world: int) -> None:
+        self._host = host
+        self._rank = rank
+        self._others = [peer for peer in range(world) if peer != rank]
+        self._sequence = 0
+        self._checked: set[int] = set()
+
+    def begin(self, call: Call, extra: str, shortage: str) -> None:
+        """Posts what this rank calls next, and what it lacks for it (``""``: nothing)."""
+        signature = call.signature + extra
+        self._sequence += 1
+        self._checked.clear()
+        text = f"{_line(shortage, _SHORTAGE_CHARACTERS)}\n{_line(signature, _SIGNATURE_CHARACTERS)}"
+        self._host.post(self._sequence, signature_hash(signature), text)
+
+    def shortages(self, call: Call) -> dict[int, str]:
+        """What each rank lacks for the call, after all have begun it; ranks that lack nothing are left out."""
+        for peer in self._others:
+            self.check(call, peer)
+        found = {rank: self._posted(rank)[1] for rank in sorted([self._rank, *self._others])}
+        return {rank: shortage for rank, shortage in found.items() if shortage}
+
+    def check(self, call: Call, peer: int) -> None:
+        """Once for each peer and call: the peer must be in the same call as we are."""
+        if peer in self._checked:
+            return
+        answer = self._host.wait_posted(peer, self._sequence, call.config.timeout_s)
+        if answer[0] != "ok":
+            raise self._error(call, answer, peer, f"to begin call number {self._sequence} (signal posted)")
+        if self._posted(peer)[0] != self._posted(self._rank)[0]:
+            raise self._mismatch()
+        self._checked.add(peer)
+
+    def wait_ready(self, call: Call, owner: int, window: int, cell: int, value: int, what: str) -> None:
+        """Until ``owner`` has published ``value`` in a cell of its window; ``what`` names it in an error."""
+        self.check(call, owner)
+        answer = self._host.wait_ready(owner, window, cell, value, call.config.timeout_s)
+        if answer[0] != "ok":
+            signal = f"(signal ready, window {window}, cell {cell}, count {value})"
+            raise self._error(call, answer, owner, f"to publish {what} {signal}")
+
+    def wait_done(self, call: Call, reader: int, window: int, cell: int, value: int, what: str) -> None:
+        """Until ``reader`` has finished reading ``value`` in a cell of the own window."""
+        answer = self._host.wait_done(reader, window, cell, value, call.config.timeout_s)
+        if answer[0] != "ok":
+            signal = f"(signal done, window {window}, cell {cell}, count {value})"
+            raise self._error(call, answer, reader, f"to finish reading {what} {signal}")
+
+    def give_up(self, error: BaseException) -> None:
+        """Tells all peers that this rank has left the schedule, and why: they must not wait for it."""
+        repeated = isinstance(error, CommunicationError)
+        kind = type(error).__name__ if repeated else CommunicationError.__name__
+        self._host.fail(f"{kind}\n{_line(str(error) if repeated else repr(error), _REASON_CHARACTERS)}")
+
+    def _posted(self, rank: int) -> tuple[int, str, str]:
+        digest, text = self._host.descriptor(rank, self._sequence)
+        shortage, _, signature = text.partition("\n")
+        return digest, shortage, signature
+
+    def _mismatch(self) -> RankMismatchError:
+        calls = {}
+        for rank in sorted([self._rank, *self._others]):
+            if rank == self._rank or self._host.wait_posted(rank, self._sequence, _REPORT_WAIT_S)[0] == "ok":
+                digest, _, signature = self._posted(rank)
+                calls[rank] = (digest, signature)
+        return RankMismatchError(describe_mismatch(calls, self._sequence))
+
+    def _error(self, call: Call, answer: tuple[str, int], peer: int, what: str) -> CommunicationError:
+        status, rank = answer
+        where = f"{call.name}: rank {self._rank} waited for rank {peer} {what}"
+        if status == "timeout":
+            return SignalTimeoutError(f"{where}; it is alive and did not signal within {call.config.timeout_s:g} s")
+        if status == "failed":
+            kind, _, message = self._host.reason(rank).partition("\n")
+            if kind == RankMismatchError.__name__:
+                return RankMismatchError(message)
+            return PeerLostError(f"{where}; rank {rank} gave up: {message or 'no reason given'}")
+        return PeerLostError(f"{where}; the process of rank {rank} is gone")
+
+
+def _line(text: str, most: int) -> str:
+    flat = " ".join(text.split()).encode("ascii", "replace").decode()
+    return flat if len(flat) <= most else flat[: most - 3] + "..."
