@@ -66,6 +66,7 @@ class CollectiveTransport(Transport):
 
     def all_gather(self, call: Call, out: Tensor) -> None:
         assert call.gather is not None
+        call = dataclasses.replace(call, scatter=None)  # only this part is exchanged and counted here
         with self._lock, self._errors(call):
             self._take_ahead(call)
             self._handshake(call)
@@ -80,6 +81,7 @@ class CollectiveTransport(Transport):
             # Backends would add bf16 and fp16 in their own type; all-to-all sends the same bytes and we add in fp32.
             super().reduce_scatter(call, full)
             return
+        call = dataclasses.replace(call, gather=None)
         with self._lock, self._errors(call):
             self._handshake(call)
             out = scatter.out.view(-1)

@@ -222,10 +222,13 @@ class SymmetricHostTransport(Transport):
         try:
             for window, nbytes in growing.items():
                 if self._refused is not None and nbytes >= self._refused:
-                    raise MemoryError(f"{nbytes} bytes were refused before")
+                    shortage = f"{nbytes:,} bytes were refused before"
+                    break
                 self._windows.reserve(window, nbytes)
-        except (OSError, MemoryError) as error:
-            shortage = str(error) or repr(error)
+        except _ext.load().NoSpace as error:
+            shortage = f"{error.needed:,} bytes needed, {error.free:,} bytes free"
+        except OSError as error:
+            shortage = str(error)
         self._peers.begin(call, extra, shortage)
         if not growing:
             return
