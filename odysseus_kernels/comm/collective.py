@@ -65,12 +65,13 @@ class CollectiveTransport(Transport):
         return ahead
 
     def all_gather(self, call: Call, out: Tensor) -> None:
-        assert call.gather is not None
+        gather = call.gather
+        assert gather is not None
         call = dataclasses.replace(call, scatter=None)  # only this part is exchanged and counted here
         with self._lock, self._errors(call):
             self._take_ahead(call)
             self._handshake(call)
-            shard = call.gather.shard.contiguous()
+            shard = gather.shard.contiguous()
             self._wait(call, all_gather_single(out.view(-1), shard.view(-1), self._group, async_op=True))
         self._count(call)
 
