@@ -7,13 +7,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
   local candidate
-  for candidate in ${ODYSSEUS_PYTHON:-python3.11 python3 python3.12 python3.13 python3.10}; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+  for candidate in ${ODYSSEUS_PYTHON:-python3.11 python3 python3.12 python3.13}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       command -v "$candidate"
       return
     fi
   done
-  echo "setup: expected Python 3.10 or newer, found none; install python3.11 or set ODYSSEUS_PYTHON" >&2
+  echo "setup: expected Python 3.11 or newer, found none; install python3.11 or set ODYSSEUS_PYTHON" >&2
   return 1
 }
 
