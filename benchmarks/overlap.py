@@ -88,7 +88,7 @@ def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence
     return {
         "schema": SCHEMA,
         "kind": "memory" if arguments.memory else "overlap",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine.describe_machine(arguments.device),
         "load_before": round(arguments.load_before, 2),
         "versions": machine.versions(),
@@ -128,7 +128,7 @@ def print_document(document: dict[str, Any]) -> None:
 def write(document: dict[str, Any], folder: Path) -> list[Path]:
     """Writes the JSON file and, for times, the plot; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     path = folder / f"{document['kind']}-{stamp}.json"
     path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
     if document["kind"] == "memory":
