@@ -1,14 +1,52 @@
-"""torch.distributed's names that changed between the versions this package supports (2.9 and later)."""
+"""torch.distributed underneath: names that changed between versions, and waits that end.
+
+Supported are torch 2.9 and later.
+"""
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["all_gather_single", "reduce_scatter_single"]
+__all__ = ["WaitTimeoutError", "all_gather_single", "reduce_scatter_single", "wait"]
 
 # Renamed in 2.13, where the older names warn.
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# A backend notices a lost peer only where it talks to it: in a ring, the ranks next to it.  So every wait looks up.
+_SLICE_S = 0.2
+# A backend's clock overflows beyond centuries, and ``timeout_s`` may be infinite.
+_LONGEST_S = 1e6
+
+
+class WaitTimeoutError(TimeoutError):
+    """A collective was not complete in time."""
+
+
+def wait(work: dist.Work, timeout_s: float, look: Callable[[], None]) -> None:
+    """Waits for ``work``, calling ``look`` (which may raise) several times a second.
+
+    Raises:
+        WaitTimeoutError: not complete within ``timeout_s``.
+        RuntimeError: the backend's error.
+    """
+    deadline = time.monotonic() + min(timeout_s, _LONGEST_S)
+    while True:
+        left = max(deadline - time.monotonic(), 0.001)
+        try:
+            work.wait(datetime.timedelta(seconds=min(left, _SLICE_S)))
+            return
+        except RuntimeError as error:
+            if work.is_completed():
+                work.wait()  # complete after all, or failed: then this says how
+                return
+            if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
+                raise
+            if time.monotonic() >= deadline:
+                raise WaitTimeoutError(f"not complete within {timeout_s:g} s") from error
+        look()

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import math
+import weakref
 from collections.abc import Iterator
 from typing import Literal
 
@@ -23,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
-from .backend import all_gather_single, reduce_scatter_single
-from .membership import Member, lost_members
-from .reduce import PieceSum
+from .backend import WaitTimeoutError, all_gather_single, reduce_scatter_single, wait
+from .membership import Member, lost_members, lost_members_soon
+from .reduce import PieceSum, accumulator_dtype
 from .schedule import IN_FLIGHT, Kind, Step, Task, collective_schedule, piece_bounds
-from .transport import Call, Scatter, SentAhead, Transport, describe_mismatch, row_pieces, signature_hash
+from .transport import Call, Scatter, SentAhead, Transport, describe_mismatch, row_pieces, short_text, signature_hash
 
 __all__ = ["CollectiveTransport"]
 
@@ -45,20 +44,28 @@ class CollectiveTransport(Transport):
 
     def __init__(self, group: dist.ProcessGroup, members: list[Member]) -> None:
         super().__init__(group.rank(), group.size())
-        self._group = group
+        self._reference = weakref.ref(group)  # a destroyed group must be free to go
         self._members = members
         self._sequence = 0
         self._ahead: _Ahead | None = None
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group = self._reference()
+        assert group is not None, "a transport outlived its process group"
+        return group
 
     def _execute(self, call: Call) -> None:
         with self._errors(call):
             run = _Run(self, call)
             self._handshake(call, ", prefetched" if run.adopt(self._take_ahead(call)) else "")
-            self._ahead = run.steps()
+            ahead = run.steps()
+            if not call.keeps_ahead:
+                self._ahead = ahead
 
     def _take_ahead(self, call: Call) -> _Ahead | None:
-        """What was sent ahead, if this call gathers; it has arrived then, even if this call will not use it."""
-        if call.gather is None or self._ahead is None:
+        """What was sent ahead for this call; it has arrived then, even if this call will not use it."""
+        if self._ahead is None or call.keeps_ahead:
             return None
         ahead, self._ahead = self._ahead, None
         self._wait(call, ahead.work)
@@ -78,12 +85,13 @@ class CollectiveTransport(Transport):
     def reduce_scatter(self, call: Call, full: Tensor) -> None:
         scatter = call.scatter
         assert scatter is not None
-        if full.dtype not in (torch.float32, torch.float64) or not scatter.out.is_contiguous():
-            # Backends would add bf16 and fp16 in their own type; all-to-all sends the same bytes and we add in fp32.
+        if accumulator_dtype(full.dtype, call.config.reduce_dtype) != full.dtype or not scatter.out.is_contiguous():
+            # A backend adds in the tensors' own type; all-to-all sends the same bytes and we add in a wider one.
             super().reduce_scatter(call, full)
             return
         call = dataclasses.replace(call, gather=None)
         with self._lock, self._errors(call):
+            self._take_ahead(call)
             self._handshake(call)
             out = scatter.out.view(-1)
             self._wait(call, reduce_scatter_single(out, full.view(-1), group=self._group, async_op=True))
@@ -111,32 +119,46 @@ class CollectiveTransport(Transport):
         return everyone
 
     def _wait(self, call: Call, work: dist.Work) -> None:
-        seconds = min(call.config.timeout_s, datetime.timedelta.max.total_seconds() / 2)
-        work.wait(datetime.timedelta(seconds=math.ceil(seconds * 1000) / 1000))
+        def look() -> None:
+            gone = lost_members(self._members)
+            if gone:
+                raise self._lost(call, gone, "")
+
+        wait(work, call.config.timeout_s, look)
+
+    def _where(self, call: Call) -> str:
+        return f"{call.name}: rank {self.rank}, collective number {self._sequence} of its group"
+
+    def _lost(self, call: Call, gone: list[int], reason: str) -> PeerLostError:
+        ranks = ", ".join(f"rank {rank}" for rank in gone)
+        return PeerLostError(f"{self._where(call)}: the process of {ranks} is gone" + (reason and f" ({reason})"))
 
     @contextlib.contextmanager
     def _errors(self, call: Call) -> Iterator[None]:
-        """Turns the backend's errors into ours: which operator, which peer, which wait."""
+        """Turns the backend's errors into ours: which operator, which peer, which wait.
+
+        After a mismatch, which all ranks find before any data moves, the group is still in step.  After anything else
+        collectives of different calls may meet in it, so it is not used again (``broken``).
+        """
         try:
             yield
-        except CommunicationError as error:
-            self.broken = f"{call.name} failed: {error}"
+        except RankMismatchError:
             raise
-        except RuntimeError as error:
-            self.broken = f"{call.name} failed: {error}"
-            gone = lost_members(self._members)
-            reason = str(error).splitlines()[0][:300]
-            where = f"{call.name}: rank {self.rank}, collective number {self._sequence} of its group"
-            if gone:
-                ranks = ", ".join(f"rank {rank}" for rank in gone)
-                raise PeerLostError(f"{where}: the process of {ranks} is gone ({reason})") from error
-            if "timed out" in reason.lower() or "timeout" in reason.lower():
+        except BaseException as error:
+            self.broken = short_text(error)
+            if isinstance(error, CommunicationError) or not isinstance(error, (RuntimeError, WaitTimeoutError)):
+                raise
+            if isinstance(error, WaitTimeoutError):
                 raise SignalTimeoutError(
-                    f"{where}: not complete within {call.config.timeout_s:g} s and all known processes are alive: "
-                    f"a peer is stuck or makes other calls ({reason})"
+                    f"{self._where(call)}: {error}, and all known processes are alive: a peer is stuck, has not come, "
+                    f"or makes other calls"
                 ) from error
+            reason = str(error).splitlines()[0][:200]
             if isinstance(error, dist.DistError) or "gloo" in reason.lower() or "connection" in reason.lower():
-                raise PeerLostError(f"{where}: a peer left the group ({reason})") from error
+                gone = lost_members_soon(self._members)
+                if gone:
+                    raise self._lost(call, gone, reason) from error
+                raise PeerLostError(f"{self._where(call)}: a peer left the group ({reason})") from error
             raise
 
 
@@ -175,8 +197,7 @@ class _Run:
 
     def adopt(self, ahead: _Ahead | None) -> bool:
         """Takes over the first piece if it was sent ahead; says whether it was."""
-        gather = self._call.gather
-        if ahead is None or gather is None or not ahead.sent.is_of(gather.shard, self._pieces[Task.ALL_GATHER]):
+        if ahead is None or not ahead.sent.serves(self._call, self._pieces[Task.ALL_GATHER]):
             return False
         self._buffers["gathered", 0] = ahead.gathered
         self._work[Task.ALL_GATHER, 0] = ahead.work
@@ -220,7 +241,7 @@ class _Run:
         gathered = shard.new_empty(self._world * shard.shape[0] * most * shard.shape[2])
         target = gathered[: self._world * piece.numel()]
         work = all_gather_single(target, piece.view(-1), self._transport._group, async_op=True)
-        return _Ahead(SentAhead.of(shard, pieces), work, piece, gathered)
+        return _Ahead(SentAhead.of(self._call, shard, pieces), work, piece, gathered)
 
     def _block(self, name: str, piece: int, like: Tensor, rows: int, slots: int, most: int) -> Tensor:
         """Buffer ``name`` of ``piece``: [slots, batch, rows, width], made once for each of the pieces in flight."""

@@ -39,6 +39,7 @@ def all_gather(
     dim: int = 0,
     phase: Phase = "forward",
     config: OverlapConfig | None = None,
+    keeps_ahead: bool = False,
 ) -> Tensor:
     """All ranks' tensors concatenated along ``dim`` in rank order.
 
@@ -48,6 +49,7 @@ def all_gather(
         operator, phase: how the recorder counts it and errors name it.
         dim: dimension that grows from s to N * s.
         config: transport and timeout.
+        keeps_ahead: leaves what an operator has sent ahead to the operator that comes next.
 
     Raises:
         ValueError: see :func:`odysseus_kernels.comm.groups.resolve_group`.
@@ -65,7 +67,8 @@ def all_gather(
 
     def run(transport: Transport) -> None:
         shapes = f"tensor {list(tensor.shape)} {tensor.dtype}, dim {dim}"
-        transport.all_gather(Call(operator, phase, described, Gather(raw, _unused), shapes=shapes), out)
+        gather = Gather(raw, _unused)
+        transport.all_gather(Call(operator, phase, described, gather, shapes=shapes, keeps_ahead=keeps_ahead), out)
 
     dispatch(resolved, described, tensor.device, run)
     full = out.view(shard.dtype) if raw is not shard else out
@@ -80,12 +83,13 @@ def reduce_scatter(
     dim: int = 0,
     phase: Phase = "forward",
     config: OverlapConfig | None = None,
+    keeps_ahead: bool = False,
 ) -> Tensor:
     """This rank's slice along ``dim`` of the sum of all ranks' tensors, added in fp32 (fp64 for fp64).
 
     Args:
         tensor: [..., N * s, ...], the same shape and dtype on every rank.
-        group, operator, dim, phase, config: as in :func:`all_gather`; ``dim`` shrinks from N * s to s.
+        group, operator, dim, phase, config, keeps_ahead: as in :func:`all_gather`; ``dim`` shrinks from N * s to s.
 
     Raises:
         ValueError: ``dim`` does not divide by the number of ranks.
@@ -102,7 +106,8 @@ def reduce_scatter(
 
     def run(transport: Transport) -> None:
         shapes = f"tensor {list(tensor.shape)} {tensor.dtype}, dim {dim}"
-        transport.reduce_scatter(Call(operator, phase, described, None, Scatter(out, _unused), shapes), full)
+        scatter = Scatter(out, _unused)
+        transport.reduce_scatter(Call(operator, phase, described, None, scatter, shapes, keeps_ahead=keeps_ahead), full)
 
     dispatch(resolved, described, tensor.device, run)
     return out.view(*before, rows // world, *after)
@@ -136,11 +141,16 @@ def all_reduce(
     mine = tensor.new_empty((1, 1, rows))
     everyone = tensor.new_empty((world, 1, 1, rows))
 
-    def run(transport: Transport) -> None:
-        shapes = f"tensor {list(tensor.shape)} {tensor.dtype}"
-        call = Call(operator, phase, described, Gather(mine, _unused), Scatter(mine, _unused), shapes, "all_reduce")
-        transport.reduce_scatter(dataclasses.replace(call, gather=None), full.view(world, 1, 1, rows))
-        transport.all_gather(dataclasses.replace(call, scatter=None), everyone)
+    shapes = f"tensor {list(tensor.shape)} {tensor.dtype}"
+    scatter = Call(operator, phase, described, None, Scatter(mine, _unused), shapes, "all_reduce")
+    gather = Call(operator, phase, described, Gather(mine, _unused), None, shapes, "all_reduce")
 
-    dispatch(resolved, described, tensor.device, run)
+    def run_scatter(transport: Transport) -> None:
+        transport.reduce_scatter(scatter, full.view(world, 1, 1, rows))
+
+    def run_gather(transport: Transport) -> None:
+        transport.all_gather(gather, everyone)
+
+    dispatch(resolved, described, tensor.device, run_scatter)
+    dispatch(resolved, described, tensor.device, run_gather)
     return everyone.view(-1)[: tensor.numel()].view(tensor.shape)

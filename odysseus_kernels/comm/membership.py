@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import time
 from pathlib import Path
 
-__all__ = ["Member", "lost_members", "this_member"]
+__all__ = ["Member", "lost_members", "lost_members_soon", "this_member"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,16 @@ def lost_members(members: list[Member]) -> list[int]:
             if started != member.started or state in ("Z", "X", ""):
                 lost.append(rank)
     return lost
+
+
+def lost_members_soon(members: list[Member], seconds: float = 1.0) -> list[int]:
+    """:func:`lost_members`, given time: a dying process closes its connections before it is gone."""
+    deadline = time.monotonic() + seconds
+    while True:
+        lost = lost_members(members)
+        if lost or time.monotonic() > deadline:
+            return lost
+        time.sleep(0.02)
 
 
 def _state(pid: int) -> tuple[str, str]:

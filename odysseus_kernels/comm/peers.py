@@ -6,6 +6,7 @@ own, so that ranks which disagree learn who differs instead of waiting for signa
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
@@ -77,7 +78,8 @@ class Peers:
         """Tells all peers that this rank has left the schedule, and why: they must not wait for it."""
         repeated = isinstance(error, CommunicationError)
         kind = type(error).__name__ if repeated else CommunicationError.__name__
-        self._host.fail(f"{kind}\n{_line(str(error) if repeated else repr(error), _REASON_CHARACTERS)}")
+        with contextlib.suppress(RuntimeError):  # closed meanwhile, or a forked child: then nobody waits for us
+            self._host.fail(f"{kind}\n{_line(str(error) if repeated else repr(error), _REASON_CHARACTERS)}")
 
     def _posted(self, rank: int) -> tuple[int, str, str]:
         digest, text = self._host.descriptor(rank, self._sequence)

@@ -59,17 +59,21 @@ class CommRecorder:
     def bytes(self, *, operator: str | None = None, phase: str | None = None, collective: str | None = None) -> int:
         """Bytes sent by this rank, of all traffic that matches what is given."""
         wanted = {"operator": operator, "phase": phase, "collective": collective}
+        with _lock:
+            counted = list(self._bytes.items())
         return sum(
             count
-            for traffic, count in self._bytes.items()
+            for traffic, count in counted
             if all(value is None or getattr(traffic, name) == value for name, value in wanted.items())
         )
 
     def rows(self) -> list[dict[str, str | int]]:
         """One row for each kind of traffic: operator, phase, collective, transport, calls, bytes."""
+        with _lock:
+            counted = sorted(self._bytes)
         return [
             {**dataclasses.asdict(traffic), "calls": self._calls[traffic], "bytes": self._bytes[traffic]}
-            for traffic in sorted(self._bytes)
+            for traffic in counted
         ]
 
     def table(self) -> str:

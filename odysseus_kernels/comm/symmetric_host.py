@@ -25,7 +25,7 @@ from .leases import LeaseTable
 from .peers import Peers
 from .reduce import PieceSum
 from .schedule import SHARD, Kind, Schedule, Step, Task, publication, symmetric_schedule
-from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces
+from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces, short_text
 from .windows import PartialBuffer, ShardBuffer, Windows
 
 __all__ = ["SymmetricHostTransport", "window_bytes"]
@@ -33,15 +33,15 @@ __all__ = ["SymmetricHostTransport", "window_bytes"]
 # Rows of a piece below which a product loses more than the earlier start of the reduction wins.
 _PIECE_ROWS = 512
 _MAX_PIECES = 8
-_REASON_CHARACTERS = 1000
-# Address space is free until it is used, but not endless: 16 windows of 128 GiB for each of 16 ranks fit 47 bits.
-_MOST_WINDOW_BYTES = 1 << 37
+# Address space is free until it is used, but not endless: 16 windows of each rank, mapped by every rank, and several
+# groups in a process share 47 bits.
+_ALL_WINDOWS_BYTES = 1 << 40
 
 
-def window_bytes(directory: str) -> int:
+def window_bytes(directory: str, world: int) -> int:
     """Address space of one window: all that the file system could ever back."""
     status = os.statvfs(directory)
-    return max(4096, min(status.f_blocks * status.f_frsize, _MOST_WINDOW_BYTES))
+    return max(4096, min(status.f_blocks * status.f_frsize, _ALL_WINDOWS_BYTES // world))
 
 
 class Rendezvous(Protocol):
@@ -64,7 +64,7 @@ class _Buffers:
 
 
 class SymmetricHostTransport(Transport):
-    """Ranks of one host over shared memory; made by ``comm/groups.py``."""
+    """Ranks of one host over shared memory; made by ``comm/groups.py``.  ``completed`` counts its calls."""
 
     name = "symmetric"
 
@@ -75,6 +75,7 @@ class SymmetricHostTransport(Transport):
         self._peers = Peers(host, rank, world)
         self._windows = Windows(host, module.WINDOWS)
         self._leases = LeaseTable(module.WINDOWS, module.CELLS)
+        self.completed = 0
         self._refused: int | None = None
         self._ahead: tuple[SentAhead, ShardBuffer] | None = None
 
@@ -90,17 +91,17 @@ class SymmetricHostTransport(Transport):
         host: Any = None
         answer: dict[str, str]
         try:
-            host = _ext.load().SymmetricHost(rank, world, directory, window_bytes(directory), nonce)
+            host = _ext.load().SymmetricHost(rank, world, directory, window_bytes(directory, world), nonce)
             answer = {"path": host.path}
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            answer = {"error": f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]}
+            answer = {"error": short_text(error)}
         answers = [json.loads(text) for text in rendezvous(json.dumps(answer))]
         failure = ""
         if not any("error" in other for other in answers):
             try:
                 host.attach([other["path"] for other in answers])
             except (OSError, ValueError, RuntimeError) as error:
-                failure = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
+                failure = short_text(error)
         else:
             failure = answers[rank].get("error", "")
         # The second exchange is also what makes it safe to use the segments: all ranks have mapped them.
@@ -130,6 +131,7 @@ class SymmetricHostTransport(Transport):
     def _execute(self, call: Call) -> None:
         try:
             self._run(call)
+            self.completed += 1
         except CapacityExceededError:
             raise
         except BaseException as error:
@@ -169,7 +171,7 @@ class SymmetricHostTransport(Transport):
         new: list[ShardBuffer | PartialBuffer] = []
         gather_pieces = self._gather_pieces(call, gather.shard) if gather else 1
         scatter_pieces = self._scatter_pieces(call, scatter) if scatter else 1
-        taken = self._take_ahead(gather.shard, gather_pieces) if gather else None
+        taken = self._take_ahead(call, gather_pieces)
         schedule = symmetric_schedule(
             call.program,
             self.world,
@@ -315,17 +317,14 @@ class SymmetricHostTransport(Transport):
                 self._copy(call, step, buffer, shard)
             else:
                 self._set(step, buffer)
-        self._ahead = (SentAhead.of(shard, buffer.pieces), buffer)
+        self._ahead = (SentAhead.of(call, shard, buffer.pieces), buffer)
 
-    def _take_ahead(self, shard: Tensor, pieces: int) -> ShardBuffer | None:
-        """The window that already holds ``shard``, if it was sent ahead and has not changed since.
-
-        Anything else that was sent ahead is dropped: it was meant for this gather.
-        """
-        if self._ahead is None:
+    def _take_ahead(self, call: Call, pieces: int) -> ShardBuffer | None:
+        """The window that already holds the call's shard; anything else that was sent ahead is dropped."""
+        if self._ahead is None or call.keeps_ahead:
             return None
         (sent, buffer), self._ahead = self._ahead, None
-        if sent.is_of(shard, pieces):
+        if sent.serves(call, pieces):
             return buffer
         self._leases.give_back(buffer.lease, (buffer.pieces,), ())
         return None

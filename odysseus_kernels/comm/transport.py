@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..config import OverlapConfig
@@ -45,7 +46,7 @@ class Gather:
         shard: [batch, rows, width], contiguous; this rank's.
         consume: ``consume(source, start, stop, block)`` with ``block`` [batch, stop - start, width], contiguous or a
             slice along rows of a contiguous tensor: rows ``start`` to ``stop`` of rank ``source``'s shard.
-        prefetch: shard that the next gather is expected to be for, to be sent ahead while this call computes.
+        prefetch: shard that the next call is expected to gather, to be sent ahead while this call computes.
     """
 
     shard: Tensor
@@ -76,6 +77,7 @@ class Call:
         config: the caller's settings; ``mode`` has been decided, it is not ``"auto"`` here.
         gather, scatter: what is communicated; if both, the shards travel while the scattered product runs.
         shapes: what the user passed, in the user's words, for the message when ranks disagree.
+        keeps_ahead: what was sent ahead stays for the call after this one; any other call takes it or drops it.
         collective: name to record instead of ``all_gather`` and ``reduce_scatter`` (``all_reduce`` is both).
     """
 
@@ -86,6 +88,7 @@ class Call:
     scatter: Scatter | None = None
     shapes: str = ""
     collective: str | None = None
+    keeps_ahead: bool = False
 
     @property
     def program(self) -> Program:
@@ -99,9 +102,13 @@ class Call:
         parts = [f"{self.operator} {self.phase}", self.shapes]
         if self.gather is not None:
             parts.append(f"gathers {_describe(self.gather.shard)}")
+            if self.gather.prefetch is not None:
+                parts.append(f"sends ahead {_describe(self.gather.prefetch)}")
         if self.scatter is not None:
             parts.append(f"scatters {_describe(self.scatter.out)}")
         parts.append(f"{self.config.mode}, chunks_per_rank={self.config.chunks_per_rank}")
+        if self.config.reduce_dtype != torch.float32:
+            parts.append(f"reduce_dtype={self.config.reduce_dtype}")
         return ", ".join(part for part in parts if part)
 
     @property
@@ -123,21 +130,26 @@ def signature_hash(signature: str) -> int:
 class SentAhead:
     """A shard that was prefetched, as it was then.
 
-    It is held until the next gather takes or drops it, so that its memory cannot become another tensor's meanwhile:
-    an equal address then means the same storage, and an equal version the same values.
+    It serves the very next call of the same phase, or nothing: no optimizer's step lies between two calls of one
+    backward pass, or of one forward pass.  (Versions alone would not tell: an optimizer changes the local tensor of a
+    DTensor without counting.)  The shard is held meanwhile, so that its memory cannot become another tensor's: an
+    equal address then means the same storage.
     """
 
     shard: Tensor
     version: int
     pieces: int
+    phase: str
 
     @staticmethod
-    def of(shard: Tensor, pieces: int) -> SentAhead:
-        return SentAhead(shard, shard._version, pieces)
+    def of(call: Call, shard: Tensor, pieces: int) -> SentAhead:
+        return SentAhead(shard, shard._version, pieces, call.phase)
 
-    def is_of(self, shard: Tensor, pieces: int) -> bool:
-        """Whether this is ``shard``, unchanged, cut into ``pieces``."""
-        mine = self.shard
+    def serves(self, call: Call, pieces: int) -> bool:
+        """Whether ``call`` gathers this shard, unchanged, cut into ``pieces``."""
+        if call.gather is None or call.phase != self.phase:
+            return False
+        mine, shard = self.shard, call.gather.shard
         return (
             mine.data_ptr() == shard.data_ptr()
             and mine.shape == shard.shape
@@ -251,6 +263,11 @@ class LocalTransport(Transport):
 def row_pieces(chunks_per_rank: int | Literal["auto"], rows: int, *, auto: int) -> int:
     """Pieces into which ``rows`` rows are cut: as configured, or ``auto``, never more than there are rows."""
     return max(1, min(auto if chunks_per_rank == "auto" else chunks_per_rank, rows))
+
+
+def short_text(error: BaseException, most: int = 600) -> str:
+    """An error in a line of ASCII that fits what ranks exchange."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".encode("ascii", "replace").decode()[:most]
 
 
 def describe_mismatch(calls: dict[int, tuple[int, str]], sequence: int) -> str:

@@ -28,6 +28,8 @@ def check_linear(operator: str, x: Tensor, weight: Tensor, name: str = "weight")
             )
     if weight.ndim != 2:
         raise ValueError(f"{operator}: expected {name} [out_features, in_features], got shape {list(weight.shape)}")
+    if 0 in weight.shape:
+        raise ValueError(f"{operator}: expected {name} with at least one row and column, got {list(weight.shape)}")
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{operator}: expected the last dimension of x to be {name}'s in_features {weight.shape[1]}, "

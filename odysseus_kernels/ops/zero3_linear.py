@@ -57,7 +57,7 @@ def zero3_linear(
         group: the ranks; None is the default group.
         config: mode, transport, pieces, time limit.
         prefetch: weight shard of the zero3_linear that every rank calls next with this group; it is sent ahead while
-            this product runs.  A shard that is not used next is dropped.
+            this product runs and must not change before that call.  If another call comes first, it is dropped.
         prefetch_backward: the same for the backward of this operator.
 
     Returns:
@@ -69,11 +69,22 @@ def zero3_linear(
     """
     check_linear(_NAME, x, weight_shard, "weight_shard")
     check_bias(_NAME, x, weight_shard, bias_shard, "bias_shard")
+    for name, ahead_shard in (("prefetch", prefetch), ("prefetch_backward", prefetch_backward)):
+        if ahead_shard is not None:
+            _check_prefetch(name, weight_shard, ahead_shard)
     resolved = resolve_group(group)
     key = (config or OverlapConfig()).key()
     ahead = None if prefetch is None else prefetch.detach()
     ahead_backward = None if prefetch_backward is None else prefetch_backward.detach()
     return torch.ops.odysseus.zero3_linear(x, weight_shard, bias_shard, resolved.group_name, key, ahead, ahead_backward)
+
+
+def _check_prefetch(name: str, weight_shard: Tensor, shard: Tensor) -> None:
+    if shard.ndim != 2 or shard.dtype != weight_shard.dtype or shard.device != weight_shard.device:
+        raise ValueError(
+            f"{_NAME}: expected {name} to be a weight shard [n/N, K] of dtype {weight_shard.dtype} on "
+            f"{weight_shard.device}, got {list(shard.shape)}, {shard.dtype} on {shard.device}"
+        )
 
 
 @torch.library.custom_op("odysseus::zero3_linear", mutates_args=())
@@ -93,7 +104,7 @@ def _forward(
     bias = None
     if bias_shard is not None:
         # n numbers: gathered whole, before the weight, so that each product can add its slice.
-        bias = functional.all_gather(bias_shard, group, operator=_NAME, config=config)
+        bias = functional.all_gather(bias_shard, group, operator=_NAME, config=config, keeps_ahead=True)
 
     def consume(source: int, start: int, stop: int, block: Tensor) -> None:
         columns = slice(source * features + start, source * features + stop)
@@ -214,9 +225,9 @@ def _backward(
     dispatch(group, config, x.device, run)
     if bias_needed:
         total = incoming.sum(0, dtype=wide)
-        dbias = functional.reduce_scatter(total, group, operator=_NAME, phase="backward", config=config).to(
-            weight_shard.dtype
-        )
+        dbias = functional.reduce_scatter(
+            total, group, operator=_NAME, phase="backward", config=config, keeps_ahead=True
+        ).to(weight_shard.dtype)
     return [dx.to(x.dtype).view(x.shape if input_needed else (0,)), dweight, dbias]
 
 
