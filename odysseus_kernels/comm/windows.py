@@ -47,7 +47,10 @@ class ShardBuffer:
 
 @dataclasses.dataclass
 class PartialBuffer:
-    """Outgoing partial results, one piece in each cell, and behind them the sum in progress, which only we touch."""
+    """Outgoing partial results, one piece in each cell, and behind them the sum in progress, which only we touch.
+
+    ``cells`` is 2, or 1 where a call sends a single piece.
+    """
 
     lease: Lease
     dtype: torch.dtype
@@ -55,6 +58,7 @@ class PartialBuffer:
     rows: int
     width: int
     pieces: int
+    cells: int
     held_bytes: int
     clean: bool = False
 
@@ -62,7 +66,8 @@ class PartialBuffer:
     def of(lease: Lease, out: Tensor, pieces: int, world: int, reduce_dtype: torch.dtype) -> PartialBuffer:
         held = PieceSum.held_bytes(out, world, reduce_dtype, -(-out.shape[1] // pieces))
         batch, rows, width = out.shape
-        return PartialBuffer(lease, out.dtype, batch, rows, width, pieces, held)
+        cells = min(PARTIAL_CELLS, pieces * (world - 1))
+        return PartialBuffer(lease, out.dtype, batch, rows, width, pieces, cells, held)
 
     @property
     def cell_bytes(self) -> int:
@@ -72,7 +77,7 @@ class PartialBuffer:
 
     @property
     def nbytes(self) -> int:
-        return PARTIAL_CELLS * self.cell_bytes + self.held_bytes
+        return self.cells * self.cell_bytes + self.held_bytes
 
     def bounds(self, piece: int) -> tuple[int, int]:
         return piece_bounds(self.rows, self.pieces, piece)
@@ -127,7 +132,7 @@ class Windows:
 
     def held(self, rank: int, buffer: PartialBuffer) -> Tensor:
         """Bytes for the sum in progress."""
-        start = PARTIAL_CELLS * buffer.cell_bytes
+        start = buffer.cells * buffer.cell_bytes
         return self.raw(rank, buffer.lease.window)[start : start + buffer.held_bytes]
 
     def clear(self) -> None:

@@ -18,7 +18,7 @@ def test_groups_side_by_side(ranks: RankPools) -> None:
 
 def test_group_made_again_under_its_name() -> None:
     for reasons in run_ranks(cases.made_again, 2, uuid.uuid4().hex, timeout=60):
-        # Given back with the group, not at the end of the process.  (The first group is still held by the test's ranks.)
+        # Given back with the group, not at the end of the process.  (The first group is held by the test's ranks.)
         assert reasons[1:] == ["the transport was closed"] * 2
 
 
