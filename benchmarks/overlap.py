@@ -113,7 +113,7 @@ def print_document(document: dict[str, Any]) -> None:
     notes = []
     if document["kind"] == "overlap":  # limits of memory hold for all shapes and ranks
         if given["size"] == "quick":
-            notes.append("quick: shapes are shorter than the contract's, figures are for orientation")
+            notes.append("quick: shapes are shorter than the contract's")
         if (given["ranks"], given["threads"], given["dtype"]) != (2, 1, "float32"):
             notes.append(f"limits are for {_CONTRACT}")
         if given["ranks"] * given["threads"] > place["cores"] and given["device"] == "cpu":
@@ -121,8 +121,12 @@ def print_document(document: dict[str, Any]) -> None:
         if document["load_before"] > _QUIET_LOAD:
             notes.append(f"the machine was busy: load {document['load_before']} before this run")
     note = "; ".join(notes)
-    show = report.print_memory if document["kind"] == "memory" else report.print_time
-    show(console, document["rows"], document["targets"], note=note)
+    if document["kind"] == "memory":
+        report.print_memory(console, document["rows"], document["targets"], note=note)
+        return
+    contract = (given["ranks"], given["threads"], given["dtype"]) == (2, 1, "float32")
+    judged = contract and given["size"] != "quick"
+    report.print_time(console, document["rows"], document["targets"], note=note, judged=judged)
 
 
 def write(document: dict[str, Any], folder: Path) -> list[Path]:

@@ -123,7 +123,9 @@ def judge_memory(rows: Sequence[Row]) -> list[Row]:
     return verdicts
 
 
-def print_time(console: Console, rows: Sequence[Row], verdicts: Sequence[Row], *, note: str) -> None:
+def print_time(
+    console: Console, rows: Sequence[Row], verdicts: Sequence[Row], *, note: str, judged: bool = True
+) -> None:
     """Two tables, of times and of ratios, and the section of targets."""
     columns = ("GEMM", "comm\nsym", "\ncoll", "unfused\nsym", "fused\nsym", "unfused\ncoll", "fused\ncoll", "torch")
     names = (
@@ -161,7 +163,7 @@ def print_time(console: Console, rows: Sequence[Row], verdicts: Sequence[Row], *
         ratios.add_row(*_label(row), *cells, _error(row))
     console.print(times, ratios)
     console.print(TIME_FOOTER, style="dim", soft_wrap=True)
-    _print_targets(console, verdicts, note, "{:.3f}")
+    _print_targets(console, verdicts, note, "{:.3f}", judged)
 
 
 def print_memory(console: Console, rows: Sequence[Row], verdicts: Sequence[Row], *, note: str) -> None:
@@ -182,17 +184,21 @@ def print_memory(console: Console, rows: Sequence[Row], verdicts: Sequence[Row],
     _print_targets(console, verdicts, note, "{:.2f}")
 
 
-def _print_targets(console: Console, verdicts: Sequence[Row], note: str, form: str) -> None:
+def _print_targets(console: Console, verdicts: Sequence[Row], note: str, form: str, judged: bool = True) -> None:
     if not verdicts:
         return
-    console.print(f"\n[bold]Must reach[/bold]{f'  ({note})' if note else ''}")
+    # Limits hold for the shapes and ranks that they were set for; other settings show figures, not verdicts.
+    title = "Must reach" if judged else "For orientation: the limits are for other settings than this run's"
+    console.print(f"\n[bold]{title}[/bold]{f'  ({note})' if note else ''}")
     for verdict in verdicts:
         if verdict["measured"] is None:
             outcome, measured = "[red]no figure: wrong result[/red]", "-"
         else:
             outcome = "[green]reached[/green]" if verdict["reached"] else "[red]missed[/red]"
             measured = form.format(verdict["measured"])
-        if verdict.get("rows_missed"):
+        if not judged and verdict["measured"] is not None:
+            outcome = ""
+        elif verdict.get("rows_missed"):
             outcome += f" in {verdict['rows_missed']} rows"
         if verdict.get("holds_weight_whole"):
             outcome += ", holds the weight whole"
