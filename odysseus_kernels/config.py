@@ -4,6 +4,8 @@
 variable                 meaning
 ======================== ============================================================================
 ODYSSEUS_SHM_DIR         directory of the symmetric host transport's segments (default ``/dev/shm``)
+ODYSSEUS_CACHE_DIR       directory of what was measured for ``mode="auto"`` (default ``~/.cache/odysseus_kernels``,
+                         or below XDG_CACHE_HOME)
 ======================== ============================================================================
 """
 
@@ -12,15 +14,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
 
-__all__ = ["Gathered", "Mode", "OverlapConfig", "TransportName", "shared_memory_directory"]
+__all__ = ["Gathered", "Mode", "OverlapConfig", "TransportName", "Tune", "cache_directory", "shared_memory_directory"]
 
-Mode = Literal["auto", "fused", "unfused"]
+Mode = Literal["auto", "fused", "tiles", "unfused"]
 TransportName = Literal["auto", "symmetric", "collective"]
 Gathered = Literal["regather", "save"]
+Tune = Literal["auto", "measure", "model"]
 
 _REDUCE_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
 
@@ -30,13 +34,22 @@ def shared_memory_directory() -> str:
     return os.environ.get("ODYSSEUS_SHM_DIR", "/dev/shm")
 
 
+def cache_directory() -> Path:
+    """Directory in which measured choices are kept."""
+    found = os.environ.get("ODYSSEUS_CACHE_DIR")
+    if found:
+        return Path(found)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "odysseus_kernels"
+
+
 @dataclasses.dataclass(frozen=True)
 class OverlapConfig:
     """How an operator communicates.
 
     Attributes:
-        mode: ``"fused"`` multiplies chunk by chunk as data arrives, ``"unfused"`` runs the collective and then the
-            product; ``"auto"`` fuses where that does not lose.
+        mode: ``"fused"`` multiplies chunk by chunk as data arrives, with the library's products; ``"tiles"`` runs one
+            kernel whose tiles wait and signal (CUDA, symmetric transport); ``"unfused"`` runs the collective and then
+            the product; ``"auto"`` takes what does not lose (see ``tune``; :func:`explain` says what it took).
         transport: ``"symmetric"`` maps every peer's buffers (one host), ``"collective"`` uses the process group's
             NCCL or Gloo; ``"auto"`` takes symmetric where it can and warns once where it cannot.
         chunks_per_rank: pieces into which one rank's shard is cut; ``"auto"`` chooses from the shape.
@@ -44,6 +57,9 @@ class OverlapConfig:
             gathered input of :func:`all_gather_linear` and saves one all-gather in backward.
         reduce_dtype: type in which partial results of several ranks are added (fp64 inputs always add in fp64).
         timeout_s: seconds after which a wait for a live peer becomes an error that names it.
+        tune: how ``mode="auto"`` chooses: ``"measure"`` times all modes at the first call of each shape and remembers
+            the fastest for this machine, ``"model"`` computes; ``"auto"`` measures on CUDA and computes on the CPU.
+        tile_bytes: most bytes that ``mode="tiles"`` may hold for chunks that arrive.
     """
 
     mode: Mode = "auto"
@@ -52,9 +68,11 @@ class OverlapConfig:
     gathered: Gathered = "regather"
     reduce_dtype: torch.dtype = torch.float32
     timeout_s: float = 600.0
+    tune: Tune = "auto"
+    tile_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        for name, choices in (("mode", Mode), ("transport", TransportName), ("gathered", Gathered)):
+        for name, choices in (("mode", Mode), ("transport", TransportName), ("gathered", Gathered), ("tune", Tune)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}: expected one of {get_args(choices)}, got {getattr(self, name)!r}")
         chunks = self.chunks_per_rank
@@ -64,17 +82,19 @@ class OverlapConfig:
             raise ValueError(f"reduce_dtype: expected torch.float32 or torch.float64, got {self.reduce_dtype}")
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s: expected seconds above 0, got {self.timeout_s!r}")
+        if isinstance(self.tile_bytes, bool) or not isinstance(self.tile_bytes, int) or self.tile_bytes < 0:
+            raise ValueError(f"tile_bytes: expected a whole number of bytes, got {self.tile_bytes!r}")
 
     def key(self) -> str:
         """This configuration as a string: what a custom operator takes, since it cannot take a dataclass."""
-        fields = (self.mode, self.transport, self.chunks_per_rank, self.gathered, self.reduce_dtype, self.timeout_s)
+        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return "|".join(str(field) for field in fields)
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def from_key(key: str) -> OverlapConfig:
         """The configuration that :meth:`key` turned into ``key``."""
-        mode, transport, chunks, gathered, reduce_dtype, timeout_s = key.split("|")
+        mode, transport, chunks, gathered, reduce_dtype, timeout_s, tune, tile_bytes = key.split("|")
         return OverlapConfig(
             mode=cast(Mode, mode),
             transport=cast(TransportName, transport),
@@ -82,4 +102,6 @@ class OverlapConfig:
             gathered=cast(Gathered, gathered),
             reduce_dtype=_REDUCE_DTYPES[reduce_dtype],
             timeout_s=float(timeout_s),
+            tune=cast(Tune, tune),
+            tile_bytes=int(tile_bytes),
         )

@@ -64,12 +64,16 @@ class Kind(enum.Enum):
     RELEASE = "release"
     ISSUE = "issue"
     FINISH = "finish"
+    RECORD = "record"
+    DEPEND = "depend"
 
 
 class Task(enum.Enum):
     """Which callback a COPY, COMPUTE, ISSUE or FINISH step stands for."""
 
     PUBLISH = "publish"
+    FETCH = "fetch"
+    PUSH = "push"
     CONSUME = "consume"
     PRODUCE = "produce"
     ADD = "add"
@@ -111,6 +115,8 @@ class Step:
         value: the word's value, counted from the start of the call.
         reads, writes: regions touched; the proof's subject.
         stream: queue within which steps run in order; on a CPU host there is one.
+        event: what a RECORD marks in its stream and a DEPEND of another stream waits for; each is recorded once.
+        inside: the step happens within a kernel that waits and signals by itself (``comm/device_schedule.py``).
     """
 
     kind: Kind
@@ -122,6 +128,8 @@ class Step:
     reads: tuple[Region, ...] = ()
     writes: tuple[Region, ...] = ()
     stream: str = "compute"
+    event: int = -1
+    inside: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,17 @@ from ..config import OverlapConfig
 from .recorder import Traffic, record
 from .schedule import Program
 
-__all__ = ["Call", "CapacityExceededError", "Gather", "LocalTransport", "Scatter", "SentAhead", "Transport"]
+__all__ = [
+    "Call",
+    "CapacityExceededError",
+    "Gather",
+    "LocalTransport",
+    "Scatter",
+    "SentAhead",
+    "TileGather",
+    "TileScatter",
+    "Transport",
+]
 
 Consume = Callable[[int, int, int, Tensor], None]
 Produce = Callable[[int, int, int, Tensor], None]
@@ -36,6 +46,58 @@ Produce = Callable[[int, int, int, Tensor], None]
 
 class CapacityExceededError(Exception):
     """Raised on all ranks alike before anything is sent: this call's buffers do not fit; use another transport."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TileGather:
+    """What one kernel needs that multiplies chunks as they arrive, tile by tile; all tensors lie on the device.
+
+    Attributes:
+        rank, world: which rank this is, of how many; chunks are visited in ring order.
+        local: [rows, width], this rank's chunk, there from the begin.
+        gathered: [world - 1, rows, width], the others' in the order of visits.
+        pieces: pieces into which a chunk is cut (``piece_bounds``); piece p has arrived once the chunk's word reaches
+            p + 1.
+        words: int32 [world - 1], one for each visit.
+        epoch: int32 [1]; words hold ``epoch * 256 + value``.
+        aborted: int32 [1]; not zero ends every wait.
+    """
+
+    rank: int
+    world: int
+    local: Tensor
+    gathered: Tensor
+    pieces: int
+    words: Tensor
+    epoch: Tensor
+    aborted: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class TileScatter:
+    """What one kernel needs that stores partial results where their owners receive them, tile by tile.
+
+    Attributes:
+        rank, world: which rank this is, of how many; targets follow in ring order, the own rows last.
+        own: [rows, width], this rank's part of its own rows.
+        slots: int64 [world], address of the contiguous [rows, width] that each target receives from this rank.
+        credits: int64 [world], address of the word that must reach ``credit_value`` before a target's slot is written.
+        credit_value: a value of an earlier use, below zero.
+        arrived: int64 [world], address of the word to set to ``arrived_value`` behind a target's last tile.
+        arrived_value: value of this use.
+        epoch, aborted: as in :class:`TileGather`.
+    """
+
+    rank: int
+    world: int
+    own: Tensor
+    slots: Tensor
+    credits: Tensor
+    credit_value: int
+    arrived: Tensor
+    arrived_value: int
+    epoch: Tensor
+    aborted: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +109,13 @@ class Gather:
         consume: ``consume(source, start, stop, block)`` with ``block`` [batch, stop - start, width], contiguous or a
             slice along rows of a contiguous tensor: rows ``start`` to ``stop`` of rank ``source``'s shard.
         prefetch: shard that the next call is expected to gather, to be sent ahead while this call computes.
+        tiles: what ``mode="tiles"`` calls instead of ``consume``: one kernel for all chunks.
     """
 
     shard: Tensor
     consume: Consume
     prefetch: Tensor | None = None
+    tiles: Callable[[TileGather], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +126,12 @@ class Scatter:
         out: [batch, rows, width], rows contiguous; receives the sum of what all ranks produce for this one.
         produce: ``produce(target, start, stop, block)`` writes this rank's part of rows ``start`` to ``stop`` of rank
             ``target``'s output into ``block`` [batch, stop - start, width], whatever it holds.
+        tiles: what ``mode="tiles"`` calls instead of ``produce``: one kernel for all targets.
     """
 
     out: Tensor
     produce: Produce
+    tiles: Callable[[TileScatter], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,6 +93,7 @@ class Event:
     value: int = 0
     reads: tuple[Access, ...] = ()
     writes: tuple[Access, ...] = ()
+    event: tuple[int, int] | None = None  # call and number of what a RECORD marks and a DEPEND waits for
 
     @property
     def signals(self) -> bool:
@@ -203,7 +204,7 @@ def prove(events: Sequence[Sequence[Event]]) -> int:
     """
     flat = [event for rank in events for event in rank]
     successors, waiting = _edges(flat)
-    clocks, order = _clocks(flat, successors, waiting)
+    clocks, order, sequence = _clocks(flat, successors, waiting)
 
     def before(a: int, b: int) -> bool:
         stream, position = order[a]
@@ -216,7 +217,7 @@ def prove(events: Sequence[Sequence[Event]]) -> int:
                 memory.setdefault((access.owner, access.window), ([], []))[kind].append((index, access))
     pairs = 0
     for reads, writes in memory.values():
-        writes.sort(key=lambda item: order[item[0]][1])
+        writes.sort(key=lambda item: sequence[item[0]])
         for position, (second, access) in enumerate(writes):
             for first, earlier in writes[:position]:
                 pairs += 1
@@ -226,8 +227,8 @@ def prove(events: Sequence[Sequence[Event]]) -> int:
             latest: tuple[int, Access] | None = None
             for writer, written in writes:
                 pairs += 1
-                if not written.overlaps(access):
-                    continue
+                if not written.overlaps(access) or writer == reader:
+                    continue  # what a step writes, it writes after it has read
                 if before(writer, reader):
                     latest = (writer, written)
                 elif not before(reader, writer):
@@ -245,6 +246,7 @@ def _edges(flat: Sequence[Event]) -> tuple[list[list[int]], list[int]]:
     waiting = [0] * len(flat)
     last: dict[tuple[int, str], int] = {}
     signals: dict[SharedWord, list[tuple[int, int]]] = defaultdict(list)
+    recorded: dict[tuple[int, tuple[int, int]], int] = {}
 
     def edge(a: int, b: int) -> None:
         successors[a].append(b)
@@ -255,6 +257,13 @@ def _edges(flat: Sequence[Event]) -> tuple[list[list[int]], list[int]]:
         if stream in last:
             edge(last[stream], index)
         last[stream] = index
+        if event.kind is Kind.RECORD and event.event is not None:
+            recorded[event.rank, event.event] = index
+        if event.kind is Kind.DEPEND and event.event is not None:
+            # In the order in which the host enqueues: a stream does not wait for an event that is not yet recorded.
+            if (event.rank, event.event) not in recorded:
+                raise ScheduleError(f"a stream depends on an event that is not recorded before: {event}")
+            edge(recorded[event.rank, event.event], index)
         if event.signals and event.word is not None:
             if event.word.writer != event.rank:
                 raise ScheduleError(f"a word is set by a rank that is not its writer: {event}")
@@ -262,7 +271,7 @@ def _edges(flat: Sequence[Event]) -> tuple[list[list[int]], list[int]]:
                 raise ScheduleError(f"a word does not grow: {event}")
             signals[event.word].append((event.value, index))
     for index, event in enumerate(flat):
-        if event.kind is Kind.WAIT and event.word is not None:
+        if event.kind is Kind.WAIT and event.word is not None and event.value > 0:  # words begin at 0
             enough = [signal for value, signal in signals[event.word] if value >= event.value]
             if not enough:
                 raise ScheduleError(f"a wait has no signal: {event}")
@@ -272,8 +281,8 @@ def _edges(flat: Sequence[Event]) -> tuple[list[list[int]], list[int]]:
 
 def _clocks(
     flat: Sequence[Event], successors: list[list[int]], waiting: list[int]
-) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Vector clock of each event, one entry for each stream, and each event's own (stream, position)."""
+) -> tuple[list[list[int]], list[tuple[int, int]], list[int]]:
+    """Vector clock of each event, an entry for each stream; its (stream, position); its place in one total order."""
     streams = {key: number for number, key in enumerate(dict.fromkeys((e.rank, e.stream) for e in flat))}
     counters = [0] * len(streams)
     order = []
@@ -284,10 +293,12 @@ def _clocks(
     clocks = [[0] * len(streams) for _ in flat]
     missing = list(waiting)
     ready = [index for index, count in enumerate(missing) if count == 0]
+    sequence = [0] * len(flat)
     done = 0
     while ready:
         index = ready.pop()
         done += 1
+        sequence[index] = done
         stream, position = order[index]
         clocks[index][stream] = position
         for successor in successors[index]:
@@ -301,11 +312,13 @@ def _clocks(
     if done < len(flat):
         stuck = [str(flat[index]) for index, count in enumerate(missing) if count > 0 and flat[index].kind is Kind.WAIT]
         raise ScheduleError(f"deadlock: these waits are on a cycle or behind one: {'; '.join(stuck[:4])}")
-    return clocks, order
+    return clocks, order, sequence
 
 
 def interleave(events: Sequence[Sequence[Event]], seed: int) -> None:
-    """Runs all ranks in one random order that the signals allow, checking what every read finds.
+    """Runs all sequences in one random order that signals and events allow, checking what every read finds.
+
+    A sequence is a rank's events, or those of one stream of it.
 
     Raises:
         ScheduleError: no rank can go on, or a read found other data than was meant.
@@ -313,27 +326,33 @@ def interleave(events: Sequence[Sequence[Event]], seed: int) -> None:
     choose = random.Random(seed)
     position = [0] * len(events)
     words: dict[SharedWord, int] = defaultdict(int)
+    recorded: set[tuple[int, tuple[int, int]]] = set()
+
+    def enabled(event: Event) -> bool:
+        if event.kind is Kind.DEPEND and event.event is not None:
+            return (event.rank, event.event) in recorded
+        return event.kind is not Kind.WAIT or event.word is None or words[event.word] >= event.value
+
     # Memory of a window: what each part holds, as long as the layout is that of the last write.
     memory: dict[tuple[int, int], dict[int, Access]] = defaultdict(dict)
     while True:
         unfinished = [rank for rank, at in enumerate(position) if at < len(events[rank])]
         if not unfinished:
             return
-        able = [rank for rank in unfinished if _enabled(events[rank][position[rank]], words)]
+        able = [rank for rank in unfinished if enabled(events[rank][position[rank]])]
         if not able:
             stuck = "; ".join(str(events[rank][position[rank]]) for rank in unfinished[:4])
             raise ScheduleError(f"deadlock: no rank can go on: {stuck}")
         rank = choose.choice(able)
         # Long runs of one rank find more than fair turns do.
         for _ in range(choose.choice((1, 1, 2, 5, 50))):
-            if position[rank] == len(events[rank]) or not _enabled(events[rank][position[rank]], words):
+            if position[rank] == len(events[rank]) or not enabled(events[rank][position[rank]]):
                 break
-            _perform(events[rank][position[rank]], words, memory)
+            event = events[rank][position[rank]]
+            if event.kind is Kind.RECORD and event.event is not None:
+                recorded.add((event.rank, event.event))
+            _perform(event, words, memory)
             position[rank] += 1
-
-
-def _enabled(event: Event, words: dict[SharedWord, int]) -> bool:
-    return event.kind is not Kind.WAIT or event.word is None or words[event.word] >= event.value
 
 
 def _perform(event: Event, words: dict[SharedWord, int], memory: dict[tuple[int, int], dict[int, Access]]) -> None:

@@ -1,0 +1,222 @@
+"""What one call on a device works with: memory, the operator's callbacks, and the kernel that replaces them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import CommunicationError
+from .device_schedule import FINAL, PREVIOUS_USE, RECEIVE, SLOT, STAGE, receive_part
+from .lowering import Block, Operations, Places, Plan
+from .schedule import SHARD, Region, Step, Task
+from .transport import Call, Gather, Scatter, TileGather, TileScatter
+
+__all__ = ["Device", "Scratch", "check_tiles", "describe_wait", "tile_callback"]
+
+
+class Device(Places, Protocol):
+    """One rank's device, and the memory of all ranks that it reaches.
+
+    ``comm/symmetric_cuda.py`` has GPUs, ``testing/simulated_device.py`` a simulation of them on a CPU.
+    """
+
+    def operations(self) -> Operations:
+        """New, empty operations."""
+
+    def streams(self) -> list[int]:
+        """Handles, in the order of ``STREAMS``; the first is the caller's current one."""
+
+    def call(self, callback: Callable[[], None]) -> None:
+        """Enqueues what ``callback`` does on the caller's stream."""
+
+    def scratch(self, nbytes: int) -> Tensor:
+        """Uninitialised bytes for one call."""
+
+    def backed(self, kind: str, window: int) -> int:
+        """Bytes of a window that all ranks have."""
+
+    def grow(self, call: Call, sizes: dict[tuple[str, int], int]) -> None:
+        """Makes windows (kind, index) larger, together with all ranks, or raises CapacityExceededError on all."""
+
+    def word_tensor(self, kind: str, window: int) -> Tensor:
+        """Local words of a window, int32 [world]."""
+
+    def epoch_tensor(self, kind: str, window: int) -> Tensor:
+        """How often a window was used, int32 [1]."""
+
+    def aborted_tensor(self) -> Tensor:
+        """Not zero once a wait gave up, int32 [1]."""
+
+    def word_addresses(self, kind: str, window: int, which: Literal["waited", "set"]) -> Tensor:
+        """For each peer, the address of the word that we wait for or set in it, int64 [world]."""
+
+    def addresses(self, values: Sequence[int]) -> Tensor:
+        """``values`` as an int64 tensor of the device; the same tensor for the same values."""
+
+    def capturing(self) -> bool:
+        """Whether the caller's stream is being captured into a graph."""
+
+    def begin(self, call: Call, extra: str) -> None:
+        """Says what this rank calls next.  CommunicationError if a peer is known to call something else or is gone."""
+
+    def failure(self, waits: Sequence[str]) -> CommunicationError | None:
+        """What made a wait on the device give up, if one did; ``waits`` describes each tag."""
+
+    def synchronize(self) -> None:
+        """Waits until all that was enqueued has happened."""
+
+    def close(self) -> None:
+        """Gives back what is held."""
+
+
+class Scratch:
+    """Memory and callbacks of one call.
+
+    ``whole`` [world, batch, rows, width] replaces slots and stages where a collective moves all chunks at once.
+    """
+
+    def __init__(self, gather: Gather | None, scatter: Scatter | None, whole: Tensor | None = None) -> None:
+        self.gather, self.scatter, self.whole = gather, scatter, whole
+        self.shard: Block | None = None
+        self.out: Block | None = None
+        self.ahead: Block | None = None
+        self.windows: dict[str, int] = {}
+        self.tiles: Callable[[], None] | None = None
+        self._memory: dict[str, Tensor] = {}
+
+    @property
+    def blocks(self) -> tuple[Block | None, Block | None, Block | None]:
+        """What is gathered, scattered, sent ahead."""
+        return self.shard, self.out, self.ahead
+
+    def take(self, device: Device, plan: Plan) -> None:
+        """Takes the plan's scratch memory."""
+        for name, nbytes in ((SLOT, plan.slot_bytes), (STAGE, plan.stage_bytes)):
+            if nbytes:
+                self._memory[name] = device.scratch(nbytes)
+
+    def bases(self) -> list[int]:
+        """Addresses in the order of ``BASES``."""
+        whole = 0 if self.whole is None else self.whole.data_ptr()
+        local = {name: memory.data_ptr() for name, memory in self._memory.items()}
+        return [
+            0,
+            self.gather.shard.data_ptr() if self.gather is not None else 0,
+            local.get(SLOT, whole),
+            local.get(STAGE, whole),
+            self.scatter.out.data_ptr() if self.scatter is not None else 0,
+            self.gather.prefetch.data_ptr() if self.gather is not None and self.gather.prefetch is not None else 0,
+        ]
+
+    def slots(self, dtype: torch.dtype) -> Tensor:
+        """All slots, as elements."""
+        return self._memory[SLOT].view(dtype)
+
+    def callback(self, step: Step, rank: int) -> Callable[[], None]:
+        """What the operator does in ``step``."""
+        if step.inside:
+            assert self.tiles is not None
+            return self.tiles
+        own = step.rank == rank
+        if step.task is Task.CONSUME:
+            gather, shard = self.gather, self.shard
+            assert gather is not None and shard is not None
+            if own:
+                return lambda: gather.consume(rank, 0, shard.rows, gather.shard)
+            if self.whole is not None:
+                return _nothing
+            start, stop = shard.bounds(step.piece)
+            block = self._cell(SLOT, shard, step.reads[0], stop - start)
+            return lambda: gather.consume(step.rank, start, stop, block)
+        scatter, out = self.scatter, self.out
+        assert step.task is Task.PRODUCE and scatter is not None and out is not None
+        start, stop = out.bounds(step.piece)
+        if own:
+            return lambda: scatter.produce(rank, start, stop, scatter.out[:, start:stop])
+        if self.whole is not None:
+            return _nothing
+        stage = self._cell(STAGE, out, step.writes[0], stop - start)
+        return lambda: scatter.produce(step.rank, start, stop, stage)
+
+    def _cell(self, name: str, block: Block, region: Region, rows: int) -> Tensor:
+        begin = region.part * block.cell_bytes
+        nbytes = block.batch * rows * block.row_bytes
+        cell = self._memory[name][begin : begin + nbytes]
+        return cell.view(block.dtype).view(block.batch, rows, block.width)
+
+
+def _nothing() -> None:
+    """The chunk is in its place already."""
+
+
+def describe_wait(operator: str, step: Step, rank: int) -> str:
+    """What is waited for, as an error says it."""
+    word = step.word
+    assert word is not None
+    if word.is_ready and word.buffer != RECEIVE:
+        what = f"rank {word.owner} to publish chunk {word.owner}, piece {step.piece} of its shard"
+    elif word.is_ready:
+        what = f"rank {word.owner} to add up what it was sent before (chunk {word.owner}, piece {step.piece})"
+    elif word.buffer == RECEIVE:
+        what = f"rank {word.writer} to send its part of chunk {rank}, piece {step.piece}"
+    else:
+        what = f"rank {word.writer} to finish reading an earlier call's shard (chunk {rank})"
+    return f"{operator}: rank {rank} waited for {what}"
+
+
+# ---- one kernel that waits and signals by itself ---------------------------------------------------------------------
+
+
+def check_tiles(call: Call, world: int) -> None:
+    """ValueError if ``mode="tiles"`` cannot serve ``call``; the same on all ranks."""
+    parts = [part for part in (call.gather, call.scatter) if part is not None]
+    chunk = call.gather.shard if call.gather is not None else call.scatter.out if call.scatter is not None else None
+    if len(parts) != 1 or parts[0].tiles is None or chunk is None or chunk.shape[0] != 1:
+        raise ValueError(
+            f'{call.name}: expected mode "fused" or "unfused", got "tiles": its kernel serves one gather or one '
+            f"scatter of a sequence without a batch"
+        )
+    nbytes = (world - 1) * chunk.numel() * chunk.element_size()
+    if nbytes > call.config.tile_bytes:
+        raise ValueError(
+            f'{call.name}: expected mode "tiles" to need at most tile_bytes={call.config.tile_bytes:,} bytes for its '
+            f"chunks, got {nbytes:,}; raise tile_bytes or use another mode"
+        )
+
+
+def tile_callback(device: Device, call: Call, scratch: Scratch, rank: int, world: int) -> Callable[[], None]:
+    """The kernel of the operator, with all that it waits for and signals."""
+    gather, scatter = call.gather, call.scatter
+    if gather is not None and gather.tiles is not None and scratch.shard is not None:
+        window, pieces, serve = scratch.windows[SHARD], scratch.shard.pieces, gather.tiles
+        shard = gather.shard[0]
+
+        def consume() -> None:
+            gathered = scratch.slots(shard.dtype).view(world - 1, *shard.shape)
+            words = device.word_tensor(SHARD, window)[: world - 1]
+            epoch, aborted = device.epoch_tensor(SHARD, window), device.aborted_tensor()
+            serve(TileGather(rank, world, shard, gathered, pieces, words, epoch, aborted))
+
+        return consume
+    assert scatter is not None and scatter.tiles is not None and scratch.out is not None
+    window, cell, produce = scratch.windows[RECEIVE], scratch.out.cell_bytes, scatter.tiles
+    starts = [
+        0 if target == rank else device.window(target, RECEIVE, window) + receive_part(world, target, rank, 0) * cell
+        for target in range(world)
+    ]
+    tile_scatter = TileScatter(
+        rank,
+        world,
+        scatter.out[0],
+        device.addresses(starts),
+        device.word_addresses(RECEIVE, window, "waited"),
+        PREVIOUS_USE,
+        device.word_addresses(RECEIVE, window, "set"),
+        FINAL,
+        device.epoch_tensor(RECEIVE, window),
+        device.aborted_tensor(),
+    )
+    return lambda: produce(tile_scatter)

@@ -1,0 +1,278 @@
+"""The symmetric transport of devices with copy engines: schedules of ``comm/device_schedule.py``, executed.
+
+Concurrency contract.  Products run on the caller's current stream.  Copies, waits, signals and sums run on the
+transport's own streams of high priority, which leave the caller's stream at the begin of a call and join it at the end:
+what the caller enqueues next happens after the whole call, so memory that was used may be freed at once and the
+allocator needs to know nothing.  ``execute`` returns when everything is enqueued, not when it has happened; the host
+never waits for the device.  No SM is spent on moving data; waiting takes one small block, adding the rest of what
+products leave.
+
+Memory.  A rank's windows hold its published shard and what it receives (two sets of pieces, one from each peer); slots
+and stages are scratch memory of the call.  Windows grow with the first call that needs more, by agreement of all ranks.
+
+Errors.  A wait on the device is bounded (``config.timeout_s``).  One that gives up says so in memory that the host
+reads: at the next call, in :meth:`SymmetricDeviceTransport.synchronize`, or by the supervisor (``comm/supervisor.py``),
+which also ends waits for peers that are gone or make other calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+from torch import Tensor
+
+from ..errors import CommunicationError
+from .device_call import Device, Scratch, check_tiles, describe_wait, tile_callback
+from .device_schedule import AHEAD, MAX_PIECES, RECEIVE, device_schedule, drop_schedule, tile_schedule
+from .leases import Lease, LeaseTable
+from .lowering import WINDOWS, Block, Layout, Plan, lower, receive_bytes
+from .schedule import SHARD, Schedule, Step, Task
+from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces
+
+__all__ = ["SymmetricDeviceTransport"]
+
+# Rows of a piece below which a product of one piece fills no GPU.
+_PIECE_ROWS = 1024
+_SLOTS = 2
+_PLANS = 512
+
+
+class SymmetricDeviceTransport(Transport):
+    """Ranks whose devices reach one another's memory; made by ``comm/groups.py``."""
+
+    name = "symmetric"
+
+    def __init__(self, device: Device, rank: int, world: int) -> None:
+        super().__init__(rank, world)
+        self.completed = 0
+        self._device = device
+        self._leases = {SHARD: LeaseTable(WINDOWS, 0), RECEIVE: LeaseTable(WINDOWS, 0)}
+        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._waits: list[str] = []
+        self._ahead: tuple[SentAhead, Lease] | None = None
+
+    def close(self) -> None:
+        self.broken = self.broken or "the transport was closed"
+        self._ahead = None
+        for plan in self._plans.values():
+            plan.operations.close()
+        self._plans.clear()
+        self._device.close()
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(self._device.backed(kind, window) for kind in self._leases for window in range(WINDOWS))
+
+    def synchronize(self) -> None:
+        """Waits until everything that was enqueued has happened.
+
+        Raises:
+            CommunicationError: a wait on the device gave up; names the operator, the peer and what it waited for.
+        """
+        self._device.synchronize()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        failure = self._device.failure(self._waits)
+        if failure is not None:
+            self.broken = self.broken or str(failure)
+            raise failure
+
+    # ---- one call ----------------------------------------------------------------------------------------------------
+
+    def _execute(self, call: Call) -> None:
+        if call.config.mode == "tiles":
+            check_tiles(call, self.world)
+        self._run(call, Scratch(call.gather, call.scatter))
+
+    def all_gather(self, call: Call, out: Tensor) -> None:
+        gather = call.gather
+        assert gather is not None
+
+        def copy(source: int, start: int, stop: int, block: Tensor) -> None:
+            if source == self.rank:  # the others' come straight into place
+                out[source, :, start:stop].copy_(block)
+
+        call = dataclasses.replace(call, gather=dataclasses.replace(gather, consume=copy), scatter=None)
+        self._run_whole(call, out)
+
+    def reduce_scatter(self, call: Call, full: Tensor) -> None:
+        scatter = call.scatter
+        assert scatter is not None
+
+        def copy(target: int, start: int, stop: int, block: Tensor) -> None:
+            if target == self.rank:  # the others' leave from where they are
+                block.copy_(full[target, :, start:stop])
+
+        call = dataclasses.replace(call, gather=None, scatter=dataclasses.replace(scatter, produce=copy))
+        self._run_whole(call, full)
+
+    def _run_whole(self, call: Call, whole: Tensor) -> None:
+        assert whole.is_contiguous()
+        with self._lock:
+            self._run(call, Scratch(call.gather, call.scatter, whole))
+        self._count(call)
+
+    def _run(self, call: Call, scratch: Scratch) -> None:
+        self._raise_failure()
+        try:
+            plan, ended = self._prepare(call, scratch)
+            self._enqueue(call, plan, scratch)
+        except CommunicationError as error:
+            self.broken = str(error)
+            raise
+        for kind, lease in ended:
+            self._leases[kind].give_back(lease, (), ())
+        self.completed += 1
+
+    def _enqueue(self, call: Call, plan: Plan, scratch: Scratch) -> None:
+        device = self._device
+        scratch.take(device, plan)
+        streams, bases, timeout_s = device.streams(), scratch.bases(), call.config.timeout_s
+        for action in plan.actions:
+            if action.last > action.first:
+                plan.operations.run(action.first, action.last, streams, bases, timeout_s)
+            if action.step is not None:
+                device.call(scratch.callback(action.step, self.rank))
+
+    def _prepare(self, call: Call, scratch: Scratch) -> tuple[Plan, list[tuple[str, Lease]]]:
+        """Leases windows, lets ranks agree on the call, and finds or makes its plan."""
+        gather, scatter, whole = call.gather, call.scatter, scratch.whole is not None
+        tiles = call.config.mode == "tiles"
+        leases: dict[str, Lease] = {}
+        sizes: dict[tuple[str, int], int] = {}
+        ended: list[tuple[str, Lease]] = []
+        taken, ahead = None, self._ahead
+        if gather is not None:
+            scratch.shard = Block.of(gather.shard, self._gather_pieces(call, gather.shard))
+            taken = None if tiles or whole else self._take_ahead(call, scratch.shard.pieces)
+            leases[SHARD] = taken or self._leases[SHARD].lease()
+            sizes[SHARD, leases[SHARD].window] = scratch.shard.nbytes
+            ended.append((SHARD, leases[SHARD]))
+        if scatter is not None:
+            sets = 1 if tiles else 2
+            scratch.out = Block.of(scatter.out, 1 if tiles else self._scatter_pieces(call, scatter))
+            leases[RECEIVE] = self._leases[RECEIVE].lease()
+            sizes[RECEIVE, leases[RECEIVE].window] = receive_bytes(scratch.out, self.world, sets)
+            ended.append((RECEIVE, leases[RECEIVE]))
+        if gather is not None and gather.prefetch is not None and not (tiles or whole or self._device.capturing()):
+            scratch.ahead = Block.of(gather.prefetch, self._gather_pieces(call, gather.prefetch))
+            leases[AHEAD] = self._leases[SHARD].lease()
+            sizes[SHARD, leases[AHEAD].window] = scratch.ahead.nbytes
+            if not call.keeps_ahead:
+                self._ahead = (SentAhead.of(call, gather.prefetch, scratch.ahead.pieces), leases[AHEAD])
+        self._device.begin(call, ", prefetched" if taken else "")
+        grown = {place: size for place, size in sizes.items() if size > self._device.backed(*place)}
+        if grown:
+            try:
+                self._device.grow(call, grown)
+            except CapacityExceededError:
+                self._undo(leases, taken, ahead)
+                raise
+            self._forget(set(grown))
+        windows = {name: lease.window for name, lease in leases.items()}
+        scratch.windows = windows
+        key = (call.name, call.program, tiles, whole, scratch.blocks, tuple(windows.items()), taken is not None)
+        plan = self._plans.get(key)
+        if plan is None:
+            schedule = self._schedule(call, scratch, published=taken is not None)
+            plan = self._lower(call, schedule, scratch, "visits" if tiles else "ranks" if whole else "cells")
+            self._remember(key, plan)
+        scratch.tiles = tile_callback(self._device, call, scratch, self.rank, self.world) if tiles else None
+        return plan, ended
+
+    def _undo(self, leases: dict[str, Lease], taken: Lease | None, ahead: tuple[SentAhead, Lease] | None) -> None:
+        """Gives back what was leased for a call that was not made; what was sent ahead stays to be dropped."""
+        for name, lease in reversed(leases.items()):
+            if lease is not taken:
+                self._leases[RECEIVE if name == RECEIVE else SHARD].restore(lease)
+        self._ahead = ahead if taken is not None else None
+
+    def _schedule(self, call: Call, scratch: Scratch, *, published: bool) -> Schedule:
+        shard, out, ahead = scratch.blocks
+        gather_pieces = shard.pieces if shard else 1
+        if call.config.mode == "tiles":
+            return tile_schedule(call.program, self.world, self.rank, gather_pieces=gather_pieces)
+        slots = gather_pieces * (self.world - 1) if scratch.whole is not None else _SLOTS
+        return device_schedule(
+            call.program,
+            self.world,
+            self.rank,
+            gather_pieces=gather_pieces,
+            scatter_pieces=out.pieces if out else 1,
+            slots=min(slots, MAX_PIECES),
+            published=published,
+            ahead=ahead.pieces if ahead else 0,
+        )
+
+    def _lower(self, call: Call, schedule: Schedule, scratch: Scratch, layout: Layout) -> Plan:
+        shard, out, ahead = scratch.blocks
+        slots = max((s.writes[0].part + 1 for s in schedule.steps if s.task is Task.FETCH), default=0)
+        return lower(
+            schedule,
+            self._device.operations(),
+            self._device,
+            world=self.world,
+            rank=self.rank,
+            windows=scratch.windows,
+            shard=shard,
+            out=out,
+            ahead=ahead,
+            slots=slots,
+            layout=layout,
+            tag=lambda steps: self._tag(call, steps),
+            finished=[(kind, scratch.windows[kind]) for kind in (SHARD, RECEIVE) if kind in scratch.windows],
+        )
+
+    def _remember(self, key: Hashable, plan: Plan) -> None:
+        self._plans[key] = plan
+        # A captured graph keeps its own copy of what was enqueued; events and pacing belong to plans that still run.
+        while len(self._plans) > _PLANS:
+            self._plans.popitem(last=False)
+
+    def _forget(self, grown: set[tuple[str, int]]) -> None:
+        """Plans whose windows have moved."""
+        for key in [key for key in self._plans if self._uses(key, grown)]:
+            del self._plans[key]
+
+    @staticmethod
+    def _uses(key: Hashable, grown: set[tuple[str, int]]) -> bool:
+        assert isinstance(key, tuple)
+        return any((SHARD if name == AHEAD else name, window) in grown for name, window in key[5])
+
+    def _tag(self, call: Call, steps: Sequence[Step]) -> int:
+        for step in steps:
+            self._waits.append(describe_wait(call.name, step, self.rank))
+        return len(self._waits) - len(steps)
+
+    def _gather_pieces(self, call: Call, shard: Tensor) -> int:
+        # One: the local product comes first and takes longer than a piece.
+        return row_pieces(call.config.chunks_per_rank, shard.shape[1], auto=1)
+
+    def _scatter_pieces(self, call: Call, scatter: Scatter) -> int:
+        """As many as there are ranks: then what is on its way, sent and received, stays within two chunks."""
+        batch, rows, _ = scatter.out.shape
+        auto = max(1, min(self.world, batch * rows // _PIECE_ROWS))
+        return row_pieces(call.config.chunks_per_rank, rows, auto=auto)
+
+    # ---- a shard that was sent ahead ---------------------------------------------------------------------------------
+
+    def _take_ahead(self, call: Call, pieces: int) -> Lease | None:
+        """The window that already holds the call's shard; anything else that was sent ahead is dropped."""
+        if self._ahead is None or call.keeps_ahead or self._device.capturing():
+            return None
+        (sent, lease), self._ahead = self._ahead, None
+        if sent.serves(call, pieces):
+            return lease
+        nothing = Scratch(None, None)
+        nothing.windows = {SHARD: lease.window}
+        key = ("drop", "", False, False, (), tuple(nothing.windows.items()))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._lower(call, drop_schedule(self.world, self.rank), nothing, "cells")
+            self._remember(key, plan)
+        self._enqueue(call, plan, nothing)
+        self._leases[SHARD].give_back(lease, (), ())
+        return None

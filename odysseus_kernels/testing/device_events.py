@@ -1,0 +1,178 @@
+"""What ranks with copy engines really execute: the steps of ``comm/device_schedule.py`` in windows that are used again.
+
+:func:`bind_device` is the executor without data, for the proof in ``testing/happens_before.py``.  Every sequence of
+calls, and of replays of captured calls, is a sequence of uses of windows; the proof takes any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from ..comm.device_schedule import (
+    AHEAD,
+    COMPUTE,
+    EPOCH,
+    OUT,
+    RECEIVE,
+    SLOT,
+    STAGE,
+    device_schedule,
+    drop_schedule,
+    tile_schedule,
+)
+from ..comm.schedule import SHARD, ChunkOrder, Program, Region, Schedule, Step
+from .happens_before import Access, Event, SharedWord
+
+__all__ = ["DeviceCall", "bind_device", "by_stream", "collapsed"]
+
+_LOCAL = {SLOT: -1, STAGE: -2, OUT: -3}
+# Windows for shards and windows for partial results are different ones, and so are their words.
+_RECEIVE_WINDOWS = 1000
+_SLOT_CELLS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceCall:
+    """One call as far as its schedule depends on it.
+
+    Attributes:
+        program: what is communicated.
+        kind: chunk by chunk, by one kernel whose tiles wait, or the end of a shard that was sent ahead for nothing.
+        windows: index of the window of each buffer that the call uses.
+        published: the shard was sent ahead by an earlier call, into this window.
+        ahead: pieces of a shard that this call sends ahead.
+    """
+
+    program: Program
+    kind: Literal["chunks", "tiles", "drop"] = "chunks"
+    windows: tuple[int, int, int] = (0, 0, 1)  # of SHARD, RECEIVE, AHEAD
+    gather_pieces: int = 1
+    scatter_pieces: int = 1
+    slots: int = 2
+    order: ChunkOrder = "ring"
+    published: bool = False
+    ahead: int = 0
+
+    def schedule(self, world: int, rank: int) -> Schedule:
+        """The steps of one rank."""
+        if self.kind == "drop":
+            return drop_schedule(world, rank)
+        if self.kind == "tiles":
+            return tile_schedule(self.program, world, rank, order=self.order, gather_pieces=self.gather_pieces)
+        return device_schedule(
+            self.program,
+            world,
+            rank,
+            order=self.order,
+            gather_pieces=self.gather_pieces,
+            scatter_pieces=self.scatter_pieces,
+            slots=self.slots,
+            published=self.published,
+            ahead=self.ahead,
+        )
+
+    @property
+    def used(self) -> dict[str, int]:
+        """Window of each buffer whose use ends with this call."""
+        used = {}
+        if self.program in ("gather", "gather+scatter"):
+            used[SHARD] = self.windows[0]
+        if self.program in ("scatter", "gather+scatter"):
+            used[RECEIVE] = self.windows[1] + _RECEIVE_WINDOWS
+        return used
+
+
+Edit = Callable[[list[Step], int], list[Step]]
+
+
+def bind_device(world: int, calls: Sequence[DeviceCall], edit: Edit = lambda steps, rank: steps) -> list[list[Event]]:
+    """For each rank, the events of ``calls`` back to back, in the order in which its host enqueues them.
+
+    ``edit`` changes the steps of one call on one rank, to see whether the proof notices.
+    """
+    return [_bind(world, rank, calls, edit) for rank in range(world)]
+
+
+def _bind(world: int, rank: int, calls: Sequence[DeviceCall], edit: Edit) -> list[Event]:
+    epochs: dict[int, int] = defaultdict(int)
+    sent_ahead: dict[int, int] = {}  # by window: the call that sent the shard that lies there
+    events: list[Event] = []
+    for number, call in enumerate(calls):
+        publisher = sent_ahead.pop(call.windows[0], number) if call.published else number
+        if call.ahead:
+            sent_ahead[call.windows[2]] = number
+        bound = _BoundCall(world, rank, number, call, publisher, epochs)
+        events += [bound.event(step) for step in edit(list(call.schedule(world, rank).steps), rank)]
+        for window in call.used.values():
+            epochs[window] += 1
+    return events
+
+
+@dataclasses.dataclass(frozen=True)
+class _BoundCall:
+    """One call of one rank; ``publisher`` is the number of the call that published its shard."""
+
+    world: int
+    rank: int
+    number: int
+    call: DeviceCall
+    publisher: int
+    epochs: dict[int, int]
+
+    def window(self, buffer: str) -> int:
+        shard, receive, ahead = self.call.windows
+        return {RECEIVE: receive + _RECEIVE_WINDOWS, AHEAD: ahead}.get(buffer, shard)
+
+    def event(self, step: Step) -> Event:
+        word, value = None, 0
+        if step.word is not None:
+            window = self.window(step.word.buffer)
+            cell = step.word.cell + (_SLOT_CELLS if step.word.buffer == SLOT else 0)
+            word = SharedWord(step.word.owner, window, cell, step.word.writer)
+            value = self.epochs[window] * EPOCH + step.value
+        what = step.task.value if step.task else step.kind.value
+        return Event(
+            self.rank,
+            step.stream,
+            step.kind,
+            f"call {self.number}: {what} (rank {step.rank}, piece {step.piece}) in stream {step.stream}",
+            word,
+            value,
+            tuple(self.access(step, region) for region in step.reads),
+            tuple(self.access(step, region) for region in step.writes),
+            (self.number, step.event) if step.event >= 0 else None,
+        )
+
+    def access(self, step: Step, region: Region) -> Access:
+        buffer, meant = region.buffer, self.meant(step, region)
+        if buffer in _LOCAL:
+            # Memory that every call takes anew, which may be the same again.
+            return Access(self.rank, _LOCAL[buffer], self.number, buffer, region.part, meant)
+        made = self.publisher if buffer == SHARD else self.number
+        return Access(region.owner, self.window(buffer), made, SHARD if buffer == AHEAD else buffer, region.part, meant)
+
+    def meant(self, step: Step, region: Region) -> tuple[int, int]:
+        if region.buffer == RECEIVE:
+            # Written by its source for its owner; read by its owner.
+            own = region.owner == self.rank
+            return (step.piece, (self.rank - 1 - region.part % (self.world - 1)) % self.world if own else self.rank)
+        if region.buffer == OUT:
+            return (step.piece, self.rank)
+        return (step.piece, step.rank) if region.buffer in (SLOT, STAGE) else (region.part, region.owner)
+
+
+def by_stream(events: Sequence[Sequence[Event]]) -> list[list[Event]]:
+    """One sequence for each stream of each rank."""
+    streams: dict[tuple[int, str], list[Event]] = defaultdict(list)
+    for rank in events:
+        for event in rank:
+            streams[event.rank, event.stream].append(event)
+    return list(streams.values())
+
+
+def collapsed(events: Sequence[Sequence[Event]]) -> list[list[Event]]:
+    """All streams of a rank as one, in the order of enqueueing: what a device with a single hardware queue does."""
+    return [[dataclasses.replace(event, stream=COMPUTE) for event in rank] for rank in events]

@@ -1,0 +1,363 @@
+"""Devices with streams, simulated on a CPU: several ranks in one process, deferred, in any order that is allowed.
+
+Operations and callbacks are queued by stream, as on a GPU, and happen when :meth:`SimulatedMachine.run` is called: in a
+random order that streams, events and words allow.  The transport that drives a GPU drives this too, unchanged, so its
+buffers, counts and addresses are tested where no GPU is.  Memory that nobody wrote is NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import _ext
+from ..comm.device_schedule import COMPUTE, EPOCH, STREAMS
+from ..comm.lowering import WINDOWS, WORDS, Address, word_index
+from ..comm.transport import Call
+from ..errors import CommunicationError, SignalTimeoutError
+
+__all__ = ["SimulatedDevice", "SimulatedMachine"]
+
+_KINDS = ("shard", "receive")
+_Window = tuple[str, int]
+
+
+class _Event:
+    """One recording of an event."""
+
+    done = False
+
+
+@dataclasses.dataclass
+class _Item:
+    """What is queued: an effect, and what has to be true before."""
+
+    effect: Callable[[], None]
+    ready: Callable[[], bool] = lambda: True
+    event: _Event | None = None  # recorded by this item
+    after: _Event | None = None  # waited for by this item
+    gives_up: Callable[[], None] | None = None  # of a wait
+    label: str = ""
+
+
+class SimulatedMachine:
+    """All devices of a group, and their memory."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.words = [torch.zeros(len(_KINDS) * WINDOWS * WORDS * world, dtype=torch.int32) for _ in range(world)]
+        self.devices = [SimulatedDevice(self, rank) for rank in range(world)]
+        self._windows: dict[tuple[int, _Window], Tensor] = {}
+        self._queues: dict[tuple[int, int], deque[_Item]] = {}
+        self._kept: list[Tensor] = []
+        self._graphs: list[Tensor] = []  # memory of graphs, which lasts
+        self._captured: list[tuple[int, int, _Item]] | None = None
+
+    def window(self, rank: int, place: _Window, nbytes: int = 0) -> Tensor:
+        """A window's bytes, at least ``nbytes``."""
+        found = self._windows.get((rank, place))
+        if found is None or found.numel() < nbytes:
+            found = self._windows[rank, place] = self.keep(torch.full((max(nbytes, 1),), 0xFF, dtype=torch.uint8))
+        return found
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Holds memory for as long as something that is queued may use it."""
+        (self._graphs if self.capturing else self._kept).append(tensor)
+        return tensor
+
+    # ---- queues ------------------------------------------------------------------------------------------------------
+
+    def enqueue(self, rank: int, stream: int, item: _Item) -> None:
+        """Adds to a stream, or to what is being captured."""
+        if self._captured is not None:
+            self._captured.append((rank, stream, item))
+        else:
+            self._queues.setdefault((rank, stream), deque()).append(item)
+
+    @property
+    def capturing(self) -> bool:
+        return self._captured is not None
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """What ``enqueue`` queues, as a graph; calling the result queues it again."""
+        self._captured = []
+        try:
+            enqueue()
+            graph = self._captured
+        finally:
+            self._captured = None
+
+        def replay() -> None:
+            events: dict[int, _Event] = {}
+
+            def renewed(event: _Event | None) -> _Event | None:
+                return None if event is None else events.setdefault(id(event), _Event())
+
+            for rank, stream, item in graph:
+                again = dataclasses.replace(item, event=renewed(item.event), after=renewed(item.after))
+                self.enqueue(rank, stream, again)
+
+        return replay
+
+    def run(self, seed: int, *, give_up: bool = False) -> None:
+        """Empties all queues in a random order.
+
+        Args:
+            seed: of the order.
+            give_up: when nothing can go on, waits give up as after ``timeout_s``; else that is an AssertionError.
+        """
+        choose = random.Random(seed)
+        while any(self._queues.values()):
+            able = [queue for queue in self._queues.values() if queue and self._able(queue[0])]
+            if not able:
+                stuck = [queue[0] for queue in self._queues.values() if queue and queue[0].gives_up is not None]
+                assert give_up and stuck, f"deadlock: {[q[0].label for q in self._queues.values() if q]}"
+                for item in stuck:
+                    assert item.gives_up is not None
+                    item.gives_up()
+                continue
+            queue = choose.choice(able)
+            for _ in range(choose.choice((1, 1, 3, 50))):  # long runs of one stream find more than fair turns do
+                if not queue or not self._able(queue[0]):
+                    break
+                item = queue.popleft()
+                item.effect()
+                if item.event is not None:
+                    item.event.done = True
+        self._kept = [*self._graphs]
+        for (rank, place), tensor in self._windows.items():
+            self._windows[rank, place] = self.keep(tensor)
+
+    @staticmethod
+    def _able(item: _Item) -> bool:
+        return (item.after is None or item.after.done) and item.ready()
+
+
+class SimulatedDevice:
+    """One rank's device: what ``SymmetricDeviceTransport`` asks for."""
+
+    def __init__(self, machine: SimulatedMachine, rank: int) -> None:
+        self.machine, self.rank = machine, rank
+        self.aborted = torch.zeros(1, dtype=torch.int32)
+        self.error: tuple[int, int] | None = None  # tag and index of the first wait that gave up
+        self._epochs = {kind: torch.zeros(WINDOWS, dtype=torch.int32) for kind in _KINDS}
+        self._backed: dict[_Window, int] = {}
+        self.most_scratch = 0
+
+    def operations(self) -> _Operations:
+        return _Operations(self)
+
+    def streams(self) -> list[int]:
+        return list(range(len(STREAMS)))
+
+    def call(self, callback: Callable[[], None]) -> None:
+        self.machine.enqueue(self.rank, STREAMS.index(COMPUTE), _Item(callback, label="callback"))
+
+    def scratch(self, nbytes: int) -> Tensor:
+        self.most_scratch = max(self.most_scratch, nbytes)
+        return self.machine.keep(torch.full((nbytes,), 0xFF, dtype=torch.uint8))
+
+    def window(self, rank: int, kind: str, window: int) -> int:
+        return self.machine.window(rank, (kind, window)).data_ptr()
+
+    def words(self, rank: int) -> int:
+        return self.machine.words[rank].data_ptr()
+
+    def epoch(self, kind: str, window: int) -> int:
+        return self.epoch_tensor(kind, window).data_ptr()
+
+    def epoch_tensor(self, kind: str, window: int) -> Tensor:
+        return self._epochs[kind][window : window + 1]
+
+    def word_tensor(self, kind: str, window: int) -> Tensor:
+        start = word_index(self.machine.world, kind, window, 2, 0)
+        return self.machine.words[self.rank][start : start + self.machine.world]
+
+    def word_addresses(self, kind: str, window: int, which: Literal["waited", "set"]) -> Tensor:
+        world = self.machine.world
+        if which == "waited":
+            found = [self.words(self.rank) + 4 * word_index(world, kind, window, 0, peer) for peer in range(world)]
+        else:
+            found = [self.words(peer) + 4 * word_index(world, kind, window, 1, self.rank) for peer in range(world)]
+        return torch.tensor(found, dtype=torch.int64)
+
+    def addresses(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64)
+
+    def aborted_tensor(self) -> Tensor:
+        return self.aborted
+
+    def backed(self, kind: str, window: int) -> int:
+        return self._backed.get((kind, window), 0)
+
+    def grow(self, call: Call, sizes: dict[_Window, int]) -> None:
+        for place, nbytes in sizes.items():
+            self._backed[place] = nbytes
+            for rank in range(self.machine.world):
+                self.machine.window(rank, place, nbytes)
+
+    def capturing(self) -> bool:
+        return self.machine.capturing
+
+    def begin(self, call: Call, extra: str) -> None:
+        pass
+
+    def failure(self, waits: Sequence[str]) -> CommunicationError | None:
+        if self.error is None:
+            return None
+        tag, index = self.error
+        return SignalTimeoutError(waits[tag + index])
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Operations:
+    """The interface of the compiled ``cuda.Program``, on queues."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+        self._made: list[Callable[[list[int]], tuple[int, _Item]]] = []
+        self._events: dict[int, _Event] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def close(self) -> None:
+        self._made.clear()
+
+    def run(self, first: int, last: int, streams: list[int], bases: list[int], timeout_s: float) -> None:
+        assert 0 <= first <= last <= len(self._made) and timeout_s > 0
+        for make in self._made[first:last]:
+            stream, item = make(bases)
+            self._device.machine.enqueue(self._device.rank, streams[stream], item)
+
+    def copy(
+        self,
+        stream: int,
+        dst: Address,
+        src: Address,
+        row_bytes: int,
+        rows: int = 1,
+        dst_pitch: int = 0,
+        src_pitch: int = 0,
+        over_link: bool = False,
+    ) -> None:
+        def make(bases: list[int]) -> tuple[int, _Item]:
+            to, source = _address(bases, dst), _address(bases, src)
+
+            def effect() -> None:
+                for row in range(rows):
+                    there, here = to + row * (dst_pitch or row_bytes), source + row * (src_pitch or row_bytes)
+                    ctypes.memmove(there, here, row_bytes)
+
+            return stream, _Item(effect, label=f"copy of rank {self._device.rank}")
+
+        self._made.append(make)
+
+    def wait(self, stream: int, epoch: Address, words: list[Address], values: list[int], tag: int) -> None:
+        device = self._device
+
+        def make(bases: list[int]) -> tuple[int, _Item]:
+            def missing() -> list[int]:
+                base = _load(_address(bases, epoch)) * EPOCH
+                pairs = enumerate(zip(words, values, strict=True))
+                return [i for i, (word, value) in pairs if _load(_address(bases, word)) < base + value]
+
+            def gives_up() -> None:
+                device.error = device.error or (tag, missing()[0])
+                device.aborted.fill_(1)
+
+            ready = lambda: bool(device.aborted) or not missing()  # noqa: E731 - two closures of one line
+            return stream, _Item(_nothing, ready, gives_up=gives_up, label=f"wait {tag} of rank {device.rank}")
+
+        self._made.append(make)
+
+    def signal(self, stream: int, epoch: Address, words: list[Address], values: list[int]) -> None:
+        device = self._device
+
+        def make(bases: list[int]) -> tuple[int, _Item]:
+            def effect() -> None:
+                if not device.aborted:  # who gave up must not say that data is there
+                    for word, value in zip(words, values, strict=True):
+                        _store(_address(bases, word), _load(_address(bases, epoch)) * EPOCH + value)
+
+            return stream, _Item(effect, label=f"signal of rank {device.rank}")
+
+        self._made.append(make)
+
+    def advance(self, stream: int, epoch: Address) -> None:
+        def make(bases: list[int]) -> tuple[int, _Item]:
+            place = _address(bases, epoch)
+            return stream, _Item(lambda: _store(place, _load(place) + 1), label="advance")
+
+        self._made.append(make)
+
+    def reduce(
+        self,
+        stream: int,
+        out: Address,
+        out_dtype: str,
+        sources: list[Address],
+        source_dtype: str,
+        count: int,
+        rows: int = 1,
+        out_pitch: int = 0,
+        source_pitches: list[int] | None = None,
+    ) -> None:
+        pitches = source_pitches or [0] * len(sources)
+
+        def make(bases: list[int]) -> tuple[int, _Item]:
+            to, places = _address(bases, out), [_address(bases, source) for source in sources]
+
+            def effect() -> None:
+                for row in range(rows):
+                    begins = [place + row * pitch for place, pitch in zip(places, pitches, strict=True)]
+                    names = [source_dtype] * len(begins)
+                    _ext.load().reduce(to + row * out_pitch, out_dtype, begins, names, count)
+
+            return stream, _Item(effect, label=f"sum of rank {self._device.rank}")
+
+        self._made.append(make)
+
+    def record(self, stream: int, event: int) -> None:
+        def make(bases: list[int]) -> tuple[int, _Item]:
+            self._events[event] = _Event()
+            return stream, _Item(_nothing, event=self._events[event], label=f"record {event}")
+
+        self._made.append(make)
+
+    def depend(self, stream: int, event: int) -> None:
+        def make(bases: list[int]) -> tuple[int, _Item]:
+            # As a GPU does: the last recording so far, and none at all if there is none.
+            return stream, _Item(_nothing, after=self._events.get(event), label=f"depend {event}")
+
+        self._made.append(make)
+
+
+def _nothing() -> None:
+    """Waiting is all that it does."""
+
+
+def _address(bases: list[int], address: Address) -> int:
+    base, offset = address
+    assert base == 0 or bases[base], f"base {base} of an address was not given"
+    return bases[base] + offset
+
+
+def _load(address: int) -> int:
+    return ctypes.c_int32.from_address(address).value
+
+
+def _store(address: int, value: int) -> None:
+    ctypes.c_int32.from_address(address).value = value

@@ -1,0 +1,310 @@
+"""The transport that drives GPUs, on simulated devices: random orders, NaN where nobody wrote, exact results."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from odysseus_kernels.comm.schedule import piece_bounds
+from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
+from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.errors import CommunicationError, SignalTimeoutError
+from odysseus_kernels.testing.simulated_device import SimulatedMachine
+
+WIDTH = 3
+
+
+class Group:
+    """Ranks on one simulated machine; calls are enqueued rank by rank and run later."""
+
+    def __init__(self, world: int, seed: int = 0) -> None:
+        self.world = world
+        self.machine = SimulatedMachine(world)
+        self.transports = [SymmetricDeviceTransport(device, device.rank, world) for device in self.machine.devices]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.checks: list[Any] = []
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(dtype)
+
+    def run(self, seed: int) -> None:
+        self.machine.run(seed)
+        for check in self.checks:
+            check()
+        self.checks.clear()
+
+    # ---- calls with what must come of them ---------------------------------------------------------------------------
+
+    def gather_part(self, batch: int, rows: int, prefetch: list[Tensor] | None = None) -> tuple[list[Gather], Any]:
+        shards = [self.random(batch, rows, WIDTH) for _ in range(self.world)]
+        return self.gather_of(shards, prefetch)
+
+    def gather_of(self, shards: list[Tensor], prefetch: list[Tensor] | None = None) -> tuple[list[Gather], Any]:
+        seen = [torch.full((self.world, *shards[0].shape), torch.nan, dtype=torch.float64) for _ in shards]
+        order: list[list[int]] = [[] for _ in shards]
+
+        def consume(rank: int) -> Any:
+            def run(source: int, start: int, stop: int, block: Tensor) -> None:
+                assert block.shape == (shards[0].shape[0], stop - start, WIDTH)
+                seen[rank][source, :, start:stop] = block
+                order[rank].append(source)
+
+            return run
+
+        def check() -> None:
+            for rank in range(self.world):
+                assert torch.equal(seen[rank], torch.stack(shards))
+                assert list(dict.fromkeys(order[rank])) == [(rank + hop) % self.world for hop in range(self.world)]
+
+        ahead = prefetch or [None] * self.world
+        gathers = [Gather(shards[r], consume(r), ahead[r]) for r in range(self.world)]
+        return gathers, check
+
+    def scatter_part(self, batch: int, rows: int, dtype: torch.dtype = torch.float64) -> tuple[list[Scatter], Any]:
+        parts = [self.random(self.world, batch, rows, WIDTH, dtype=dtype) for _ in range(self.world)]
+        outs = [torch.full((batch, rows, WIDTH), torch.nan, dtype=dtype) for _ in range(self.world)]
+
+        def produce(rank: int) -> Any:
+            def run(target: int, start: int, stop: int, block: Tensor) -> None:
+                assert block.shape == (batch, stop - start, WIDTH)
+                block.copy_(parts[rank][target, :, start:stop])
+
+            return run
+
+        def check() -> None:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            for rank in range(self.world):
+                # In the order of the schedule: rank - 1 first, the own part last but one.
+                sources = [(rank - hop) % self.world for hop in range(1, self.world)]
+                total = torch.zeros((), dtype=wide)
+                for source in [*sources[:-1], rank, sources[-1]]:
+                    total = total + parts[source][rank].to(wide)
+                assert torch.equal(outs[rank], total.to(dtype))
+
+        return [Scatter(outs[rank], produce(rank)) for rank in range(self.world)], check
+
+    def enqueue(self, gathers: Any, scatters: Any, config: OverlapConfig, **options: Any) -> None:
+        for rank, transport in enumerate(self.transports):
+            gather = gathers[rank] if gathers else None
+            scatter = scatters[rank] if scatters else None
+            transport.execute(Call("operator", "forward", config, gather, scatter, **options))
+
+
+CONFIG = OverlapConfig(mode="fused", timeout_s=5.0)
+
+
+@pytest.mark.parametrize("world", (2, 3, 4, 5, 8))
+@pytest.mark.parametrize("pieces", ("auto", 1, 3, 64))
+def test_calls_back_to_back(world: int, pieces: Any) -> None:
+    """Every kind of call behind every other, with several batches, in random orders of everything that is allowed."""
+    config = dataclasses.replace(CONFIG, chunks_per_rank=pieces)
+    group = Group(world, seed=world)
+    choose = random.Random(world)
+    for round_ in range(6):
+        for _ in range(choose.randint(1, 5)):
+            batch, rows = choose.choice((1, 2)), choose.choice((1, 4, 7))
+            program = choose.choice(("gather", "scatter", "both"))
+            gathers = scatters = None
+            if program != "scatter":
+                gathers, check = group.gather_part(batch, rows)
+                group.checks.append(check)
+            if program != "gather":
+                scatters, check = group.scatter_part(batch, rows)
+                group.checks.append(check)
+            group.enqueue(gathers, scatters, config)
+        group.run(round_)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_sums_are_rounded_once_and_in_a_fixed_order(dtype: torch.dtype) -> None:
+    group = Group(4)
+    scatters, check = group.scatter_part(2, 5, dtype)
+    group.enqueue(None, scatters, dataclasses.replace(CONFIG, chunks_per_rank=2))
+    group.checks.append(check)
+    group.run(0)
+
+
+def test_slices_of_larger_outputs() -> None:
+    """Rows of an output may be followed by others: only the rows themselves are written."""
+    group = Group(3)
+    scatters, _ = group.scatter_part(2, 4)
+    outs = [torch.full((2, 9, WIDTH), 7.0, dtype=torch.float64) for _ in range(3)]
+    scatters = [dataclasses.replace(s, out=outs[rank][:, 2:6]) for rank, s in enumerate(scatters)]
+    group.enqueue(None, scatters, dataclasses.replace(CONFIG, chunks_per_rank=2))
+    group.run(1)
+    for out in outs:
+        assert not out.isnan().any() and not (out[:, 2:6] == 7).any()
+        assert (out[:, :2] == 7).all() and (out[:, 6:] == 7).all()
+
+
+@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.parametrize("batch", (1, 2))
+def test_unfused_twins_move_whole_tensors_in_place(world: int, batch: int) -> None:
+    group = Group(world)
+    for seed in range(3):
+        gathers, _ = group.gather_part(batch, 5)
+        wholes = [torch.full((world, batch, 5, WIDTH), torch.nan, dtype=torch.float64) for _ in range(world)]
+        for rank, transport in enumerate(group.transports):
+            transport.all_gather(Call("operator", "forward", CONFIG, gathers[rank]), wholes[rank])
+        scatters, _ = group.scatter_part(batch, 5)
+        fulls = [group.random(world, batch, 5, WIDTH) for _ in range(world)]
+        for rank, transport in enumerate(group.transports):
+            config = dataclasses.replace(CONFIG, chunks_per_rank=2)
+            transport.reduce_scatter(Call("operator", "backward", config, None, scatters[rank]), fulls[rank])
+        group.machine.run(seed)
+        for rank in range(world):
+            assert torch.equal(wholes[rank], torch.stack([gather.shard for gather in gathers]))
+            torch.testing.assert_close(scatters[rank].out, torch.stack(fulls).sum(0)[rank])
+    assert group.machine.devices[0].most_scratch == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_shard_sent_ahead_serves_the_next_call_or_none(seed: int) -> None:
+    group = Group(3, seed)
+    first = [group.random(1, 6, WIDTH) for _ in range(3)]
+    second = [group.random(1, 4, WIDTH) for _ in range(3)]
+    gathers, check = group.gather_of(first, prefetch=second)
+    group.enqueue(gathers, None, CONFIG)
+    group.checks.append(check)
+    if seed % 2:
+        group.run(seed)
+    gathers, check = group.gather_of(second, prefetch=first)  # the shard that was sent ahead
+    group.enqueue(gathers, None, CONFIG)
+    group.checks.append(check)
+    gathers, check = group.gather_part(1, 4)  # another one: what was sent ahead is dropped
+    group.enqueue(gathers, None, CONFIG)
+    group.checks.append(check)
+    scatters, check = group.scatter_part(1, 4)
+    group.enqueue(None, scatters, CONFIG)
+    group.checks.append(check)
+    group.run(seed)
+    for index in range(20):  # all windows once more
+        gathers, check = group.gather_part(1, 3 + index % 3)
+        group.enqueue(gathers, None, CONFIG)
+        group.checks.append(check)
+    group.run(seed)
+
+
+def test_a_captured_call_can_be_replayed() -> None:
+    """No count of the host is baked in: replays go between other calls, in any number."""
+    group = Group(3)
+    gathers, gather_check = group.gather_part(1, 4)
+    scatters, scatter_check = group.scatter_part(1, 4)
+    group.enqueue(gathers, scatters, CONFIG)  # windows exist before the capture
+    group.run(0)
+    replay = group.machine.capture(lambda: group.enqueue(gathers, scatters, CONFIG))
+    for seed in range(6):
+        for gather, scatter in zip(gathers, scatters, strict=True):
+            gather.shard.copy_(group.random(*gather.shard.shape))
+            scatter.out.fill_(torch.nan)
+        for _ in range(1 + seed % 3):
+            replay()
+        group.checks += [gather_check, scatter_check]
+        for _ in range(seed % 2):
+            others, check = group.gather_part(1, 4)
+            group.enqueue(others, None, CONFIG)
+            group.checks.append(check)
+        group.run(seed)
+
+
+def test_a_peer_that_never_comes_is_an_error_that_names_it() -> None:
+    group = Group(3)
+    gathers, _ = group.gather_part(1, 4)
+    for rank in (0, 1):
+        group.transports[rank].execute(Call("operator", "forward", CONFIG, gathers[rank]))
+    group.machine.run(0, give_up=True)
+    for rank in (0, 1):
+        expected = rf"operator \(forward\): rank {rank} waited for rank 2 to publish"
+        with pytest.raises(SignalTimeoutError, match=expected):
+            group.transports[rank].synchronize()
+        assert group.transports[rank].broken
+        with pytest.raises(CommunicationError):
+            group.transports[rank].execute(Call("operator", "forward", CONFIG, gathers[rank]))
+
+
+def test_memory_of_a_call_stays_within_two_chunks() -> None:
+    """Slots, stages and what is received, with as many pieces as ranks."""
+    world, rows = 4, 4096
+    group = Group(world)
+    scatters, check = group.scatter_part(1, rows)
+    group.enqueue(None, scatters, CONFIG)
+    group.checks.append(check)
+    group.run(0)
+    chunk = rows * WIDTH * 8
+    device = group.machine.devices[0]
+    assert device.most_scratch + group.transports[0].reserved_bytes <= 2 * chunk
+    gathers, check = group.gather_part(1, rows)
+    group.enqueue(gathers, None, CONFIG)
+    group.run(0)
+    assert device.most_scratch <= 2 * chunk
+
+
+# ---- one kernel that waits and signals -------------------------------------------------------------------------------
+
+
+def test_tile_gather_gets_chunks_in_the_order_of_visits() -> None:
+    world, rows, pieces = 4, 6, 3
+    group = Group(world)
+    config = OverlapConfig(mode="tiles", chunks_per_rank=pieces)
+    shards = [group.random(1, rows, WIDTH) for _ in range(world)]
+    for seed in range(3):
+        seen: list[TileGather] = []
+        for rank, transport in enumerate(group.transports):
+            gather = Gather(shards[rank], consume=None, tiles=seen.append)  # type: ignore[arg-type]
+            transport.execute(Call("operator", "forward", config, gather))
+        group.machine.run(seed)
+        for found in seen:
+            assert found.pieces == pieces and found.local.shape == (rows, WIDTH)
+            expected = [shards[(found.rank + visit) % world][0] for visit in range(1, world)]
+            assert torch.equal(found.gathered, torch.stack(expected))
+            # The kernel runs before the epoch advances; here everything has happened.
+            assert (found.words - (int(found.epoch) - 1) * 256 >= pieces).all()
+    assert piece_bounds(rows, pieces, pieces - 1)[1] == rows
+
+
+def test_tile_scatter_addresses_are_the_owners() -> None:
+    """A stand-in for the kernel stores and signals through the tables it is given."""
+    world, rows = 3, 5
+    group = Group(world)
+    config = OverlapConfig(mode="tiles")
+    for seed in range(4):
+        parts = [group.random(world, rows, WIDTH) for _ in range(world)]
+        outs = [torch.full((1, rows, WIDTH), torch.nan, dtype=torch.float64) for _ in range(world)]
+
+        def store(found: TileScatter, parts: list[Tensor] = parts) -> None:
+            word = ctypes.c_int32.from_address
+
+            found.own.copy_(parts[found.rank][found.rank])
+            for target in range(found.world):
+                if target == found.rank:
+                    continue
+                base = int(found.epoch) * 256
+                assert word(int(found.credits[target])).value >= base + found.credit_value
+                part = parts[found.rank][target].contiguous()
+                ctypes.memmove(int(found.slots[target]), part.data_ptr(), part.numel() * 8)
+                word(int(found.arrived[target])).value = base + found.arrived_value
+
+        for rank, transport in enumerate(group.transports):
+            scatter = Scatter(outs[rank], produce=None, tiles=store)  # type: ignore[arg-type]
+            transport.execute(Call("operator", "forward", config, None, scatter))
+        group.machine.run(seed)
+        for rank in range(world):
+            torch.testing.assert_close(outs[rank][0], torch.stack(parts).sum(0)[rank])
+
+
+def test_tiles_refuse_what_they_cannot_serve() -> None:
+    group = Group(2)
+    gathers, _ = group.gather_part(1, 4)
+    transport = group.transports[0]
+    with pytest.raises(ValueError, match='mode "fused" or "unfused"'):
+        transport.execute(Call("operator", "forward", OverlapConfig(mode="tiles"), gathers[0]))
+    gather = dataclasses.replace(gathers[0], tiles=lambda found: None)
+    with pytest.raises(ValueError, match="tile_bytes=95 "):
+        transport.execute(Call("operator", "forward", OverlapConfig(mode="tiles", tile_bytes=95), gather))
