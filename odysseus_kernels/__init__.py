@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .comm.groups import explain, synchronize
 from .comm.recorder import CommRecorder
 from .config import OverlapConfig
 from .errors import (
@@ -39,10 +40,12 @@ __all__ = [
     "RankMismatchError",
     "SignalTimeoutError",
     "all_gather_linear",
+    "explain",
     "linear_reduce_scatter",
     "parallelize",
     "sequence_loss",
     "shard_sequence",
+    "synchronize",
     "zero3_linear",
 ]
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from odysseus_kernels.errors import ExtensionNotBuiltError
 
-__all__ = ["available", "load", "why_unavailable"]
+__all__ = ["available", "has_cuda", "load", "why_no_cuda", "why_unavailable"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -49,3 +49,18 @@ def load() -> ModuleType:
     if module is None:
         raise ExtensionNotBuiltError(why_unavailable()) from error
     return module
+
+
+def has_cuda() -> bool:
+    """Whether the compiled module was built with its CUDA part (which needs nvcc, not a GPU)."""
+    return available() and hasattr(load(), "cuda")
+
+
+def why_no_cuda() -> str:
+    """One line that says why :func:`has_cuda` is false and what to do; empty where it is true."""
+    if has_cuda():
+        return ""
+    return why_unavailable() or (
+        "odysseus_kernels was built without its CUDA part; build it again with `pip install -e .` in the project's "
+        "folder where nvcc is found (CUDA_HOME, PATH or the wheel nvidia-cuda-nvcc) and ODYSSEUS_BUILD_CUDA is not 0"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from odysseus_kernels.testing.spawn import RankPools
 
@@ -14,3 +15,12 @@ def ranks() -> Iterator[RankPools]:
     """``ranks(world_size).run(function, *arguments)`` runs a module's function on that many ranks."""
     with RankPools(threads=1, timeout=120) as pools:
         yield pools
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are skipped where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU that torch can use"))

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-__all__ = ["WaitTimeoutError", "all_gather_single", "reduce_scatter_single", "wait"]
+__all__ = ["WaitTimeoutError", "all_gather_single", "exchange_device", "reduce_scatter_single", "wait"]
 
 # Renamed in 2.13, where the older names warn.
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -26,6 +27,13 @@ _LONGEST_S = 1e6
 
 class WaitTimeoutError(TimeoutError):
     """A collective was not complete in time."""
+
+
+def exchange_device(group: dist.ProcessGroup) -> torch.device:
+    """Where tensors lie by which ranks tell one another small things: the CPU if the group serves it."""
+    if torch.device("cpu") in group._device_types:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def wait(work: dist.Work, timeout_s: float, look: Callable[[], None]) -> None:

@@ -1,12 +1,14 @@
 """The collective transport: asynchronous collectives of a process group, a piece in flight while another multiplies.
 
-Concurrency contract.  The backend (Gloo's threads) moves data; callbacks run on the calling thread.  At most two
-pieces are in flight, each with its own buffers, and a buffer is written again only after the collective that used it
-has finished and its blocks were consumed; collectives are issued in the order of the schedule, the same on all ranks.
-Reduce-scatter travels as all-to-all: the same bytes, and the sum is ours, in fp32 and in a fixed order.
+Concurrency contract.  The backend moves data (Gloo's threads, or NCCL on a stream of its own: ``comm/lanes.py``);
+callbacks run on the calling thread and, on a GPU, on its current stream.  At most two pieces are in flight, each with
+its own buffers, and a buffer is written again only after the collective that used it has finished and its blocks were
+consumed; collectives are issued in the order of the schedule, the same on all ranks.  Reduce-scatter travels as
+all-to-all: the same bytes, and the sum is ours, in fp32 and in a fixed order.
 
 Before the data of a call moves, ranks exchange a hash of what they call (8 bytes each): collectives of different sizes
-would hang or mix data, where an error that names the rank is wanted.
+would hang or mix data, where an error that names the rank is wanted.  On a GPU they do so beside the calls
+(``comm/handshakes.py``).
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
-from .backend import WaitTimeoutError, all_gather_single, reduce_scatter_single, wait
+from .backend import WaitTimeoutError, all_gather_single, reduce_scatter_single
+from .handshakes import Handshakes
+from .lanes import Lane, make_lane
 from .membership import Member, lost_members, lost_members_soon
 from .reduce import PieceSum, accumulator_dtype
 from .schedule import IN_FLIGHT, Kind, Step, Task, collective_schedule, piece_bounds
@@ -48,6 +52,8 @@ class CollectiveTransport(Transport):
         self._members = members
         self._sequence = 0
         self._ahead: _Ahead | None = None
+        self._lane: Lane | None = None
+        self._handshakes: Handshakes | None = None  # on a GPU
 
     @property
     def _group(self) -> dist.ProcessGroup:
@@ -55,9 +61,33 @@ class CollectiveTransport(Transport):
         assert group is not None, "a transport outlived its process group"
         return group
 
+    def synchronize(self) -> None:
+        """Waits until a GPU has done what was enqueued; raises what went wrong, as the next call would."""
+        if self._lane is None or self._handshakes is None:
+            return
+        self._handshakes.finish(lambda: None)
+        torch.cuda.synchronize()
+        self._lane.check()
+
+    def close(self) -> None:
+        super().close()
+        if self._lane is not None:
+            self._lane.close()
+
+    def _begin(self, call: Call) -> Lane:
+        """Where the call's collectives travel."""
+        if self._lane is None:
+            part = call.gather.shard if call.gather is not None else call.scatter.out if call.scatter else None
+            assert part is not None
+            self._lane = make_lane(lambda: self._group, part.device, call.config.timeout_s)
+            if part.device.type != "cpu":
+                self._handshakes = Handshakes(self._group)
+        self._lane.check()
+        return self._lane
+
     def _execute(self, call: Call) -> None:
         with self._errors(call):
-            run = _Run(self, call)
+            run = _Run(self, call, self._begin(call))
             self._handshake(call, ", prefetched" if run.adopt(self._take_ahead(call)) else "")
             ahead = run.steps()
             if not call.keeps_ahead:
@@ -76,10 +106,14 @@ class CollectiveTransport(Transport):
         assert gather is not None
         call = dataclasses.replace(call, scatter=None)  # only this part is exchanged and counted here
         with self._lock, self._errors(call):
+            lane = self._begin(call)
             self._take_ahead(call)
             self._handshake(call)
             shard = gather.shard.contiguous()
-            self._wait(call, all_gather_single(out.view(-1), shard.view(-1), self._group, async_op=True))
+            self._wait(
+                call,
+                lane.issue(lambda: all_gather_single(out.view(-1), shard.view(-1), lane.group, async_op=True)),
+            )
         self._count(call)
 
     def reduce_scatter(self, call: Call, full: Tensor) -> None:
@@ -91,10 +125,14 @@ class CollectiveTransport(Transport):
             return
         call = dataclasses.replace(call, gather=None)
         with self._lock, self._errors(call):
+            lane = self._begin(call)
             self._take_ahead(call)
             self._handshake(call)
             out = scatter.out.view(-1)
-            self._wait(call, reduce_scatter_single(out, full.view(-1), group=self._group, async_op=True))
+            self._wait(
+                call,
+                lane.issue(lambda: reduce_scatter_single(out, full.view(-1), group=lane.group, async_op=True)),
+            )
         self._count(call)
 
     # ---- ranks that differ, peers that are gone ----------------------------------------------------------------------
@@ -102,6 +140,12 @@ class CollectiveTransport(Transport):
     def _handshake(self, call: Call, extra: str = "") -> None:
         self._sequence += 1
         signature = call.signature + extra
+        if self._handshakes is not None:
+            if torch.cuda.is_current_stream_capturing():
+                return  # what a capture repeats was compared when it ran before
+            timeout_s = call.config.timeout_s
+            self._handshakes.compare(self._group, signature, self._sequence, timeout_s, lambda: self._look(call))
+            return
         own = signature_hash(signature)
         hashes = self._exchange(call, torch.tensor([own], dtype=torch.int64)).flatten().tolist()
         if len(set(hashes)) == 1:
@@ -114,17 +158,22 @@ class CollectiveTransport(Transport):
         raise RankMismatchError(describe_mismatch(calls, self._sequence))
 
     def _exchange(self, call: Call, own: Tensor) -> Tensor:
+        assert self._lane is not None
         everyone = own.new_empty((self.world, own.numel()))
-        self._wait(call, all_gather_single(everyone.view(-1), own, self._group, async_op=True))
+        self._wait(
+            call,
+            self._lane.issue(lambda: all_gather_single(everyone.view(-1), own, self._group, async_op=True)),
+        )
         return everyone
 
-    def _wait(self, call: Call, work: dist.Work) -> None:
-        def look() -> None:
-            gone = lost_members(self._members)
-            if gone:
-                raise self._lost(call, gone, "")
+    def _wait(self, call: Call, handle: Any) -> None:
+        assert self._lane is not None
+        self._lane.finish(handle, self._where(call), call.config.timeout_s, lambda: self._look(call))
 
-        wait(work, call.config.timeout_s, look)
+    def _look(self, call: Call) -> None:
+        gone = lost_members(self._members)
+        if gone:
+            raise self._lost(call, gone, "")
 
     def _where(self, call: Call) -> str:
         return f"{call.name}: rank {self.rank}, collective number {self._sequence} of its group"
@@ -167,7 +216,7 @@ class _Ahead:
     """The first piece of a shard that the next call is expected to gather, under way or arrived."""
 
     sent: SentAhead
-    work: dist.Work
+    work: Any
     piece: Tensor  # what the backend reads
     gathered: Tensor
 
@@ -175,16 +224,17 @@ class _Ahead:
 class _Run:
     """The buffers and handles of one call."""
 
-    def __init__(self, transport: CollectiveTransport, call: Call) -> None:
+    def __init__(self, transport: CollectiveTransport, call: Call, lane: Lane) -> None:
         self._transport = transport
         self._call = call
+        self._lane = lane
         self._world, self._rank = transport.world, transport.rank
         chunks = call.config.chunks_per_rank
         self._pieces = {
             Task.ALL_GATHER: _pieces(chunks, call.gather.shard) if call.gather else 1,
             Task.ALL_TO_ALL: _pieces(chunks, call.scatter.out) if call.scatter else 1,
         }
-        self._work: dict[tuple[Task, int], dist.Work] = {}
+        self._work: dict[tuple[Task, int], Any] = {}
         self._buffers: dict[tuple[str, int], Tensor] = {}
         # Kept until the collective has finished: the backend reads them.
         self._sent: dict[tuple[Task, int], Tensor] = {}
@@ -192,7 +242,8 @@ class _Run:
         if call.scatter is not None:
             out, dtype = call.scatter.out, call.config.reduce_dtype
             rows = -(-out.shape[1] // self._pieces[Task.ALL_TO_ALL])
-            held = torch.empty(PieceSum.held_bytes(out, self._world, dtype, rows), dtype=torch.uint8)
+            nbytes = PieceSum.held_bytes(out, self._world, dtype, rows)
+            held = torch.empty(nbytes, dtype=torch.uint8, device=out.device)
             self._sums = PieceSum(out, self._world, dtype, held)
 
     def adopt(self, ahead: _Ahead | None) -> bool:
@@ -240,7 +291,8 @@ class _Run:
         most = -(-shard.shape[1] // pieces)
         gathered = shard.new_empty(self._world * shard.shape[0] * most * shard.shape[2])
         target = gathered[: self._world * piece.numel()]
-        work = all_gather_single(target, piece.view(-1), self._transport._group, async_op=True)
+        group = self._lane.group
+        work = self._lane.issue(lambda: all_gather_single(target, piece.view(-1), group, async_op=True))
         return _Ahead(SentAhead.of(self._call, shard, pieces), work, piece, gathered)
 
     def _block(self, name: str, piece: int, like: Tensor, rows: int, slots: int, most: int) -> Tensor:
@@ -272,19 +324,21 @@ class _Run:
         return peer - (peer > self._rank)
 
     def _issue(self, task: Task, piece: int) -> None:
-        group = self._transport._group
+        group = self._lane.group
         if task is Task.ALL_GATHER:
             assert self._call.gather is not None
             start, stop, gathered = self._gathered(piece)
             own = self._call.gather.shard[:, start:stop].contiguous()
             self._sent[task, piece] = own
-            self._work[task, piece] = all_gather_single(gathered.view(-1), own.view(-1), group, async_op=True)
+            self._work[task, piece] = self._lane.issue(
+                lambda: all_gather_single(gathered.view(-1), own.view(-1), group, async_op=True)
+            )
             return
         _, _, sent = self._exchanged("sent", piece)
         _, _, received = self._exchanged("received", piece)
         splits = [0 if peer == self._rank else sent[0].numel() for peer in range(self._world)]
-        self._work[task, piece] = dist.all_to_all_single(
-            received.view(-1), sent.view(-1), splits, splits, group, async_op=True
+        self._work[task, piece] = self._lane.issue(
+            lambda: dist.all_to_all_single(received.view(-1), sent.view(-1), splits, splits, group, async_op=True)
         )
 
     def _compute(self, step: Step) -> None:

@@ -21,7 +21,12 @@ class Device(Places, Protocol):
     """One rank's device, and the memory of all ranks that it reaches.
 
     ``comm/symmetric_cuda.py`` has GPUs, ``testing/simulated_device.py`` a simulation of them on a CPU.
+
+    Attributes:
+        waits: what each tag of a wait stands for, for errors; it grows.
     """
+
+    waits: list[str]
 
     def operations(self) -> Operations:
         """New, empty operations."""
@@ -50,6 +55,9 @@ class Device(Places, Protocol):
     def aborted_tensor(self) -> Tensor:
         """Not zero once a wait gave up, int32 [1]."""
 
+    def counter_tensor(self) -> Tensor:
+        """Scratch words of kernels that signal, int32 [world], zeros between them."""
+
     def word_addresses(self, kind: str, window: int, which: Literal["waited", "set"]) -> Tensor:
         """For each peer, the address of the word that we wait for or set in it, int64 [world]."""
 
@@ -62,8 +70,8 @@ class Device(Places, Protocol):
     def begin(self, call: Call, extra: str) -> None:
         """Says what this rank calls next.  CommunicationError if a peer is known to call something else or is gone."""
 
-    def failure(self, waits: Sequence[str]) -> CommunicationError | None:
-        """What made a wait on the device give up, if one did; ``waits`` describes each tag."""
+    def failure(self) -> CommunicationError | None:
+        """What made a wait on the device give up, if one did."""
 
     def synchronize(self) -> None:
         """Waits until all that was enqueued has happened."""
@@ -216,6 +224,7 @@ def tile_callback(device: Device, call: Call, scratch: Scratch, rank: int, world
         PREVIOUS_USE,
         device.word_addresses(RECEIVE, window, "set"),
         FINAL,
+        device.counter_tensor(),
         device.epoch_tensor(RECEIVE, window),
         device.aborted_tensor(),
     )

@@ -65,7 +65,7 @@ def all_gather(
     out = raw.new_empty((world, *raw.shape))
     described = _collective_config(config)
 
-    def run(transport: Transport) -> None:
+    def run(transport: Transport, _: OverlapConfig) -> None:
         shapes = f"tensor {list(tensor.shape)} {tensor.dtype}, dim {dim}"
         gather = Gather(raw, _unused)
         transport.all_gather(Call(operator, phase, described, gather, shapes=shapes, keeps_ahead=keeps_ahead), out)
@@ -104,7 +104,7 @@ def reduce_scatter(
     out = full.new_empty(full.shape[1:])
     described = _collective_config(config)
 
-    def run(transport: Transport) -> None:
+    def run(transport: Transport, _: OverlapConfig) -> None:
         shapes = f"tensor {list(tensor.shape)} {tensor.dtype}, dim {dim}"
         scatter = Scatter(out, _unused)
         transport.reduce_scatter(Call(operator, phase, described, None, scatter, shapes, keeps_ahead=keeps_ahead), full)
@@ -145,10 +145,10 @@ def all_reduce(
     scatter = Call(operator, phase, described, None, Scatter(mine, _unused), shapes, "all_reduce")
     gather = Call(operator, phase, described, Gather(mine, _unused), None, shapes, "all_reduce")
 
-    def run_scatter(transport: Transport) -> None:
+    def run_scatter(transport: Transport, _: OverlapConfig) -> None:
         transport.reduce_scatter(scatter, full.view(world, 1, 1, rows))
 
-    def run_gather(transport: Transport) -> None:
+    def run_gather(transport: Transport, _: OverlapConfig) -> None:
         transport.all_gather(gather, everyone)
 
     dispatch(resolved, described, tensor.device, run_scatter)

@@ -1,22 +1,16 @@
-"""From a process group to its transports: made on first use, chosen by all ranks alike.
-
-What ranks tell one another when they meet (hosts, processes, paths) is JSON in tensors of a fixed size; nothing is
-unpickled.
-"""
+"""From a process group to its transports: made on first use, chosen by all ranks alike, and used by every operator."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import dataclasses
-import json
 import logging
 import multiprocessing.util
-import secrets
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -24,21 +18,29 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _ext
 from ..config import OverlapConfig, shared_memory_directory
-from ..errors import CommunicationError, FallbackWarning, PeerLostError, RankMismatchError, SignalTimeoutError
-from .backend import WaitTimeoutError, all_gather_single, wait
+from ..errors import ExtensionNotBuiltError, FallbackWarning
+from . import symmetric_cuda
 from .collective import CollectiveTransport
-from .membership import Member, lost_members, lost_members_soon, this_member
+from .decision import explain as explain_decisions
+from .meeting import Introduction, Meeting
+from .selection import Phase, Selection
+from .symmetric_device import SymmetricDeviceTransport
 from .symmetric_host import SymmetricHostTransport
-from .transport import CapacityExceededError, LocalTransport, Transport, describe_mismatch, short_text
+from .transport import CapacityExceededError, LocalTransport, Transport
 
-__all__ = ["GroupTransports", "dispatch", "group_transports", "resolve_group"]
+__all__ = [
+    "GroupTransports",
+    "dispatch",
+    "explain",
+    "group_transports",
+    "resolve_group",
+    "synchronize",
+    "use_transport",
+]
 
 logger = logging.getLogger("odysseus_kernels")
 
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-
-_TEXT_BYTES = 4096
-_REASON_CHARACTERS = 600
 
 
 def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
@@ -68,70 +70,61 @@ def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
     return resolved
 
 
-@dataclasses.dataclass(frozen=True)
-class _Introduction:
-    """What a rank tells the others when they meet: who it is, and what it has and wants."""
-
-    member: Member
-    transport: str
-    completed: int  # calls on symmetric transports of this group, before an error made the ranks meet again
-    extension: str  # why the compiled extension cannot be used, or ""
-    nonce: int
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> _Introduction:
-        fields = json.loads(text)
-        return _Introduction(Member(**fields.pop("member")), **fields)
+Symmetric = SymmetricHostTransport | SymmetricDeviceTransport
 
 
 class GroupTransports:
     """The transports of one process group on this rank."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = weakref.ref(group)
-        self._name = group.group_name
+        self._meeting = Meeting(group)
         self._lock = threading.Lock()
         self._local = LocalTransport() if group.size() == 1 else None
-        self._members: list[Member] | None = None
-        self._symmetric: SymmetricHostTransport | None = None
+        self._symmetric: Symmetric | None = None
         self._collective: CollectiveTransport | None = None
+        self._fixed: Transport | None = None
         self._no_symmetric: str | None = None
+        self._selection: Selection | None = None
         self._completed = 0
-        self._unusable: str | None = None
+        self._device_type: str | None = None
         # Memory and descriptors go with the group.  Processes that multiprocessing forked run no atexit functions.
         weakref.finalize(group, self.close)
         multiprocessing.util.Finalize(self, self.close, exitpriority=10)
 
     def belongs_to(self, group: dist.ProcessGroup) -> bool:
-        return self._group() is group
+        return self._meeting.belongs_to(group)
 
     def choose(self, config: OverlapConfig, device: torch.device) -> Transport:
         """The transport that ``config`` asks for, connected; every rank of the group calls this together.
 
         Raises:
             ValueError: ``"symmetric"`` was asked for and cannot be had, with the reason; or no transport serves
-                ``device`` in this build.
+                ``device``.
+            ExtensionNotBuiltError: ``device`` is a GPU and this build has no CUDA part.
             CommunicationError: the ranks could not meet, or an earlier error left the process group out of step.
         """
+        if self._fixed is not None:
+            return self._fixed
         if self._local is not None:
             return self._local
-        if device.type != "cpu":
-            raise ValueError(
-                f"expected CPU tensors, got {device}: this build of odysseus_kernels has transports for CPU ranks only"
-            )
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"expected CPU or CUDA tensors, got {device}: odysseus_kernels has no transport for it")
         with self._lock:
+            self._device_type = self._device_type or device.type
+            if self._device_type != device.type:
+                raise ValueError(
+                    f"expected {self._device_type} tensors as in earlier calls with process group "
+                    f"{self._meeting.name}, got {device}; use a group of its own for each kind of device"
+                )
             if config.transport != "collective":
-                symmetric = self._connect(config)
+                symmetric = self._connect(config, device)
                 if symmetric is not None:
                     return symmetric
                 if config.transport == "symmetric":
                     raise ValueError(f'transport="symmetric" is not available: {self._no_symmetric}')
-            return self.collective(config)
+            return self.collective(config, device)
 
-    def collective(self, config: OverlapConfig) -> CollectiveTransport:
+    def collective(self, config: OverlapConfig, device: torch.device) -> CollectiveTransport:
         """The collective transport.
 
         Raises:
@@ -140,10 +133,38 @@ class GroupTransports:
         """
         self._check_usable()
         if self._collective is None:
-            if self._members is None:
-                self._members = [one.member for one in self._meet(config)]
-            self._collective = CollectiveTransport(self._alive(), self._members)
+            if self._meeting.members is None:
+                self._meeting.introduce(config, device, self._completed)
+            assert self._meeting.members is not None
+            self._collective = CollectiveTransport(self._meeting.group, self._meeting.members)
         return self._collective
+
+    def settle(
+        self,
+        transport: Transport,
+        config: OverlapConfig,
+        phase: Phase,
+        device: torch.device,
+        run: Callable[[Transport, OverlapConfig], None],
+    ) -> OverlapConfig:
+        """``config`` with its mode settled for ``phase``; all ranks alike."""
+        if transport.name == "local":
+            return dataclasses.replace(config, mode="fused") if config.mode == "auto" else config
+        with self._lock:
+            if self._selection is None:
+                self._selection = Selection(device, lambda text: self._meeting.exchange(text, config))
+        return self._selection.settle(transport, config, phase, run)
+
+    def explain(self) -> str:
+        """Which modes were chosen so far, and why."""
+        return explain_decisions(self._selection.decisions if self._selection is not None else ())
+
+    def synchronize(self) -> None:
+        """Waits until devices have done what was enqueued; raises what went wrong there."""
+        if isinstance(self._symmetric, SymmetricDeviceTransport):
+            self._symmetric.synchronize()
+        if self._collective is not None:
+            self._collective.synchronize()
 
     def close(self) -> None:
         """Gives back memory and descriptors; peers learn that this rank left in order."""
@@ -151,47 +172,47 @@ class GroupTransports:
             if transport is not None:
                 transport.close()
 
-    def _alive(self) -> dist.ProcessGroup:
-        group = self._group()
-        assert group is not None, "transports outlived their process group"
-        return group
-
     def _check_usable(self) -> None:
         if self._collective is not None and self._collective.broken:
-            self._unusable = self._unusable or self._collective.broken
-        if self._unusable:
-            raise CommunicationError(
-                f"process group {self._name} is out of step since an earlier error ({self._unusable}); "
-                f"destroy it and make it again"
-            )
+            self._meeting.unusable = self._meeting.unusable or self._collective.broken
+        self._meeting.check_usable()
 
-    def _connect(self, config: OverlapConfig) -> SymmetricHostTransport | None:
+    def _connect(self, config: OverlapConfig, device: torch.device) -> Symmetric | None:
         if self._symmetric is not None and self._symmetric.broken:
             # An error between ranks ends a transport on all of them; the next call starts with fresh segments.
             self._completed += self._symmetric.completed
             self._symmetric.close()
+            if isinstance(self._symmetric, SymmetricDeviceTransport):
+                # A host runs ahead of its device: ranks need not have enqueued the same calls when one gave up.
+                self._meeting.unusable = self._meeting.unusable or self._symmetric.broken
+                self._meeting.check_usable()
             self._symmetric = None
         if self._symmetric is not None or self._no_symmetric is not None:
             return self._symmetric
-        group = self._alive()
-        everyone = self._meet(config)
-        self._members = [one.member for one in everyone]
+        if device.type == "cuda" and not _ext.has_cuda():
+            raise ExtensionNotBuiltError(
+                f"tensors on {device}: {_ext.why_no_cuda()}; "
+                f'or ask for transport="collective", which needs no compiled code'
+            )
+        self._check_usable()
+        identity = symmetric_cuda.device_identity(device) if device.type == "cuda" else ("", "")
+        everyone = self._meeting.introduce(config, device, self._completed, identity)
+        members = [one.member for one in everyone]
         lacking = [f"rank {rank}: {one.extension}" for rank, one in enumerate(everyone) if one.extension]
-        hosts = sorted({member.host for member in self._members})
-        if len({(member.machine, member.namespace) for member in self._members}) > 1:
+        hosts = sorted({member.host for member in members})
+        if len({(member.machine, member.namespace) for member in members}) > 1:
             self._no_symmetric = f"it needs all ranks on one host and in one container, they are on {', '.join(hosts)}"
         elif lacking:
             self._no_symmetric = lacking[0]
         else:
-            directory = shared_memory_directory()
             try:
-                self._symmetric = SymmetricHostTransport.connect(
-                    group.rank(), group.size(), directory, everyone[0].nonce, lambda text: self._exchange(text, config)
-                )
-                logger.info("group %s: symmetric transport, %d ranks on %s", self._name, group.size(), hosts[0])
+                self._symmetric = self._make(config, device, everyone)
+                ranks = len(everyone)
+                logger.info("group %s: symmetric transport, %d ranks on %s", self._meeting.name, ranks, hosts[0])
                 return self._symmetric
             except OSError as error:
-                self._no_symmetric = f"shared memory in {directory}: {error}"
+                where = f"shared memory in {shared_memory_directory()}" if device.type == "cpu" else "peer memory"
+                self._no_symmetric = f"{where}: {error}"
         if config.transport == "auto":
             warnings.warn(
                 f"the symmetric transport is not available, operators use the process group's collectives: "
@@ -201,48 +222,16 @@ class GroupTransports:
             )
         return None
 
-    def _meet(self, config: OverlapConfig) -> list[_Introduction]:
-        """All ranks' introductions, checked for what must be equal."""
-        extension = _ext.why_unavailable().encode("ascii", "replace").decode()[:_REASON_CHARACTERS]
-        own = _Introduction(this_member(), config.transport, self._completed, extension, secrets.randbits(63))
-        everyone = [_Introduction.from_json(text) for text in self._exchange(own.to_json(), config)]
-        wanted = {rank: (hash(one.transport), f"transport={one.transport!r}") for rank, one in enumerate(everyone)}
-        if len({one.transport for one in everyone}) > 1:
-            raise RankMismatchError(f"first call of process group {self._name}: {describe_mismatch(wanted, 1)}")
-        completed = [one.completed for one in everyone]
-        if len(set(completed)) > 1:
-            self._unusable = f"ranks had completed {completed} calls when it happened"
-            self._check_usable()
-        return everyone
+    def _make(self, config: OverlapConfig, device: torch.device, everyone: list[Introduction]) -> Symmetric:
+        group, nonce = self._meeting.group, everyone[0].nonce
 
-    def _exchange(self, text: str, config: OverlapConfig) -> list[str]:
-        self._check_usable()
-        group = self._alive()
-        data = text.encode()
-        assert len(data) <= _TEXT_BYTES, f"a text of {len(data)} bytes, at most {_TEXT_BYTES} can be exchanged"
-        own = torch.frombuffer(bytearray(data.ljust(_TEXT_BYTES)), dtype=torch.uint8)
-        everyone = own.new_empty((group.size(), _TEXT_BYTES))
-        where = f"rank {group.rank()} of process group {self._name} waited for all ranks to meet"
-        try:
-            work = all_gather_single(everyone.view(-1), own, group, async_op=True)
-            wait(work, config.timeout_s, lambda: self._look(where))
-        except BaseException as error:
-            self._unusable = self._unusable or short_text(error)
-            if isinstance(error, WaitTimeoutError):
-                raise SignalTimeoutError(
-                    f"{where}: {error}; a rank did not make its first call (or, after an error, its next one)"
-                ) from error
-            if isinstance(error, RuntimeError) and not isinstance(error, CommunicationError):
-                gone = lost_members_soon(self._members or [])
-                ranks = ", ".join(f"rank {rank}" for rank in gone) or "a rank"
-                raise PeerLostError(f"{where}: {ranks} left ({str(error).splitlines()[0][:200]})") from error
-            raise
-        return [bytes(row.tolist()).decode(errors="replace").rstrip() for row in everyone]
+        def exchange(text: str) -> list[str]:
+            return self._meeting.exchange(text, config)
 
-    def _look(self, where: str) -> None:
-        gone = lost_members(self._members or [])
-        if gone:
-            raise PeerLostError(f"{where}: the process of {', '.join(f'rank {rank}' for rank in gone)} is gone")
+        if device.type == "cuda":
+            peers = [(one.device_name, one.device_uuid) for one in everyone]
+            return symmetric_cuda.connect(group, device, peers, nonce, exchange)
+        return SymmetricHostTransport.connect(group.rank(), group.size(), shared_memory_directory(), nonce, exchange)
 
 
 _registry: dict[str, GroupTransports] = {}
@@ -267,19 +256,54 @@ def group_transports(group: dist.ProcessGroup) -> GroupTransports:
         return found
 
 
+def explain(group: dist.ProcessGroup | DeviceMesh | None = None) -> str:
+    """Which mode each operator runs in with ``group``, and why: asked for, measured (with the times), or computed."""
+    return group_transports(resolve_group(group)).explain()
+
+
+def synchronize(group: dist.ProcessGroup | DeviceMesh | None = None) -> None:
+    """Waits until everything that operators have enqueued for ``group`` on this rank's device has happened.
+
+    Raises:
+        CommunicationError: a peer was lost or silent.  Operators on a GPU return before their work is done, so such an
+            error is raised here, or by the next operator, whichever comes first.
+    """
+    group_transports(resolve_group(group)).synchronize()
+
+
+@contextlib.contextmanager
+def use_transport(group: dist.ProcessGroup, transport: Transport) -> Iterator[None]:
+    """Every operator that is called with ``group`` uses ``transport`` meanwhile: for emulated ranks."""
+    transports = group_transports(group)
+    before, transports._fixed = transports._fixed, transport
+    try:
+        yield
+    finally:
+        transports._fixed = before
+
+
 def dispatch(
-    group: dist.ProcessGroup, config: OverlapConfig, device: torch.device, run: Callable[[Transport], None]
+    group: dist.ProcessGroup,
+    config: OverlapConfig,
+    device: torch.device,
+    run: Callable[[Transport, OverlapConfig], None],
+    phase: Phase | None = None,
 ) -> None:
-    """Calls ``run`` with the transport that ``config`` asks for.
+    """Calls ``run`` with the transport that ``config`` asks for, and with ``config``, its mode settled.
 
     If the transport finds, on all ranks alike and before anything was sent, that its buffers do not fit, ``run`` is
-    called again with the collective transport.
+    called again with the collective transport.  ``run`` must leave the same behind however often it is called: where
+    the mode is chosen by timing, it is called many times.  ``phase`` says what for; without it there is no choice.
     """
     transports = group_transports(group)
     transport = transports.choose(config, device)
     # Products write where they are told (out=), which autocast leaves alone; the few that do not must not differ.
     with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING:
+        settled = config if phase is None else transports.settle(transport, config, phase, device, run)
         try:
-            run(transport)
+            run(transport, settled)
         except CapacityExceededError:
-            run(transports.collective(config))
+            collective = transports.collective(config, device)
+            if phase is not None:
+                settled = transports.settle(collective, config, phase, device, run)
+            run(collective, settled)

@@ -45,7 +45,7 @@ class Peers:
         """What each rank lacks for the call, after all have begun it; ranks that lack nothing are left out."""
         for peer in self._others:
             self.check(call, peer)
-        found = {rank: self._posted(rank)[1] for rank in sorted([self._rank, *self._others])}
+        found = {rank: self._posted(rank, self._sequence)[1] for rank in sorted([self._rank, *self._others])}
         return {rank: shortage for rank, shortage in found.items() if shortage}
 
     def check(self, call: Call, peer: int) -> None:
@@ -55,8 +55,8 @@ class Peers:
         answer = self._host.wait_posted(peer, self._sequence, call.config.timeout_s)
         if answer[0] != "ok":
             raise self._error(call, answer, peer, f"to begin call number {self._sequence} (signal posted)")
-        if self._posted(peer)[0] != self._posted(self._rank)[0]:
-            raise self._mismatch()
+        if self._posted(peer, self._sequence)[0] != self._posted(self._rank, self._sequence)[0]:
+            raise self._mismatch(self._sequence)
         self._checked.add(peer)
 
     def wait_ready(self, call: Call, owner: int, window: int, cell: int, value: int, what: str) -> None:
@@ -81,18 +81,18 @@ class Peers:
         with contextlib.suppress(RuntimeError):  # closed meanwhile, or a forked child: then nobody waits for us
             self._host.fail(f"{kind}\n{_line(str(error) if repeated else repr(error), _REASON_CHARACTERS)}")
 
-    def _posted(self, rank: int) -> tuple[int, str, str]:
-        digest, text = self._host.descriptor(rank, self._sequence)
+    def _posted(self, rank: int, sequence: int) -> tuple[int, str, str]:
+        digest, text = self._host.descriptor(rank, sequence)
         shortage, _, signature = text.partition("\n")
         return digest, shortage, signature
 
-    def _mismatch(self) -> RankMismatchError:
+    def _mismatch(self, sequence: int) -> RankMismatchError:
         calls = {}
         for rank in sorted([self._rank, *self._others]):
-            if rank == self._rank or self._host.wait_posted(rank, self._sequence, _REPORT_WAIT_S)[0] == "ok":
-                digest, _, signature = self._posted(rank)
+            if rank == self._rank or self._host.wait_posted(rank, sequence, _REPORT_WAIT_S)[0] == "ok":
+                digest, _, signature = self._posted(rank, sequence)
                 calls[rank] = (digest, signature)
-        return RankMismatchError(describe_mismatch(calls, self._sequence))
+        return RankMismatchError(describe_mismatch(calls, sequence))
 
     def _error(self, call: Call, answer: tuple[str, int], peer: int, what: str) -> CommunicationError:
         status, rank = answer

@@ -7,15 +7,18 @@ give: (N-1)/N of the global tensor for an all-gather or a reduce-scatter, twice 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from types import TracebackType
 
-__all__ = ["CommRecorder", "Traffic", "record"]
+__all__ = ["CommRecorder", "Traffic", "not_recorded", "record"]
 
 _lock = threading.Lock()
 _active: list[CommRecorder] = []
+_paused = threading.local()
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -94,8 +97,21 @@ class CommRecorder:
         self._calls[traffic] += 1
 
 
+@contextlib.contextmanager
+def not_recorded() -> Iterator[None]:
+    """What this thread sends meanwhile is not counted: runs that only find out which mode is fastest."""
+    before = getattr(_paused, "on", False)
+    _paused.on = True
+    try:
+        yield
+    finally:
+        _paused.on = before
+
+
 def record(traffic: Traffic, count: int) -> None:
     """Adds ``count`` bytes sent by this rank to every entered recorder."""
+    if getattr(_paused, "on", False):
+        return
     with _lock:
         for recorder in _active:
             recorder._add(traffic, count)

@@ -39,6 +39,16 @@ def add_into(out: Tensor, sources: Sequence[Tensor]) -> None:
             out.numel(),
         )
         return
+    if out.is_cuda and _ext.has_cuda() and len({source.dtype for source in sources}) == 1:
+        _ext.load().cuda.reduce(
+            torch.cuda.current_stream(out.device).cuda_stream,
+            out.data_ptr(),
+            _name(out.dtype),
+            [source.data_ptr() for source in sources],
+            _name(sources[0].dtype),
+            out.numel(),
+        )
+        return
     wide = torch.float64 if torch.float64 in {out.dtype, *(s.dtype for s in sources)} else torch.float32
     total = sources[0].to(wide, copy=True)
     for source in sources[1:]:

@@ -43,6 +43,7 @@ class SymmetricDeviceTransport(Transport):
     """Ranks whose devices reach one another's memory; made by ``comm/groups.py``."""
 
     name = "symmetric"
+    serves_tiles = True
 
     def __init__(self, device: Device, rank: int, world: int) -> None:
         super().__init__(rank, world)
@@ -50,7 +51,6 @@ class SymmetricDeviceTransport(Transport):
         self._device = device
         self._leases = {SHARD: LeaseTable(WINDOWS, 0), RECEIVE: LeaseTable(WINDOWS, 0)}
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
-        self._waits: list[str] = []
         self._ahead: tuple[SentAhead, Lease] | None = None
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class SymmetricDeviceTransport(Transport):
         self._raise_failure()
 
     def _raise_failure(self) -> None:
-        failure = self._device.failure(self._waits)
+        failure = self._device.failure()
         if failure is not None:
             self.broken = self.broken or str(failure)
             raise failure
@@ -244,8 +244,8 @@ class SymmetricDeviceTransport(Transport):
 
     def _tag(self, call: Call, steps: Sequence[Step]) -> int:
         for step in steps:
-            self._waits.append(describe_wait(call.name, step, self.rank))
-        return len(self._waits) - len(steps)
+            self._device.waits.append(describe_wait(call.name, step, self.rank))
+        return len(self._device.waits) - len(steps)
 
     def _gather_pieces(self, call: Call, shard: Tensor) -> int:
         # One: the local product comes first and takes longer than a piece.

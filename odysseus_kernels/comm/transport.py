@@ -85,6 +85,7 @@ class TileScatter:
         credit_value: a value of an earlier use, below zero.
         arrived: int64 [world], address of the word to set to ``arrived_value`` behind a target's last tile.
         arrived_value: value of this use.
+        counters: int32 [world], zeros before and after the kernel.
         epoch, aborted: as in :class:`TileGather`.
     """
 
@@ -96,6 +97,7 @@ class TileScatter:
     credit_value: int
     arrived: Tensor
     arrived_value: int
+    counters: Tensor
     epoch: Tensor
     aborted: Tensor
 
@@ -231,12 +233,12 @@ class Transport(abc.ABC):
     Attributes:
         name: ``"symmetric"``, ``"collective"`` or ``"local"``.
         rank, world: this rank's index in the group and the number of ranks.
-        fuses: whether ``mode="auto"`` means ``"fused"`` here.
+        serves_tiles: whether ``mode="tiles"`` can be had.
         broken: why the transport can no longer be used, after an error between ranks.
     """
 
     name: str
-    fuses: bool = True
+    serves_tiles: bool = False
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank = rank
@@ -253,15 +255,14 @@ class Transport(abc.ABC):
             SignalTimeoutError: a live peer did not signal within ``config.timeout_s``.
             CapacityExceededError: on every rank, before anything was sent.
         """
+        if call.config.mode == "tiles" and not self.serves_tiles:
+            raise ValueError(
+                f'{call.name}: expected mode "auto", "fused" or "unfused", got "tiles": it needs CUDA tensors and '
+                f"the symmetric transport, this is the {self.name} one"
+            )
         with self._lock:
             self._execute(call)
         self._count(call)
-
-    def decide(self, config: OverlapConfig, operator: str) -> OverlapConfig:
-        """``config`` with ``mode`` settled: ``"auto"`` fuses ``operator`` where that does not lose here."""
-        if config.mode != "auto":
-            return config
-        return dataclasses.replace(config, mode="fused" if self.fuses else "unfused")
 
     def all_gather(self, call: Call, out: Tensor) -> None:
         """The unfused twin of a gather: ``out[source]`` [batch, rows, width] becomes rank ``source``'s shard.
@@ -315,6 +316,7 @@ class LocalTransport(Transport):
     """A group of one rank: nothing travels."""
 
     name = "local"
+    serves_tiles = True  # nothing arrives: the callback of the own chunk is all there is
 
     def __init__(self) -> None:
         super().__init__(0, 1)

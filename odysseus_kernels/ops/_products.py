@@ -102,9 +102,12 @@ def add_wide(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b`` for fp32 ``total`` [m, n] and 16-bit ``a`` [m, k], ``b`` [k, n].
 
     A product of 16-bit matrices comes back rounded to 16 bits.  One such rounding for each chunk of a sum would make
-    the fused result worse than the unfused one, which rounds once, so the operands are widened, a block of the inner
-    dimension at a time.
+    the fused result worse than the unfused one, which rounds once.  A GPU's library accumulates and returns fp32; on a
+    CPU the operands are widened, a block of the inner dimension at a time.
     """
+    if total.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+        return
     for start in range(0, a.shape[1], _WIDE_BLOCK):
         block = slice(start, start + _WIDE_BLOCK)
         torch.addmm(total, a[:, block].to(total.dtype), b[block].to(total.dtype), out=total)
@@ -147,6 +150,11 @@ class WeightGradient:
             else:
                 _multiply_into(self._sum, left.t(), right, None, self._started)
             self._started = True
+
+    def accumulator(self) -> Tensor | None:
+        """The sum [n, K] for a kernel that writes all of it; None where it is not needed."""
+        self._started = True
+        return self._sum
 
     def weight(self) -> Tensor | None:
         """The weight's gradient [n, K] in the weight's type."""

@@ -7,7 +7,8 @@ operator are the transport's contract (``comm/symmetric_host.py``, ``comm/collec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm.groups import dispatch, resolve_group
-from ..comm.transport import Call, Gather, Scatter, Transport
+from ..comm.selection import Phase
+from ..comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
 from ..config import OverlapConfig
+from . import _tiles
 from ._products import Layout, WeightGradient, multiply, project
 from ._validate import check_bias, check_dim, check_linear, group_by_name
 
@@ -148,18 +151,36 @@ def _forward(
         if kept is not None:
             kept[:, rows].copy_(block)
 
-    def run(transport: Transport) -> None:
-        decided = transport.decide(config, _NAME)
-        shapes = f"x {list(x.shape)} dim {dim}, gathered={config.gathered!r}"
-        call = Call(_NAME, "forward", decided, Gather(shard, consume), shapes=shapes)
-        if decided.mode == "fused":
+    def tiles(found: TileGather) -> None:
+        _tiles.project(found, [out[0] for out in blocks], weights, bias_of)
+        if kept is not None:
+            _tiles.keep(found, kept[0])
+
+    can_tile = _tiles.can_serve(layout, weights)
+    shapes = f"x {list(x.shape)} dim {dim}, gathered={config.gathered!r}"
+
+    def run(transport: Transport, settled: OverlapConfig) -> None:
+        gather = Gather(shard, consume, tiles=tiles if can_tile else None)
+        call = Call(_NAME, "forward", settled, gather, shapes=shapes)
+        if settled.mode != "unfused":
             transport.execute(call)
             return
         full = _gathered(transport, call, kept)
         for out, weight, bias in zip(blocks, weights, bias_of, strict=True):
             project(out, full, weight, bias)
 
-    dispatch(group, config, x.device, run)
+    features = sum(weight.shape[0] for weight in weights)
+    phase = Phase(
+        operator=_NAME,
+        phase="forward",
+        shapes=shapes,
+        own=f"{[weight.shape[0] for weight in weights]}, keep={keep}",
+        dtype=x.dtype,
+        flops=2 * x.numel() * world * features,
+        gathered_bytes=x.nbytes,
+        tiles=can_tile,
+    )
+    dispatch(group, config, x.device, run, phase)
     return [*outputs, gathered]
 
 
@@ -213,11 +234,16 @@ def _backward(
     layout = Layout.of(x.shape, dim)
     world, rows = group.size(), layout.rows
     incoming = [layout.blocks(grad.contiguous()) for grad in grads]
-    sums = [
-        WeightGradient(weight, weight_needed=needed, bias_needed=bias_needed)
-        for weight, needed, bias_needed in zip(weights, weights_needed, biases_needed, strict=True)
-    ]
+    sums: list[WeightGradient] = []
     dx = x.new_empty(x.shape if input_needed else (0,))
+    whole = None if gathered is None else layout.blocks(gathered)
+    regather = any(weights_needed) and gathered is None
+
+    def begin() -> None:
+        sums[:] = [
+            WeightGradient(weight, weight_needed=needed, bias_needed=bias_needed)
+            for weight, needed, bias_needed in zip(weights, weights_needed, biases_needed, strict=True)
+        ]
 
     def produce(target: int, start: int, stop: int, block: Tensor) -> None:
         part = slice(target * rows + start, target * rows + stop)
@@ -229,37 +255,74 @@ def _backward(
         for grad, total in zip(incoming, sums, strict=True):
             total.add(grad[:, part], block)
 
-    def run(transport: Transport) -> None:
-        decided = transport.decide(config, _NAME)
-        gather = scatter = None
-        if any(weights_needed) and gathered is None:
-            gather = Gather(layout.blocks(x.contiguous()), consume)
-        if input_needed:
-            scatter = Scatter(layout.blocks(dx), produce)
-        shapes = f"x {list(x.shape)} dim {dim}, gathered={config.gathered!r}"
-        if gather is None and scatter is None:
-            return
-        call = Call(_NAME, "backward", decided, gather, scatter, shapes)
-        if decided.mode == "fused":
-            transport.execute(call)
-            return
-        if scatter is not None:
-            full = x.new_empty((world, *scatter.out.shape))
-            for target in range(world):
-                produce(target, 0, rows, full[target])
-            transport.reduce_scatter(call, full)
-        if gather is not None:
-            whole = _gathered(transport, call)
-            for grad, total in zip(incoming, sums, strict=True):
-                total.add(grad, whole)
+    def scatter_tiles(found: TileScatter) -> None:
+        _tiles.scatter(found, [grad[0] for grad in incoming], [weight.t() for weight in weights], None)
 
-    dispatch(group, config, x.device, run)
-    if gathered is not None or not any(weights_needed):
-        whole = layout.blocks(gathered) if gathered is not None else None
+    def gather_tiles(found: TileGather) -> None:
         for grad, total in zip(incoming, sums, strict=True):
-            total.add(grad, whole)
+            _tiles.weight_gradient(found, total, grad[0])
+            total.add(grad, None)  # of the bias, if it is needed
+
+    shapes = f"x {list(x.shape)} dim {dim}, gathered={config.gathered!r}"
+    can_tile = _tiles.can_serve(layout, weights)
+
+    def run(transport: Transport, settled: OverlapConfig) -> None:
+        begin()
+        gather = scatter = None
+        if regather:
+            gather = Gather(layout.blocks(x.contiguous()), consume, tiles=gather_tiles if can_tile else None)
+        if input_needed:
+            scatter = Scatter(layout.blocks(dx), produce, tiles=scatter_tiles if can_tile else None)
+        call = Call(_NAME, "backward", settled, gather, scatter, shapes)
+        if gather is None and scatter is None:
+            pass
+        elif settled.mode == "fused":
+            transport.execute(call)
+        elif settled.mode == "tiles":
+            for part in (dataclasses.replace(call, gather=None), dataclasses.replace(call, scatter=None)):
+                if part.gather is not None or part.scatter is not None:
+                    transport.execute(part)
+        else:
+            _unfused_backward(transport, call, produce, lambda full: _add_whole(sums, incoming, full))
+        if not regather:
+            _add_whole(sums, incoming, whole)
+
+    if regather or input_needed:
+        phase = Phase(
+            operator=_NAME,
+            phase="backward",
+            shapes=f"{shapes}, gathers={regather}, scatters={input_needed}",
+            own=str([weight.shape[0] for weight in weights]),
+            dtype=x.dtype,
+            flops=2 * x.numel() * world * sum(w.shape[0] for w in weights) * (input_needed + any(weights_needed)),
+            gathered_bytes=x.nbytes if regather else 0,
+            scattered_bytes=dx.nbytes,
+            tiles=can_tile,
+        )
+        dispatch(group, config, x.device, run, phase)
+    else:
+        begin()
+        _add_whole(sums, incoming, whole)
     results = [*(total.weight() for total in sums), *(total.bias() for total in sums)]
     return [dx, *(x.new_empty(0) if grad is None else grad for grad in results)]
+
+
+def _add_whole(sums: Sequence[WeightGradient], incoming: Sequence[Tensor], whole: Tensor | None) -> None:
+    for grad, total in zip(incoming, sums, strict=True):
+        total.add(grad, whole)
+
+
+def _unfused_backward(
+    transport: Transport, call: Call, produce: Callable[..., None], consume: Callable[[Tensor], None]
+) -> None:
+    if call.scatter is not None:
+        out = call.scatter.out
+        full = out.new_empty((transport.world, *out.shape))
+        for target in range(transport.world):
+            produce(target, 0, out.shape[1], full[target])
+        transport.reduce_scatter(call, full)
+    if call.gather is not None:
+        consume(_gathered(transport, call))
 
 
 @_backward.register_fake

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm.groups import dispatch, resolve_group
-from ..comm.transport import Call, Gather, Scatter, Transport
+from ..comm.selection import Phase
+from ..comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
 from ..config import OverlapConfig
+from . import _tiles
 from ._products import Layout, WeightGradient, multiply, project
 from ._validate import check_bias, check_dim, check_linear, group_by_name
 
@@ -87,11 +89,16 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, di
         part = whole[:, target * rows + start : target * rows + stop]
         project(block, part, weight, bias if target == group.rank() else None)
 
-    def run(transport: Transport) -> None:
-        decided = transport.decide(config, _NAME)
-        shapes = f"x {[*x.shape[:-1], '*']} dim {dim}"
-        call = Call(_NAME, "forward", decided, None, Scatter(out, produce), shapes)
-        if decided.mode == "fused":
+    def tiles(found: TileScatter) -> None:
+        _tiles.scatter(found, [whole[0]], [weight], bias)
+
+    shapes = f"x {[*x.shape[:-1], '*']} dim {dim}"
+    can_tile = _tiles.can_serve(layout, [weight])
+
+    def run(transport: Transport, settled: OverlapConfig) -> None:
+        scatter = Scatter(out, produce, tiles if can_tile else None)
+        call = Call(_NAME, "forward", settled, None, scatter, shapes)
+        if settled.mode != "unfused":
             transport.execute(call)
             return
         full = x.new_empty((world, *out.shape))
@@ -104,7 +111,17 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, di
         if bias is not None:
             output.add_(bias)
 
-    dispatch(group, config, x.device, run)
+    phase = Phase(
+        operator=_NAME,
+        phase="forward",
+        shapes=shapes,
+        own=str(weight.shape[1]),
+        dtype=x.dtype,
+        flops=2 * x.numel() * weight.shape[0],
+        scattered_bytes=output.nbytes,
+        tiles=can_tile,
+    )
+    dispatch(group, config, x.device, run, phase)
     return output
 
 
@@ -134,7 +151,7 @@ def _backward(
     whole = layout.blocks(x.contiguous()) if weight_needed else None
     dx = x.new_empty(x.shape if input_needed else (0,))
     dx_blocks = layout.blocks(dx) if input_needed else None
-    total = WeightGradient(weight, weight_needed=weight_needed, bias_needed=bias_needed)
+    total = WeightGradient(weight, weight_needed=False)
 
     def consume(source: int, start: int, stop: int, block: Tensor) -> None:
         part = slice(source * rows + start, source * rows + stop)
@@ -142,12 +159,23 @@ def _backward(
             multiply(dx_blocks[:, part], block, weight)
         total.add(block, None if whole is None else whole[:, part])
 
-    def run(transport: Transport) -> None:
-        decided = transport.decide(config, _NAME)
+    def tiles(found: TileGather) -> None:
+        if dx_blocks is not None:
+            _tiles.project(found, [dx_blocks[0]], [weight.t()], [None])
+        if whole is not None:
+            _tiles.weight_gradient(found, total, whole[0], gathered_is_grad=True)
+
+    shapes = f"x {[*x.shape[:-1], '*']} dim {dim}"
+    # The bias's gradient is a sum over rows, for which there is no kernel that waits.
+    can_tile = _tiles.can_serve(layout, [weight]) and not bias_needed
+
+    def run(transport: Transport, settled: OverlapConfig) -> None:
+        nonlocal total
+        total = WeightGradient(weight, weight_needed=weight_needed, bias_needed=bias_needed)
         shard = layout.blocks(grad.contiguous())
-        shapes = f"x {[*x.shape[:-1], '*']} dim {dim}"
-        call = Call(_NAME, "backward", decided, Gather(shard, consume), None, shapes)
-        if decided.mode == "fused":
+        gather = Gather(shard, consume, tiles=tiles if can_tile else None)
+        call = Call(_NAME, "backward", settled, gather, None, shapes)
+        if settled.mode != "unfused":
             transport.execute(call)
             return
         full = shard.new_empty((world, *shard.shape))
@@ -161,7 +189,17 @@ def _backward(
         for source in range(world):
             consume(source, 0, rows, full[source])
 
-    dispatch(group, config, x.device, run)
+    phase = Phase(
+        operator=_NAME,
+        phase="backward",
+        shapes=f"{shapes}, bias={bias_needed}",
+        own=str(weight.shape[1]),
+        dtype=x.dtype,
+        flops=2 * x.numel() * weight.shape[0] * (input_needed + weight_needed),
+        gathered_bytes=grad.nbytes,
+        tiles=can_tile,
+    )
+    dispatch(group, config, x.device, run, phase)
     results = [total.weight(), total.bias()]
     return [dx, *(x.new_empty(0) if result is None else result for result in results)]
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..comm import functional
 from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
+from ..comm.selection import Phase
 from ..comm.transport import Call, Gather, Scatter, Transport
 from ..config import OverlapConfig
 from ._products import add_wide
@@ -110,17 +111,33 @@ def _forward(
         columns = slice(source * features + start, source * features + stop)
         _product(output[:, columns], lines, block[0].t(), None if bias is None else bias[columns])
 
-    def run(transport: Transport) -> None:
-        decided = transport.decide(config, _NAME)
+    def run(transport: Transport, settled: OverlapConfig) -> None:
         shard = weight_shard.contiguous().unsqueeze(0)
-        call = Call(_NAME, "forward", decided, Gather(shard, consume, _as_shard(prefetch)))
-        if decided.mode == "fused":
+        call = Call(_NAME, "forward", settled, Gather(shard, consume, _as_shard(prefetch)))
+        if settled.mode != "unfused":
             transport.execute(call)
             return
         _product(output, lines, _whole(transport, call).t(), bias)
 
-    dispatch(group, config, x.device, run)
+    phase = _phase("forward", lines, weight_shard, group.size(), gathers=True)
+    dispatch(group, config, x.device, run, phase)
     return output.view(*x.shape[:-1], output.shape[1])
+
+
+def _phase(
+    phase: str, lines: Tensor, weight_shard: Tensor, world: int, *, gathers: bool, scatters: bool = False
+) -> Phase:
+    nbytes = weight_shard.nbytes
+    return Phase(
+        operator=_NAME,
+        phase=phase,
+        shapes=f"weight_shard {list(weight_shard.shape)}, gathers={gathers}, scatters={scatters}",
+        own="",  # rows may change on one rank alone, and ranks have to come to a choice together
+        dtype=weight_shard.dtype,
+        flops=2 * lines.shape[0] * weight_shard.numel() * world * max(1, gathers + scatters),
+        gathered_bytes=nbytes if gathers else 0,
+        scattered_bytes=nbytes if scatters else 0,
+    )
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
@@ -201,19 +218,16 @@ def _backward(
             torch.mm(part, block[0], out=dx)
         started = True
 
-    def run(transport: Transport) -> None:
+    def run(transport: Transport, settled: OverlapConfig) -> None:
         nonlocal started
         started = False
-        decided = transport.decide(config, _NAME)
         gather = scatter = None
         if input_needed:
             gather = Gather(weight_shard.contiguous().unsqueeze(0), consume, _as_shard(prefetch))
         if weight_needed:
             scatter = Scatter(dweight.unsqueeze(0), produce)
-        if gather is None and scatter is None:
-            return
-        call = Call(_NAME, "backward", decided, gather, scatter)
-        if decided.mode == "fused":
+        call = Call(_NAME, "backward", settled, gather, scatter)
+        if settled.mode != "unfused":
             transport.execute(call)
             return
         if scatter is not None:
@@ -222,7 +236,9 @@ def _backward(
         if gather is not None:
             dx.copy_(torch.mm(incoming, _whole(transport, call)))
 
-    dispatch(group, config, x.device, run)
+    if input_needed or weight_needed:
+        phase = _phase("backward", lines, weight_shard, world, gathers=input_needed, scatters=weight_needed)
+        dispatch(group, config, x.device, run, phase)
     if bias_needed:
         total = incoming.sum(0, dtype=wide)
         dbias = functional.reduce_scatter(

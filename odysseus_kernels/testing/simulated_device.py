@@ -146,6 +146,7 @@ class SimulatedDevice:
     def __init__(self, machine: SimulatedMachine, rank: int) -> None:
         self.machine, self.rank = machine, rank
         self.aborted = torch.zeros(1, dtype=torch.int32)
+        self.waits: list[str] = []
         self.error: tuple[int, int] | None = None  # tag and index of the first wait that gave up
         self._epochs = {kind: torch.zeros(WINDOWS, dtype=torch.int32) for kind in _KINDS}
         self._backed: dict[_Window, int] = {}
@@ -191,6 +192,9 @@ class SimulatedDevice:
     def addresses(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64)
 
+    def counter_tensor(self) -> Tensor:
+        return torch.zeros(self.machine.world, dtype=torch.int32)
+
     def aborted_tensor(self) -> Tensor:
         return self.aborted
 
@@ -209,11 +213,11 @@ class SimulatedDevice:
     def begin(self, call: Call, extra: str) -> None:
         pass
 
-    def failure(self, waits: Sequence[str]) -> CommunicationError | None:
+    def failure(self) -> CommunicationError | None:
         if self.error is None:
             return None
         tag, index = self.error
-        return SignalTimeoutError(waits[tag + index])
+        return SignalTimeoutError(self.waits[tag + index])
 
     def synchronize(self) -> None:
         pass

@@ -1,0 +1,155 @@
+"""How a collective travels beside products: on a backend's threads (CPU), or on a stream of its own (GPU).
+
+A lane issues a collective and later finishes it.  On a GPU neither blocks the host: the lane's stream waits for the
+caller's at the issue, the caller's stream for the lane's at the finish, and between the two the buffers belong to the
+collective.  Whoever issues keeps them until it has finished; after that everything is in the order of the caller's
+stream, so the allocator needs to know nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..errors import SignalTimeoutError
+from .backend import wait
+
+__all__ = ["HostLane", "Lane", "StreamLane", "make_lane"]
+
+_HIGH_PRIORITY = -1
+# Thread blocks that NCCL may take from the products: enough for the rate of NVLink 4, an eighth of an H200.
+_MOST_BLOCKS = 16
+_LONGEST_S = 1e6
+Look = Callable[[], None]
+
+
+class Lane(Protocol):
+    """Issues collectives of one group."""
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group to pass to collectives."""
+
+    def issue(self, start: Callable[[], dist.Work]) -> Any:
+        """Starts an asynchronous collective; what it returns is for :meth:`finish`."""
+
+    def finish(self, handle: Any, name: str, timeout_s: float, look: Look) -> None:
+        """What the caller does next happens after the collective; ``look`` may raise while the host waits."""
+
+    def check(self) -> None:
+        """SignalTimeoutError for a collective that should have ended long ago."""
+
+    def close(self) -> None:
+        """Gives back what is held."""
+
+
+class HostLane:
+    """Collectives that the host waits for."""
+
+    def __init__(self, group: Callable[[], dist.ProcessGroup]) -> None:
+        self._group = group
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self._group()
+
+    def issue(self, start: Callable[[], dist.Work]) -> dist.Work:
+        return start()
+
+    def finish(self, handle: dist.Work, name: str, timeout_s: float, look: Look) -> None:
+        wait(handle, timeout_s, look)
+
+    def check(self) -> None:
+        """Nothing is left behind a call."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    event: torch.cuda.Event
+    name: str
+    deadline: float
+    timeout_s: float
+
+
+class StreamLane:
+    """Collectives of NCCL, on a stream and a communicator of their own.
+
+    The communicator has a stream of high priority and may take few thread blocks, so that a collective starts at once
+    beside a product and leaves it most of the GPU.  Where none can be made, the caller's is used.
+    """
+
+    def __init__(self, group: Callable[[], dist.ProcessGroup], device: torch.device, timeout_s: float) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device, _HIGH_PRIORITY)
+        self._flights: deque[_Flight] = deque()
+        self._given = group
+        self._own = _communicator(group(), timeout_s)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self._own if self._own is not None else self._given()
+
+    def issue(self, start: Callable[[], dist.Work]) -> torch.cuda.Event:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            start().wait()  # the stream waits, not the host
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return event
+
+    def finish(self, handle: torch.cuda.Event, name: str, timeout_s: float, look: Look) -> None:
+        look()
+        torch.cuda.current_stream(self._device).wait_event(handle)
+        if not torch.cuda.is_current_stream_capturing():
+            deadline = time.monotonic() + min(timeout_s, _LONGEST_S)
+            self._flights.append(_Flight(handle, name, deadline, timeout_s))
+            self.check()
+
+    def check(self) -> None:
+        while self._flights and self._flights[0].event.query():
+            self._flights.popleft()
+        if self._flights and time.monotonic() > self._flights[0].deadline:
+            late = self._flights[0]
+            raise SignalTimeoutError(
+                f"{late.name}: not complete {late.timeout_s:g} s after it was issued: a peer is stuck, gone, has not "
+                f"come, or makes other calls"
+            )
+
+    def close(self) -> None:
+        self._flights.clear()
+        if self._own is not None and dist.is_initialized():
+            with contextlib.suppress(ValueError, RuntimeError):  # destroyed with everything else
+                dist.destroy_process_group(self._own)
+        self._own = None
+
+
+def _communicator(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup | None:
+    """A communicator of the same ranks, made by all of them together; None if they are not NCCL's."""
+    nccl = getattr(dist, "ProcessGroupNCCL", None)
+    if nccl is None or not isinstance(group._get_backend(torch.device("cuda")), nccl):
+        return None
+    options = nccl.Options(is_high_priority_stream=True)
+    options.config.max_ctas = _MOST_BLOCKS
+    return dist.new_group(
+        dist.get_process_group_ranks(group),
+        backend="nccl",
+        timeout=datetime.timedelta(seconds=min(timeout_s, _LONGEST_S)),
+        pg_options=options,
+        use_local_synchronization=True,
+    )
+
+
+def make_lane(group: Callable[[], dist.ProcessGroup], device: torch.device, timeout_s: float) -> Lane:
+    """The lane for tensors of ``device``; all ranks of the group make theirs together."""
+    return HostLane(group) if device.type == "cpu" else StreamLane(group, device, timeout_s)

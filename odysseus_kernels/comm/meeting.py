@@ -1,0 +1,139 @@
+"""How the ranks of a group meet: who they are, what they have, and texts that they exchange before anything else.
+
+What ranks tell one another is JSON in tensors of a fixed size; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import weakref
+
+import torch
+import torch.distributed as dist
+
+from .. import _ext
+from ..config import OverlapConfig
+from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
+from .backend import WaitTimeoutError, all_gather_single, exchange_device, wait
+from .membership import Member, lost_members, lost_members_soon, this_member
+from .transport import describe_mismatch, short_text
+
+__all__ = ["Introduction", "Meeting"]
+
+_TEXT_BYTES = 4096
+_REASON_CHARACTERS = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Introduction:
+    """What a rank tells the others when they meet: who it is, and what it has and wants.
+
+    ``device`` is the type of the tensors that it was called with, ``device_name`` and ``device_uuid`` its GPU.
+    ``completed`` counts calls on symmetric transports of this group, before an error made the ranks meet again.
+    ``extension`` says why the compiled extension cannot be used, or is empty.
+    """
+
+    member: Member
+    transport: str
+    device: str
+    device_name: str
+    device_uuid: str
+    completed: int
+    extension: str
+    nonce: int
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Introduction:
+        fields = json.loads(text)
+        return Introduction(Member(**fields.pop("member")), **fields)
+
+
+class Meeting:
+    """Exchanges of one process group on this rank.
+
+    Attributes:
+        members: all ranks, once they have met.
+        unusable: why the group cannot be used any more: collectives of different calls could meet in it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = weakref.ref(group)
+        self.name = group.group_name
+        self.members: list[Member] | None = None
+        self.unusable: str | None = None
+
+    def belongs_to(self, group: dist.ProcessGroup) -> bool:
+        return self._group() is group
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        assert group is not None, "transports outlived their process group"
+        return group
+
+    def check_usable(self) -> None:
+        """CommunicationError if the group cannot be used any more."""
+        if self.unusable:
+            raise CommunicationError(
+                f"process group {self.name} is out of step since an earlier error ({self.unusable}); "
+                f"destroy it and make it again"
+            )
+
+    def introduce(
+        self, config: OverlapConfig, device: torch.device, completed: int, identity: tuple[str, str] = ("", "")
+    ) -> list[Introduction]:
+        """All ranks' introductions, checked for what must be equal."""
+        extension = _ext.why_unavailable().encode("ascii", "replace").decode()[:_REASON_CHARACTERS]
+        own = Introduction(
+            this_member(), config.transport, device.type, *identity, completed, extension, secrets.randbits(63)
+        )
+        everyone = [Introduction.from_json(text) for text in self.exchange(own.to_json(), config)]
+        self.members = [one.member for one in everyone]
+        wanted = [f"transport={one.transport!r} with {one.device} tensors" for one in everyone]
+        if len(set(wanted)) > 1:
+            calls = {rank: (hash(text), text) for rank, text in enumerate(wanted)}
+            raise RankMismatchError(f"first call of process group {self.name}: {describe_mismatch(calls, 1)}")
+        counts = [one.completed for one in everyone]
+        if len(set(counts)) > 1:
+            self.unusable = f"ranks had completed {counts} calls when it happened"
+            self.check_usable()
+        return everyone
+
+    def exchange(self, text: str, config: OverlapConfig) -> list[str]:
+        """Every rank's text, in the order of ranks; all ranks call it.
+
+        Raises:
+            CommunicationError: a rank does not come, or is gone.
+        """
+        self.check_usable()
+        group = self.group
+        data = text.encode()
+        assert len(data) <= _TEXT_BYTES, f"a text of {len(data)} bytes, at most {_TEXT_BYTES} can be exchanged"
+        own = torch.frombuffer(bytearray(data.ljust(_TEXT_BYTES)), dtype=torch.uint8).to(exchange_device(group))
+        everyone = own.new_empty((group.size(), _TEXT_BYTES))
+        where = f"rank {group.rank()} of process group {self.name} waited for all ranks to meet"
+        try:
+            work = all_gather_single(everyone.view(-1), own, group, async_op=True)
+            wait(work, config.timeout_s, lambda: self._look(where))
+        except BaseException as error:
+            self.unusable = self.unusable or short_text(error)
+            if isinstance(error, WaitTimeoutError):
+                raise SignalTimeoutError(
+                    f"{where}: {error}; a rank did not make its first call (or, after an error, its next one)"
+                ) from error
+            if isinstance(error, RuntimeError) and not isinstance(error, CommunicationError):
+                gone = lost_members_soon(self.members or [])
+                ranks = ", ".join(f"rank {rank}" for rank in gone) or "a rank"
+                raise PeerLostError(f"{where}: {ranks} left ({str(error).splitlines()[0][:200]})") from error
+            raise
+        return [bytes(row).decode(errors="replace").rstrip() for row in everyone.tolist()]
+
+    def _look(self, where: str) -> None:
+        gone = lost_members(self.members or [])
+        if gone:
+            raise PeerLostError(f"{where}: the process of {', '.join(f'rank {rank}' for rank in gone)} is gone")

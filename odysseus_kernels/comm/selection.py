@@ -1,0 +1,140 @@
+"""What ``mode="auto"`` means for one phase of an operator: see ``comm/choice.py`` for how ranks choose alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from typing import cast
+
+import torch
+
+from ..config import Mode, OverlapConfig, cache_directory
+from ..planner.cost_model import Work, predict
+from ..planner.hardware import hardware_for
+from .choice import ChoiceCache, ChoiceKey, Choices, CudaTimer, Decision, HostTimer
+from .choice_cache import machine_fingerprint
+from .recorder import not_recorded
+from .transport import Transport
+
+__all__ = ["Phase", "Selection"]
+
+Run = Callable[[Transport, OverlapConfig], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of an operator, as far as the choice of its mode depends on it.
+
+    Attributes:
+        operator, phase, shapes: as in :class:`~odysseus_kernels.comm.transport.Call`.
+        own: sizes of weights, which may differ between ranks but change on all of them together.
+        dtype: of the products.
+        flops: of this rank's products.
+        gathered_bytes, scattered_bytes: of this rank's chunk.
+        tiles: whether one kernel whose tiles wait and signal exists for it.
+    """
+
+    operator: str
+    phase: str
+    shapes: str
+    own: str
+    dtype: torch.dtype
+    flops: int
+    gathered_bytes: int = 0
+    scattered_bytes: int = 0
+    tiles: bool = False
+
+
+class Selection:
+    """The modes of one process group on one kind of device."""
+
+    def __init__(self, device: torch.device, exchange: Callable[[str], list[str]]) -> None:
+        self._cuda = device.type == "cuda"
+        self._device = device
+        self._name = torch.cuda.get_device_name(device) if self._cuda else "cpu"
+        timer = CudaTimer(device) if self._cuda else HostTimer()
+        self._exchange = exchange
+        self._choices = Choices(_cache(self._cuda), exchange, timer)
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        return self._choices.decisions
+
+    def settle(self, transport: Transport, config: OverlapConfig, phase: Phase, run: Run) -> OverlapConfig:
+        """``config`` with a mode that is not ``"auto"``.  Ranks call it together; the first time may take a second.
+
+        ``run`` runs the phase in the mode that it is given, any number of times.
+        """
+        key = self._key(transport, config, phase)
+        if config.mode != "auto":
+            self._choices.note(key, config.mode)
+            return config
+        capturing = self._cuda and torch.cuda.is_current_stream_capturing()
+        measure = (config.tune == "measure" or (config.tune == "auto" and self._cuda)) and not capturing
+        if not measure and not self._cuda and config.tune == "auto":
+            # On a CPU host fusing saves whole copies of the operands, whatever it hides.
+            self._choices.note(key, "fused", "default")
+            return dataclasses.replace(config, mode="fused")
+        found = self._choices.find(key, measure=measure)
+        if found is None:
+            modes: list[Mode] = ["unfused", "fused"]
+            if phase.tiles and self._cuda and transport.name == "symmetric":
+                modes.append("tiles")
+            candidates: dict[str, Callable[[], None]] = {
+                mode: functools.partial(run, transport, dataclasses.replace(config, mode=mode)) for mode in modes
+            }
+            with not_recorded():
+                prior = self._prior(config, phase, transport.world, agree=not (measure or capturing))
+                found = self._choices.decide(key, candidates, prior, measure=measure)
+        return dataclasses.replace(config, mode=cast(Mode, found.mode))
+
+    def _key(self, transport: Transport, config: OverlapConfig, phase: Phase) -> ChoiceKey:
+        settings = f"{config.chunks_per_rank}, {config.gathered}, {config.reduce_dtype}, {config.tile_bytes}"
+        return ChoiceKey(
+            phase.operator,
+            phase.phase,
+            transport.name,
+            transport.world,
+            str(phase.dtype).removeprefix("torch."),
+            phase.shapes,
+            settings,
+            self._name,
+            phase.own,
+        )
+
+    def _prior(self, config: OverlapConfig, phase: Phase, world: int, *, agree: bool) -> dict[str, float]:
+        """Predictions; with ``agree`` all ranks take the largest product of any, so that they predict alike."""
+        flops = max(int(text) for text in self._exchange(str(phase.flops))) if agree else phase.flops
+        work = Work(
+            flops=flops,
+            world=world,
+            pieces=1 if config.chunks_per_rank == "auto" else config.chunks_per_rank,
+            dtype=str(phase.dtype).removeprefix("torch."),
+            gathered_bytes=phase.gathered_bytes,
+            scattered_bytes=phase.scattered_bytes,
+            # The unfused mode writes and reads the whole operand that it gathers or scatters.
+            unfused_local_bytes=2.0 * world * (phase.gathered_bytes + phase.scattered_bytes),
+            fused_local_bytes=2.0 * (phase.gathered_bytes + phase.scattered_bytes),
+        )
+        return predict(work, hardware_for(self._name))
+
+
+@functools.lru_cache(maxsize=2)
+def _cache(cuda: bool) -> ChoiceCache:
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else []
+    fingerprint = machine_fingerprint(
+        devices,
+        package_version=_version("odysseus_kernels"),
+        torch_version=torch.__version__,
+        triton_version=_version("triton"),
+    )
+    return ChoiceCache(cache_directory(), fingerprint)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,18 @@
+"""What is known of machines, and predictions made from it: pure functions, no device and no process group."""
+
+from .cost_model import MEASURED_MARGIN, MODEL_MARGIN, MODES, Work, pick_mode, predict
+from .hardware import CPU, GENERIC_GPU, KNOWN_GPUS, Hardware, hardware_for
+
+__all__ = [
+    "CPU",
+    "GENERIC_GPU",
+    "KNOWN_GPUS",
+    "MEASURED_MARGIN",
+    "MODEL_MARGIN",
+    "MODES",
+    "Hardware",
+    "Work",
+    "hardware_for",
+    "pick_mode",
+    "predict",
+]
