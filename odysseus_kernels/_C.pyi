@@ -1,4 +1,4 @@
-"""Signatures of the compiled host extension (csrc/).  Import it through :mod:`odysseus_kernels._ext` only."""
+"""Signatures of the compiled extension (csrc/).  Import it through :mod:`odysseus_kernels._ext` only."""
 
 from typing import Final, Literal
 
@@ -144,3 +144,215 @@ def use_simd(name: str) -> None:
 
     ValueError where the machine lacks it; "baseline" is always there.
     """
+
+Address = tuple[int, int]
+"""In a recording: index into the ``bases`` given to :meth:`cuda.Program.run`, and bytes behind that base."""
+
+class cuda:  # noqa: N801 - a submodule; absent where the extension was built without CUDA
+    """Streams, signals, copies and reductions of a CUDA device; a module of functions.
+
+    Importing it needs no driver.  Every failed CUDA call is a RuntimeError that names the call, CUDA's error and what
+    was being done; bad arguments are a ValueError that names both values, raised before anything is enqueued.
+
+    **Words.**  A word is a uint32, in local or a peer's memory.  Its values (-255 .. 255) count within one use of the
+    memory that it guards; an epoch, a uint32 in local device memory, counts the uses.  A signal stores
+    ``epoch * 256 + value`` with system-scope release, behind everything earlier in its stream; a wait is over when
+    ``int32(word - (epoch * 256 + value)) >= 0``.  Nothing of a call but ``value`` is a constant of the host, so that a
+    captured graph can be replayed.
+
+    **Giving up.**  A wait that runs out of time, or that finds the host's :meth:`Control.abort` while its words are
+    not there, records the first error and sets the device word ``aborted``.  From then on everything drains: waits
+    return at once, copies and reductions still run on whatever is there, and signals are left out, so that no peer is
+    told of data that may be wrong.  Other kernels can watch ``aborted``; they see the host's abort only once a wait of
+    this module did.
+    """
+
+    @staticmethod
+    def why_unavailable() -> str:
+        """Empty where a driver and a device of compute capability 8.0 or later are there, else one line; no raise."""
+
+    @staticmethod
+    def why_no_batch_copies() -> str:
+        """Empty while copies are asked to run on copy engines, else one line that says why the driver's batch copies
+        are not used in this process: it has none, or it refused one.
+        """
+
+    @staticmethod
+    def multimem_supported(device: int) -> bool:
+        """Whether the device multicasts over NVLink switches; False also where there is no driver."""
+
+    @staticmethod
+    def reduce(
+        stream: int,
+        out: int,
+        out_dtype: str,
+        sources: list[int],
+        source_dtype: str,
+        count: int,
+        max_blocks: int = 0,
+    ) -> None:
+        """out[i] = cast(sources[0][i] + sources[1][i] + ...) on raw addresses, as :meth:`Recording.reduce` does it, on
+        the whole device unless ``max_blocks`` is smaller.  ``stream`` belongs to the device of ``out``.
+        """
+
+    @staticmethod
+    def multimem_reduce(stream: int, out: int, multicast: int, dtype: str, count: int, max_blocks: int = 0) -> None:
+        """out[i] = the sum of all ranks' memory behind a multicast address, added by the switch in an order of its own
+        ("float32"; "bfloat16" and "float16" accumulate in fp32).  Addresses and size are multiples of 16 bytes.
+        """
+
+    class Control:
+        """What ends the waits of a rank and says why, in one pinned host block that the device maps."""
+
+        def __init__(self, device: int, aborted: int) -> None:
+            """``aborted`` is the device address of a uint32 that is zero now and stays the caller's."""
+
+        def abort(self, code: int) -> None:
+            """Ends waits that are running or still come, within microseconds; the first ``code`` (2 .. 2**31 - 1)
+            stays.  Waits whose words are there do not look.  No CUDA call; nothing happens once closed.
+            """
+
+        def error(self) -> tuple[int, int, int, int, int] | None:
+            """(code, tag, index, expected, seen) of the first wait that gave up: code 1 ran out of time, others were
+            given to :meth:`abort`; ``index`` says which of its words was missing, ``expected`` and ``seen`` are whole
+            words.  No CUDA call; the answer outlives :meth:`close`.
+            """
+
+        def close(self) -> None:
+            """Gives the block back; no wait may be running any more.  Idempotent."""
+
+    class Recording:
+        """Operations on numbered streams (0 .. 63), recorded once; needs no device.
+
+        Operations check their arguments as far as possible without bases.
+        """
+
+        def __init__(self) -> None: ...
+        def copy(
+            self,
+            stream: int,
+            dst: Address,
+            src: Address,
+            row_bytes: int,
+            rows: int = 1,
+            dst_pitch: int = 0,
+            src_pitch: int = 0,
+            over_link: bool = False,
+        ) -> None:
+            """Copies rows between any two addresses of devices or pinned host memory, by a copy engine where the
+            driver lets one choose and the stream is neither being captured nor the legacy default stream.  Pitches are
+            in bytes, 0 for dense rows.  ``over_link``: at the pace of the program's emulated link, if it has one.
+            """
+
+        def wait(self, stream: int, epoch: Address, words: list[Address], values: list[int], tag: int) -> None:
+            """Waits until every word has reached its value; ``tag`` (32 bits) comes back in :meth:`Control.error`."""
+
+        def signal(self, stream: int, epoch: Address, words: list[Address], values: list[int]) -> None:
+            """Stores values in words, unless the rank has given up."""
+
+        def advance(self, stream: int, epoch: Address) -> None:
+            """epoch += 1."""
+
+        def reduce(
+            self,
+            stream: int,
+            out: Address,
+            out_dtype: str,
+            sources: list[Address],
+            source_dtype: str,
+            count: int,
+            rows: int = 1,
+            out_pitch: int = 0,
+            source_pitches: list[int] | None = None,
+            epoch: Address | None = None,
+            words: list[Address] | None = None,
+            values: list[int] | None = None,
+            tag: int = 0,
+        ) -> None:
+            """out[row, i] = cast(sources[0][row, i] + sources[1][row, i] + ...), 1 .. 16 sources.
+
+            Adds in that order in fp32 (fp64 for "float64") and rounds once, to nearest even.  dtypes are equal, or one
+            is "float32" and the other "bfloat16" or "float16".  ``out`` may be one of the sources.  Pitches are in
+            bytes, 0 for dense rows.  Takes a quarter of the device's multiprocessors at most, and a sixteenth where it
+            waits itself: with ``epoch``, ``words`` (one for each source) and ``values``, as :meth:`wait` does.
+            """
+
+        def record(self, stream: int, event: int) -> None:
+            """Event (0 .. 4095): everything that the stream has so far."""
+
+        def depend(self, stream: int, event: int) -> None:
+            """The stream waits for what the event last recorded, by an earlier operation."""
+
+        def check_run(self, first: int, last: int, streams: list[int], bases: list[int], timeout_s: float) -> None:
+            """Raises the ValueError that :meth:`Program.run` would raise."""
+
+        def __len__(self) -> int: ...
+
+    class Program(Recording):
+        """A recording that can be enqueued on streams of a device, any number of times."""
+
+        def __init__(self, control: cuda.Control, device: int, link: float = 0.0) -> None:
+            """``link``: bytes/s of an emulated link, which ``over_link`` copies share as they would share a real one:
+            each books the time that its bytes take, and its stream goes on when that is over; 0 for none.
+
+            Loads all kernels of this module; the runtime might otherwise wait for a spinning wait to end first.
+            """
+
+        def run(self, first: int, last: int, streams: list[int], bases: list[int], timeout_s: float) -> None:
+            """Enqueues operations [first, last) on ``streams`` (cudaStream_t handles), without the GIL.
+
+            ``timeout_s`` is each wait's own, ``math.inf`` for none.  Streams may be under capture.
+            """
+
+        def close(self) -> None:
+            """Gives events and memory back; nothing of the program may be running any more.  Idempotent."""
+
+    class host_side:  # noqa: N801 - a submodule
+        """What kernels compute and how work is cut up, on the host; for tests."""
+
+        @staticmethod
+        def word_of(epoch: int, value: int) -> int: ...
+        @staticmethod
+        def reached(seen: int, expected: int) -> bool: ...
+        @staticmethod
+        def nanoseconds(seconds: float) -> int:
+            """A timeout as kernels take it; 2**64 - 1 is none."""
+
+        @staticmethod
+        def link_pieces(
+            row_bytes: int, rows: int, dst_pitch: int, src_pitch: int, piece: int = 8 << 20
+        ) -> list[tuple[int, int, int, int]]:
+            """(offset in dst, offset in src, row_bytes, rows) of the pieces of a copy over an emulated link."""
+
+        @staticmethod
+        def reduce_layout(
+            out: int,
+            out_dtype: str,
+            sources: list[int],
+            source_dtype: str,
+            count: int,
+            rows: int,
+            out_pitch: int,
+            source_pitches: list[int],
+        ) -> tuple[int, int, int, int]:
+            """(rows, head, vectors, tail): elements before, 16-byte loads, elements behind, of each row."""
+
+        @staticmethod
+        def reduce_grid(
+            work: int, share: Literal["device", "quarter", "waiting"], multiprocessors: int, cap: int = 0
+        ) -> tuple[int, int]:
+            """(blocks, threads) for so many loads of each source."""
+
+        @staticmethod
+        def reduce_on_host(
+            out: int,
+            out_dtype: str,
+            sources: list[int],
+            source_dtype: str,
+            count: int,
+            rows: int,
+            out_pitch: int,
+            source_pitches: list[int],
+            workers: int,
+        ) -> None:
+            """The device's reduction with so many threads, one after another, on host addresses."""

@@ -21,6 +21,7 @@ reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single
 
 # A backend notices a lost peer only where it talks to it: in a ring, the ranks next to it.  So every wait looks up.
 _SLICE_S = 0.2
+_POLL_S = 0.001
 # A backend's clock overflows beyond centuries, and ``timeout_s`` may be infinite.
 _LONGEST_S = 1e6
 
@@ -36,14 +37,21 @@ def exchange_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def wait(work: dist.Work, timeout_s: float, look: Callable[[], None]) -> None:
+def wait(work: dist.Work, timeout_s: float, look: Callable[[], None], *, on_gpu: bool = False) -> None:
     """Waits for ``work``, calling ``look`` (which may raise) several times a second.
+
+    With ``on_gpu`` the host asks whether it is complete: a wait with a time limit would make NCCL abort at that limit.
 
     Raises:
         WaitTimeoutError: not complete within ``timeout_s``.
         RuntimeError: the backend's error.
     """
     deadline = time.monotonic() + min(timeout_s, _LONGEST_S)
+    while on_gpu and not work.is_completed():
+        if time.monotonic() >= deadline:
+            raise WaitTimeoutError(f"not complete within {timeout_s:g} s")
+        look()
+        time.sleep(_POLL_S)
     while True:
         left = max(deadline - time.monotonic(), 0.001)
         try:

@@ -72,7 +72,7 @@ class Handshakes:
             self._end(self._under_way.popleft(), look)
 
     def _end(self, exchange: _Exchange, look: Callable[[], None]) -> None:
-        wait(exchange.work, exchange.timeout_s, look)
+        wait(exchange.work, exchange.timeout_s, look, on_gpu=exchange.own.is_cuda)
         calls = {}
         for rank, row in enumerate(exchange.everyone.tolist()):
             digest = int.from_bytes(bytes(row[:_HASH_BYTES]), "little")

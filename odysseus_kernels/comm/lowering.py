@@ -303,6 +303,9 @@ class _Lowering:
 
     def _record(self, step: Step) -> None:
         stream = _STREAM[step.stream]
+        moved = self.out if step.task in (Task.PUSH, Task.ADD) else self.shard
+        if step.task is not None and moved is not None and not moved.nbytes:
+            return  # an empty shard: only signals travel
         if step.kind is Kind.RECORD:
             self.operations.record(stream, step.event)
         elif step.kind is Kind.DEPEND:

@@ -119,7 +119,7 @@ class Meeting:
         where = f"rank {group.rank()} of process group {self.name} waited for all ranks to meet"
         try:
             work = all_gather_single(everyone.view(-1), own, group, async_op=True)
-            wait(work, config.timeout_s, lambda: self._look(where))
+            wait(work, config.timeout_s, lambda: self._look(where), on_gpu=own.is_cuda)
         except BaseException as error:
             self.unusable = self.unusable or short_text(error)
             if isinstance(error, WaitTimeoutError):

@@ -5,6 +5,8 @@ Triton is imported when the first such kernel runs, never before.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -21,10 +23,17 @@ _MOST_PROJECTIONS = 3
 
 def can_serve(layout: Layout, weights: Sequence[Tensor]) -> bool:
     """Whether the kernels can do it: chunks that are plain matrices, up to three projections laid out alike."""
+    if not _installed():
+        return False
     if layout.batch != 1 or layout.inner_size != 1 or len(weights) > _MOST_PROJECTIONS:
         return False
     by_rows, by_columns = (all(weight.stride(dim) == 1 for weight in weights) for dim in (1, 0))
     return weights[0].dtype in _DTYPES and (by_rows or by_columns)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def project(
