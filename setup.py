@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, naive_recompile
@@ -20,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = Path("csrc")  # relative to ROOT, as setuptools wants sources to be
 ARCHITECTURES = ("80", "90a", "100a")
+PORTABLE = "90"  # also embedded as PTX, which drivers compile for devices newer than ARCHITECTURES
 
 
 def find_nvcc() -> Path | None:
@@ -75,14 +77,17 @@ class BuildExt(build_ext):
     def compile_cuda(self, sources: list[str], nvcc: Path) -> list[str]:
         """Object files of the given CUDA sources."""
         targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures(nvcc)]
+        targets.append(f"-gencode=arch=compute_{PORTABLE},code=compute_{PORTABLE}")
         flags = ["-std=c++17", "-O3", "-DNDEBUG", "-DODYSSEUS_CUDA=1", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        objects = []
-        for source in sources:
-            target = Path(self.build_temp) / f"{source}.o"
+        objects = [Path(self.build_temp) / f"{source}.o" for source in sources]
+
+        def compile_one(source: str, target: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run([str(nvcc), *flags, *targets, "-c", source, "-o", str(target)], check=True)
-            objects.append(str(target))
-        return objects
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, sources, objects))  # the list passes on what a compilation raised
+        return [str(target) for target in objects]
 
 
 def describe_cuda(sources: list[str], nvcc: Path | None) -> str:

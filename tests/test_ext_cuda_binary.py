@@ -1,0 +1,99 @@
+"""The machine code in the compiled module: which architectures, no spills, the instructions that are meant."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from odysseus_kernels import _ext
+
+C = _ext.load()
+if not hasattr(C, "cuda"):
+    pytest.skip("the extension was built without CUDA", allow_module_level=True)
+
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+REDUCTIONS = 16  # eight pairs of types, few and many sources
+
+
+def find_cuobjdump() -> str | None:
+    if found := shutil.which("cuobjdump"):
+        return found
+    if spec := importlib.util.find_spec("triton"):
+        for folder in spec.submodule_search_locations or ():
+            candidate = Path(folder) / "backends" / "nvidia" / "bin" / "cuobjdump"
+            if candidate.is_file():
+                return str(candidate)
+    return None
+
+
+def dump(*options: str) -> str:
+    tool = find_cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump, neither on PATH nor with triton")
+    return subprocess.run([tool, *options, C.__file__], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def machine_code() -> dict[str, str]:
+    """Disassembly by architecture."""
+    code: dict[str, str] = {}
+    for architecture in ARCHITECTURES:
+        code[architecture] = dump("-sass", "-arch", architecture)
+        assert "Function :" in code[architecture], architecture
+    return code
+
+
+def test_architectures() -> None:
+    listed = dump("-lelf")
+    assert set(re.findall(r"\.(sm_\w+)\.cubin", listed)) == set(ARCHITECTURES)
+    assert "sm_90.ptx" in dump("-lptx"), "for devices newer than these"
+
+
+def test_no_kernel_spills_and_all_fit_their_blocks() -> None:
+    usage = re.findall(r"Function ([^:]+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage"))
+    assert len(usage) == len(ARCHITECTURES) * (REDUCTIONS + 5 + 3)
+    for name, registers, stack, local in usage:
+        assert (stack, local) == ("0", "0"), name
+        assert int(registers) <= 64, f"{name}: 1024 threads have 64 registers each"
+
+
+def test_no_local_memory_is_touched(machine_code: dict[str, str]) -> None:
+    for architecture, code in machine_code.items():
+        assert not re.findall(r"\b(?:LDL|STL)\b", code), architecture
+
+
+def functions(code: str, name: str) -> list[str]:
+    return [body for body in code.split("Function :")[1:] if name in body.splitlines()[0]]
+
+
+def test_reductions_read_global_memory_16_bytes_at_once(machine_code: dict[str, str]) -> None:
+    for code in machine_code.values():
+        bodies = functions(code, "reduce_kernel")
+        assert len(bodies) == REDUCTIONS
+        for body in bodies:
+            assert len(re.findall(r"\bLDG\.E\.128\b", body)) >= 4, "several loads in flight"
+            assert not re.search(r"\bLD\.E", body), "no generic loads"
+
+
+def test_signals_have_system_scope(machine_code: dict[str, str]) -> None:
+    for code in machine_code.values():
+        (signal,) = functions(code, "signal_kernel")
+        assert re.search(r"ST[G]?\.E\.STRONG\.SYS", signal)
+        assert re.search(r"MEMBAR\.(?:SC\.|ALL\.)?SYS", signal), "released"
+        (wait,) = functions(code, "11wait_kernel")
+        assert re.search(r"LD[G]?\.E\.STRONG\.SYS", wait)
+        assert "NANOSLEEP" in wait
+
+
+def test_multicast_loads_only_where_there_are_any(machine_code: dict[str, str]) -> None:
+    # LDGMC is multimem.ld_reduce.
+    for architecture, code in machine_code.items():
+        bodies = functions(code, "multimem_kernel")
+        assert len(bodies) == 3
+        for body in bodies:
+            assert ("LDGMC" in body) == (architecture != "sm_80"), architecture
