@@ -4,11 +4,14 @@ Variants of a row take turns within each round, in order in even rounds and reve
 machine (clock, temperature, other people's work) fall on all of them alike and nobody always follows the same
 neighbour.  Each rank times its own call after a barrier; a round's time is the slowest rank's.  Ratios are medians of
 ratios within rounds.
+
+On a GPU, events on the stream time the call (:class:`EventTimer`), and the host is kept ahead of the device.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +20,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["hidden_share", "interquartile_spread", "median", "paired_ratio", "slowest_rank", "take_turns"]
+__all__ = [
+    "EventTimer",
+    "hidden_share",
+    "interquartile_spread",
+    "median",
+    "paired_ratio",
+    "slowest_rank",
+    "take_turns",
+]
 
 Samples = Mapping[str, Sequence[float]]
+Timed = Callable[[Callable[[], Any]], tuple[float, Any]]
 
 
 def take_turns(
@@ -30,6 +42,7 @@ def take_turns(
     synchronize: Callable[[], None],
     last: Callable[[str, Any], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    timed: Timed | None = None,
 ) -> dict[str, list[float]]:
     """Times every call once in each round, on this rank.
 
@@ -40,10 +53,19 @@ def take_turns(
         synchronize: waits for the device.
         last: gets (name, result) of each call of the last round, outside the timed part.
         clock: seconds.
+        timed: makes a call and returns (seconds, result); by default ``clock`` around the call and ``synchronize``.
 
     Returns:
         Seconds by name, one for each round.
     """
+
+    def by_clock(call: Callable[[], Any]) -> tuple[float, Any]:
+        begin = clock()
+        result = call()
+        synchronize()
+        return clock() - begin, result
+
+    timed = timed or by_clock
     samples: dict[str, list[float]] = {name: [] for name in calls}
     collecting = gc.isenabled()
     gc.collect()
@@ -53,10 +75,8 @@ def take_turns(
             for name in list(calls) if index % 2 == 0 else reversed(list(calls)):
                 synchronize()
                 barrier()
-                begin = clock()
-                result = calls[name]()
-                synchronize()
-                samples[name].append(clock() - begin)
+                seconds, result = timed(calls[name])
+                samples[name].append(seconds)
                 if last is not None and index == rounds - 1:
                     last(name, result)
                 del result  # its memory goes back before the next call, and outside the timed part
@@ -64,6 +84,54 @@ def take_turns(
         if collecting:
             gc.enable()
     return samples
+
+
+class EventTimer:
+    """Times calls by events on the current stream of a GPU.
+
+    Before each call a buffer larger than the second-level cache is written several times, and read: nothing of the
+    last call is left in the cache, nothing in it waits to be written back, and the host has enqueued the call before
+    the device comes to it, as in a training step, where the host runs ahead.  What the host took is in :attr:`host_s`.
+
+    Args:
+        device: the GPU.
+        nbytes: of the buffer.
+
+    Attributes:
+        host_s: seconds in which the host enqueued the last call.
+    """
+
+    # The host needs this many times longer now and then.
+    _MARGIN = 2.0
+    _MOST_FILLS = 400
+
+    def __init__(self, device: torch.device, nbytes: int = 256 << 20) -> None:
+        self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._fills = 1
+        self.host_s = 0.0
+        self._fill_s = min(self._timed(self._buffer.zero_)[0] for _ in range(5))
+
+    def stay_ahead(self, host_s: float) -> None:
+        """Keeps the device busy for longer than the host needs to enqueue a call."""
+        fills = math.ceil(self._MARGIN * host_s / max(self._fill_s, 1e-6))
+        self._fills = max(1, min(fills, self._MOST_FILLS))
+
+    def __call__(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """(seconds, result) of a call."""
+        for _ in range(self._fills):
+            self._buffer.zero_()
+        self._buffer.view(torch.float32).max()
+        return self._timed(call)
+
+    def _timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        started = time.perf_counter()
+        result = call()
+        self.host_s = time.perf_counter() - started
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3, result
 
 
 def slowest_rank(samples: Samples, world_size: int) -> dict[str, list[float]]:

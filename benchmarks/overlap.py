@@ -4,6 +4,8 @@
 Starts its own ranks, or is one when torchrun started it.  Every row has the operator's products alone, its
 communication alone, and the operator unfused and fused on each transport, beside a twin of raw torch collectives.  A
 result that is wrong has no time.  Writes all samples to benchmarks/results/<machine>/ and a plot beside them.
+
+With ``--device cuda`` and a single GPU, one rank is measured against emulated links instead (``emulated.py``).
 """
 
 from __future__ import annotations
@@ -16,19 +18,21 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the script runs from a checkout, installed or not
 
-from benchmarks import machine, plot, report
+# What draws and prints is imported where it is used: a run on one GPU does without rich and matplotlib.
+from benchmarks import emulated, machine
 from benchmarks.cases import Size, make_cases
-from benchmarks.ranks import Settings, run_rows
 from benchmarks.workload import TRANSPORTS
 from odysseus_kernels.testing.spawn import RankPool, RanksFailedError
+
+if TYPE_CHECKING:
+    from benchmarks.ranks import Settings
 
 SCHEMA = 1
 RUN_LIMIT_S = 3600.0 * 4
@@ -43,28 +47,34 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2, help="ranks to start (ignored under torchrun)")
     parser.add_argument("--threads", type=int, default=1, help="intra-op threads of each rank")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
-    parser.add_argument("--repeats", type=int, help="rounds that are measured (default 9; 5 with --quick)")
+    parser.add_argument(
+        "--repeats", type=int, help="rounds that are measured (default 9; 5 with --quick; more on a GPU)"
+    )
     parser.add_argument("--cases", default="", metavar="REGEX", help="only rows whose name this is found in")
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
     parser.add_argument("--output", type=Path, help="folder of the results (default benchmarks/results/<machine>)")
+    emulated.add_options(parser)
     parser.set_defaults(load_before=os.getloadavg()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="short shapes, fewer rounds: under a minute on two cores")
     size.add_argument("--full", action="store_true", help="the models' true widths: long, and gigabytes for each rank")
     parsed = parser.parse_args(arguments)
     parsed.size = "quick" if parsed.quick else "full" if parsed.full else "default"
-    if parsed.repeats is None:
+    parsed.emulated = parsed.device == "cuda" and "RANK" not in os.environ and torch.cuda.device_count() < 2
+    if parsed.repeats is None and not parsed.emulated:
         parsed.repeats = 5 if parsed.quick else 9
     for name in ("ranks", "threads", "repeats"):
-        if getattr(parsed, name) < 1:
+        if (getattr(parsed, name) or 1) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(parsed, name)}")
     return parsed
 
 
 def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings:
     """What ranks are told.  ValueError if no row is left."""
+    from benchmarks.ranks import Settings
+
     size: Size = arguments.size
     return Settings(
         rows=tuple(make_cases(world_size, size, arguments.cases)),
@@ -78,6 +88,8 @@ def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings:
 
 def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Everything that is written to the JSON file."""
+    from benchmarks import report
+
     if arguments.memory:
         rows, verdicts = list(rows), report.judge_memory(rows)
     else:
@@ -101,6 +113,10 @@ def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence
 
 def print_document(document: dict[str, Any]) -> None:
     """The tables, as wide on a terminal as in a file."""
+    from rich.console import Console
+
+    from benchmarks import report
+
     console = Console(width=report.WIDTH, highlight=False)
     given, place = document["arguments"], document["machine"]
     console.print(
@@ -137,6 +153,8 @@ def write(document: dict[str, Any], folder: Path) -> list[Path]:
     path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
     if document["kind"] == "memory":
         return [path]
+    from benchmarks import plot
+
     image = path.with_suffix(".png")
     plot.draw(document, image)
     return [path, image]
@@ -162,6 +180,8 @@ def finish(arguments: argparse.Namespace, world_size: int, rows: Sequence[dict[s
 
 def run_under_torchrun(arguments: argparse.Namespace) -> int:
     """This process is one rank."""
+    from benchmarks.ranks import run_rows
+
     torch.set_num_threads(arguments.threads)
     dist.init_process_group("gloo" if arguments.device == "cpu" else "cpu:gloo,cuda:nccl")
     try:
@@ -177,6 +197,10 @@ def main() -> int:
     arguments = parse()
     if "RANK" in os.environ:
         return run_under_torchrun(arguments)
+    if arguments.emulated:
+        return emulated.run(arguments)
+    from benchmarks.ranks import run_rows
+
     try:
         settings = make_settings(arguments, arguments.ranks)
     except ValueError as error:

@@ -191,7 +191,9 @@ class CollectiveTransport(Transport):
         """
         try:
             yield
-        except RankMismatchError:
+        except RankMismatchError as error:
+            if self._handshakes is not None:  # found beside the calls, at different ones on different ranks
+                self.broken = short_text(error)
             raise
         except BaseException as error:
             self.broken = short_text(error)

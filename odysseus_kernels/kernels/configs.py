@@ -13,6 +13,10 @@ Kernel = Literal["gather_matmul", "matmul_scatter", "weight_gradient"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+# Registers of a multiprocessor, and those that a kernel which waits leaves to others: one warp of 64 for each thread.
+_REGISTERS = 65536
+_ROOM = 2048
+
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
@@ -56,6 +60,15 @@ class TileConfig:
         """Shared memory of the operands' stages: a lower bound of what a program takes."""
         return self.stages * (self.block_m + self.block_n) * self.block_k * itemsize
 
+    @property
+    def max_registers(self) -> int:
+        """Registers of a thread, so that a block of one warp still fits beside the programs of a multiprocessor.
+
+        Small kernels on other streams wait for peers and set words: none of them may be kept out by a kernel that waits
+        for what they do.
+        """
+        return min(255, (_REGISTERS - _ROOM) // (32 * self.warps * self.per_sm) // 8 * 8)
+
     def programs(self, tiles: int, sms: int) -> int:
         """Programs of a persistent kernel over ``tiles`` tiles on a device of ``sms`` multiprocessors."""
         used = sms if self.sms is None else min(sms, self.sms)
@@ -95,8 +108,8 @@ class Problem:
 
 # 128 x 256 keeps the two consumer warp groups of wgmma busy with the least traffic; two programs of 128 x 128 on a
 # multiprocessor hide each other's epilogues and waits, which weighs more where the depth is small; narrower tiles are
-# for small chunks.  All of them compile without spills for every layout of the operands (benchmarks/results/compile.md):
-# that is why Ampere, whose accumulators and addresses share the registers, has no 128 x 256.
+# for small chunks.  All compile without spills for every layout of the operands (benchmarks/results/compile.md): that
+# is why Ampere, whose accumulators and addresses share the registers, has no 128 x 256.
 _HOPPER = (
     TileConfig(128, 256, 64, warps=8, stages=4, descriptors=True),
     TileConfig(128, 128, 64, warps=4, stages=3, descriptors=True, per_sm=2),
@@ -110,7 +123,7 @@ _BLACKWELL = (
 )
 _AMPERE = (
     TileConfig(128, 128, 32, warps=8, stages=4),
-    TileConfig(64, 128, 32, warps=4, stages=4, per_sm=2),
+    TileConfig(64, 128, 32, warps=8, stages=4),
 )
 # fp32 is exact (no TF32): it runs on the ordinary units, from registers.
 _EXACT = (TileConfig(64, 64, 16, warps=8, stages=3, per_sm=2),)
@@ -121,7 +134,7 @@ _SHIPPED: dict[Kernel, dict[int, tuple[TileConfig, ...]]] = {
     "matmul_scatter": _PRODUCTS,
     # A tile that is added to needs registers twice where it does not stay in them (tensor memory on Blackwell).
     "weight_gradient": {
-        80: (TileConfig(128, 128, 32, warps=8, stages=4), TileConfig(64, 128, 32, warps=8, stages=4)),
+        80: _AMPERE,
         90: _HOPPER,
         100: (
             TileConfig(128, 128, 64, warps=8, stages=4, descriptors=True),

@@ -94,7 +94,7 @@ def gather_matmul_kernel(
         row = tile_m * BLOCK_M
         a, a_row, a_rows, a_stride = here, row, rows, local_stride
         if visit > 0:
-            needed = tl.cdiv(tl.minimum(row + BLOCK_M, rows).to(tl.int64) * pieces, rows).to(tl.int32)
+            needed = tl.cdiv(tl.minimum(row + BLOCK_M, rows) * pieces, rows)
             if visit * 256 + needed > seen:
                 await_word(words + visit - 1, base + needed, aborted, DESCRIPTORS, INTERPRETED)
                 seen = visit * 256 + needed

@@ -69,7 +69,8 @@ def target_of(device: torch.device) -> Target:
     properties = torch.cuda.get_device_properties(device)
     # Consumer Blackwell (12.x) has neither wgmma nor tcgen05, and multiplies as Ampere does.
     architecture = {9: 90, 10: 100}.get(properties.major, 80)
-    return Target(architecture, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Target(architecture, properties.multi_processor_count, shared)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ def check_bias(name: str, bias: Tensor | None, width: int, like: Tensor) -> None
 
 
 def check_matrix(name: str, data: Tensor, shape: tuple[int | None, int | None], like: Tensor, *, dtype: bool) -> None:
-    """ValueError unless ``data`` has ``shape`` (None: any from 1), the device and, with ``dtype``, the dtype of ``like``."""
+    """ValueError unless ``data`` has ``shape`` (None: any from 1) and the device, with ``dtype`` also the dtype, of like."""
     wanted = ", ".join("any" if size is None else str(size) for size in shape)
     fits = data.dim() == 2 and all(s is None or s == given for s, given in zip(shape, data.shape, strict=True))
     expect(fits and data.numel() > 0, name, f"shape [{wanted}], not empty", tuple(data.shape))
@@ -168,6 +169,7 @@ def check_signals(rank: int, world: int, epoch: Tensor | None, aborted: Tensor |
 def check_chunks(local: Tensor, gathered: Tensor | None, world: int, pieces: int, words: Tensor | None) -> Tensor:
     """Checks a gathered operand, and returns its remote chunks (the local one where there is but one rank)."""
     expect(1 <= pieces <= MAX_PIECES, "pieces", f"1 to {MAX_PIECES}", pieces)
+    expect(local.shape[0] * max(world, pieces) < 2**31, "rows", f"32-bit numbers of all {world} chunks", local.shape[0])
     if world == 1:
         return local[None]
     shape = (world - 1, *local.shape)
@@ -216,6 +218,7 @@ def launch(kernel: Any, arguments: dict[str, Any], config: TileConfig, tiles: in
                 INTERPRETED=interpreted(),
                 num_warps=config.warps,
                 num_stages=config.stages,
+                maxnreg=config.max_registers,
             )
 
     # Descriptors lie in scratch memory that Triton asks for.  Its allocator is a context variable: set for this launch

@@ -4,9 +4,10 @@ Both classes stand in for the memory that ranks map of one another (``PeerMemory
 Everything else, from schedules to kernels, is what real ranks run.
 
 :class:`VirtualPeers`
-    N ranks in one process on one GPU or several: for correctness.  Each rank needs a stream of its own to compute on,
-    ``CUDA_DEVICE_MAX_CONNECTIONS=32``, and at most four ranks share a GPU, or streams share hardware queues in which a
-    wait of one rank stands before the signal of another.
+    N ranks in one process on one GPU or several: for correctness.  Each rank needs a stream of its own to compute on.
+    At most four ranks share a GPU, with ``CUDA_DEVICE_MAX_CONNECTIONS=32``, or streams share hardware queues in which a
+    wait of one rank stands before the signal of another; and with ``CUDA_MODULE_LOADING=EAGER``, or the first use of a
+    kernel waits for all that is running.
 :class:`SilentPeers`
     one rank whose peers never do anything: their shards lie ready, and what is sent to them stays where it arrives.
     With copies that take the time of a link, this is what one GPU can tell about overlap.
@@ -209,10 +210,18 @@ class VirtualRank:
         self._backed.clear()
 
 
-def virtual_transports(devices: Sequence[torch.device]) -> list[SymmetricDeviceTransport]:
-    """Transports of as many ranks as ``devices`` (each with an index) has entries, all in this process."""
+def virtual_transports(devices: Sequence[torch.device], reserve: int = 0) -> list[SymmetricDeviceTransport]:
+    """Transports of as many ranks as ``devices`` (each with an index) has entries, all in this process.
+
+    Args:
+        devices: one for each rank, repeated where ranks share a GPU.
+        reserve: bytes that every window has from the begin, so that no call has to make it larger.
+    """
     peers, world = VirtualPeers(devices), len(devices)
-    return [
-        SymmetricDeviceTransport(CudaDevice(device, rank, world, peers.of(rank)), rank, world)
-        for rank, device in enumerate(devices)
-    ]
+    transports = []
+    for rank, device in enumerate(devices):
+        memory = peers.of(rank)
+        if reserve:
+            memory.grow({(kind, window): reserve for kind in _KINDS for window in range(WINDOWS)})
+        transports.append(SymmetricDeviceTransport(CudaDevice(device, rank, world, memory), rank, world))
+    return transports
