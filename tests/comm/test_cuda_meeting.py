@@ -1,0 +1,34 @@
+"""How ranks meet for GPUs: what is missing is said once, and named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cuda_meeting_cases
+
+
+def test_no_access_between_devices_means_collectives_with_one_warning(ranks: Any) -> None:
+    for first, second, asked in ranks(2).run(cuda_meeting_cases.fallback, ""):
+        assert first[0] == second[0] == "collective"
+        (warning,) = first[1]
+        assert "use the process group's collectives" in warning
+        assert "no peer-to-peer access from cuda:0 to rank 1 (GPU of rank 1)" in warning
+        assert second[1] == asked[1] == []
+        assert 'transport="symmetric" is not available' in asked[0] and "no peer-to-peer access" in asked[0]
+
+
+def test_no_driver_is_the_reason(ranks: Any) -> None:
+    for first, _, asked in ranks(2).run(cuda_meeting_cases.fallback, "no NVIDIA driver"):
+        assert first[0] == "collective" and "no NVIDIA driver" in first[1][0]
+        assert "no NVIDIA driver" in asked[0]
+
+
+def test_peers_on_another_host_are_named(ranks: Any) -> None:
+    for message, caught in ranks(2).run(cuda_meeting_cases.other_hosts):
+        assert "needs all ranks on one host" in message and "node0, node1" in message
+        assert caught == []
+
+
+def test_ranks_with_tensors_of_different_devices(ranks: Any) -> None:
+    for message in ranks(2).run(cuda_meeting_cases.kinds_of_tensors):
+        assert "with cpu tensors" in message and "with cuda tensors" in message
