@@ -107,7 +107,8 @@ class Block:
     @staticmethod
     def of(tensor: torch.Tensor, pieces: int) -> Block:
         batch, rows, width = tensor.shape
-        return Block(tensor.dtype, batch, rows, width, pieces, tensor.stride(0) * tensor.element_size())
+        stride = tensor.stride(0) if batch > 1 else rows * width  # that of a single batch means nothing
+        return Block(tensor.dtype, batch, rows, width, pieces, stride * tensor.element_size())
 
     def bounds(self, piece: int) -> tuple[int, int]:
         return piece_bounds(self.rows, self.pieces, piece)

@@ -43,7 +43,13 @@ Exchange = Callable[[str], list[str]]
 
 
 class PeerMemory(Protocol):
-    """Memory of all ranks at addresses of this rank's device."""
+    """Memory of all ranks at addresses of this rank's device.
+
+    Attributes:
+        retain: windows that are replaced by larger ones stay: a captured graph goes on using them.
+    """
+
+    retain: bool
 
     def words(self, rank: int) -> int:
         """Address of a rank's words."""
@@ -70,13 +76,15 @@ class TorchSymmetricMemory:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, exchange: Exchange) -> None:
         self._group_name, self._device, self._world = group.group_name, device, group.size()
         self._exchange = exchange
-        self._windows: dict[_Window, tuple[Tensor, list[int]]] = {}
-        self._handles: list[Any] = []  # they own the mappings of peers' memory
+        self.retain = False
+        # A handle owns the mappings of peers' memory.
+        self._windows: dict[_Window, tuple[Tensor, list[int], Any]] = {}
+        self._retained: list[Any] = []
         words = self._empty(4 * len(_KINDS) * WINDOWS * WORDS * self._world).view(torch.int32)
         words.zero_()
         torch.cuda.synchronize(device)
         self._words = words
-        self._word_addresses = self._meet(words.view(torch.uint8))
+        self._word_addresses, self._word_handle = self._meet(words.view(torch.uint8))
 
     def _empty(self, nbytes: int) -> Tensor:
         from torch._C._distributed_c10d import _SymmetricMemory
@@ -84,14 +92,13 @@ class TorchSymmetricMemory:
         # Not symm_mem.empty: newer versions take that from a pool, and a window is to be an allocation of its own.
         return _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, self._device)
 
-    def _meet(self, memory: Tensor) -> list[int]:
-        """Addresses of all ranks' ``memory`` on this device."""
+    def _meet(self, memory: Tensor) -> tuple[list[int], Any]:
+        """Addresses of all ranks' ``memory`` on this device, and what keeps them valid."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
         handle = symmetric_memory.rendezvous(memory, self._group_name)
-        self._handles.append(handle)
         ranks = range(self._world)
-        return [handle.get_buffer(rank, (memory.numel(),), torch.uint8).data_ptr() for rank in ranks]
+        return [handle.get_buffer(rank, (memory.numel(),), torch.uint8).data_ptr() for rank in ranks], handle
 
     def words(self, rank: int) -> int:
         return self._word_addresses[rank]
@@ -121,11 +128,14 @@ class TorchSymmetricMemory:
             told = "; ".join(f"rank {rank}: {text}" for rank, text in failures.items())
             raise CapacityExceededError(f"{sum(sizes.values()):,} bytes of symmetric memory: {told}")
         for place, memory in made.items():
-            self._windows[place] = (memory, self._meet(memory))
+            if self.retain and place in self._windows:
+                self._retained.append(self._windows[place])
+            self._windows[place] = (memory, *self._meet(memory))
 
     def close(self) -> None:
         self._windows.clear()
-        self._handles.clear()
+        self._retained.clear()
+        self._word_handle = None
 
 
 class CudaDevice:
@@ -158,6 +168,7 @@ class CudaDevice:
         self.waits: list[str] = []
         self._supervisor = Supervisor(self._control, ledger, self.waits)
         self._streams = [torch.cuda.Stream(device, _HIGH_PRIORITY) for name in STREAMS if name != COMPUTE]
+        self._caller: torch.cuda.Stream | None = None
         self._tables: dict[tuple[int, ...], Tensor] = {}
 
     # ---- memory ------------------------------------------------------------------------------------------------------
@@ -220,8 +231,13 @@ class CudaDevice:
         return self._native.Program(self._control, self.device.index, self._link)
 
     def streams(self) -> list[int]:
-        current = torch.cuda.current_stream(self.device).cuda_stream
-        return [current, *(stream.cuda_stream for stream in self._streams)]
+        current = torch.cuda.current_stream(self.device)
+        # Calls happen in the order in which they are made, also where the caller changes streams between them.  A
+        # capture may not wait for what lies outside of it; whoever replays it orders that.
+        if self._caller is not None and self._caller != current and not self.capturing():
+            current.wait_stream(self._caller)
+        self._caller = current
+        return [current.cuda_stream, *(stream.cuda_stream for stream in self._streams)]
 
     def call(self, callback: Callable[[], None]) -> None:
         callback()
@@ -235,6 +251,7 @@ class CudaDevice:
     # ---- errors ------------------------------------------------------------------------------------------------------
 
     def begin(self, call: Call, extra: str) -> None:
+        self._memory.retain = self._memory.retain or self.capturing()
         self._supervisor.timeout_s = call.config.timeout_s
         self._supervisor.check()
         if self._ledger is not None:
