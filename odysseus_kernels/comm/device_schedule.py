@@ -4,6 +4,9 @@ A GPU does not multiply out of a peer's memory: copy engines bring chunks into l
 their owner, while products run.  So a rank has several streams, steps of one stream run in order, and order between
 streams of a rank comes from events (RECORD, DEPEND), between ranks from signal words, as everywhere.
 
+Copies between ranks take two streams in turn: on one alone, a link would idle while an event and the start of the next
+copy follow one another.
+
 ``gather``
     a rank copies its shard into its window, and pulls the others' chunks, piece by piece, into ``slots`` local slots.
 ``scatter``
@@ -31,15 +34,16 @@ __all__ = [
     "COMPUTE",
     "EPOCH",
     "FETCH_SIGNALS",
-    "FETCH_STREAM",
+    "FETCH_STREAMS",
     "FETCH_WAITS",
     "FINAL",
     "MAX_PIECES",
     "OUT",
     "PREVIOUS_USE",
+    "PUBLISH_STREAM",
     "PUSH_CREDITS",
     "PUSH_SIGNALS",
-    "PUSH_STREAM",
+    "PUSH_STREAMS",
     "RECEIVE",
     "RECEIVE_SETS",
     "SLOT",
@@ -53,14 +57,25 @@ __all__ = [
 ]
 
 COMPUTE = "compute"  # the caller's stream: products
-FETCH_STREAM = "fetch"  # copies of shards: into the own window, and out of the others'
+PUBLISH_STREAM = "publish"  # the copy of the own shard into its window
+FETCH_STREAMS = ("fetch 0", "fetch 1")  # copies of the others' shards
 FETCH_WAITS = "fetch waits"
 FETCH_SIGNALS = "fetch signals"
-PUSH_STREAM = "push"  # copies of partial results to their owners
+PUSH_STREAMS = ("push 0", "push 1")  # copies of partial results to their owners
 PUSH_SIGNALS = "push signals"
 PUSH_CREDITS = "push credits"
 ADD_STREAM = "add"  # sums of what arrived
-STREAMS = (COMPUTE, FETCH_STREAM, FETCH_WAITS, FETCH_SIGNALS, PUSH_STREAM, PUSH_SIGNALS, PUSH_CREDITS, ADD_STREAM)
+STREAMS = (
+    COMPUTE,
+    PUBLISH_STREAM,
+    *FETCH_STREAMS,
+    FETCH_WAITS,
+    FETCH_SIGNALS,
+    *PUSH_STREAMS,
+    PUSH_SIGNALS,
+    PUSH_CREDITS,
+    ADD_STREAM,
+)
 
 SLOT = "slot"  # local: chunks that were pulled
 STAGE = "stage"  # local: partial results on their way out
@@ -149,45 +164,31 @@ class _Gather(_Builder):
         free = self.record(FETCH_WAITS)
         ready = Word(self.rank, SHARD, 0, self.rank)
         for piece in range(pieces):
-            step = Step(
-                Kind.COPY,
-                Task.PUBLISH,
-                self.rank,
-                piece,
-                writes=(Region(self.rank, SHARD, piece),),
-                stream=FETCH_STREAM,
-            )
+            window = (Region(self.rank, SHARD, piece),)
+            step = Step(Kind.COPY, Task.PUBLISH, self.rank, piece, writes=window, stream=PUBLISH_STREAM)
             if piece == 0:
-                self.depend(FETCH_STREAM, free)
-            self.add(FETCH_STREAM, step)
-            self.depend(FETCH_SIGNALS, self.record(FETCH_STREAM))
+                self.depend(PUBLISH_STREAM, free)
+            self.add(PUBLISH_STREAM, step)
+            self.depend(FETCH_SIGNALS, self.record(PUBLISH_STREAM))
             self.signal(FETCH_SIGNALS, ready, _value(piece, pieces), peer=self.rank, piece=piece)
 
     def _fetch(self) -> None:
         """The next piece into the next slot."""
         index = len(self._fetched)
+        stream = FETCH_STREAMS[index % len(FETCH_STREAMS)]
         source, piece = self._fetches[index]
         self.wait(FETCH_WAITS, Word(source, SHARD, 0, source), piece + 1, peer=source, piece=piece)
         arrived = self.record(FETCH_WAITS)
         free = self._consumed[index - self._slots] if index >= self._slots else None
-        self.depend(FETCH_STREAM, arrived, free)
-        self.add(
-            FETCH_STREAM,
-            Step(
-                Kind.COPY,
-                Task.FETCH,
-                source,
-                piece,
-                reads=(Region(source, SHARD, piece),),
-                writes=(Region(self.rank, SLOT, index % self._slots),),
-                stream=FETCH_STREAM,
-            ),
-        )
-        self._fetched.append(self.record(FETCH_STREAM))
+        self.depend(stream, arrived, free)
+        window, slot = Region(source, SHARD, piece), Region(self.rank, SLOT, index % self._slots)
+        self.add(stream, Step(Kind.COPY, Task.FETCH, source, piece, reads=(window,), writes=(slot,), stream=stream))
+        self._fetched.append(self.record(stream))
         last = piece == self._pieces - 1
         if not (last or self._words):
             return
-        self.depend(FETCH_SIGNALS, self._fetched[index])
+        # The last copy of each stream: those before are done then, too.
+        self.depend(FETCH_SIGNALS, *self._fetched[-len(FETCH_STREAMS) :])
         if self._words:
             visit = index // self._pieces
             here = Word(self.rank, SLOT, visit, self.rank)
@@ -240,15 +241,16 @@ class _Both(_Gather):
             free = self.record(PUSH_CREDITS)
             for target in self.peers:
                 index = len(pushed)
+                stream = PUSH_STREAMS[index % len(PUSH_STREAMS)]
                 stage = (Region(self.rank, STAGE, index % STAGES),)
                 self.depend(COMPUTE, pushed[index - STAGES] if index >= STAGES else None)
                 self.add(COMPUTE, Step(Kind.COMPUTE, Task.PRODUCE, target, piece, writes=stage))
                 produced = self.record(COMPUTE)
-                self.depend(PUSH_STREAM, produced, free)
+                self.depend(stream, produced, free)
                 slot = Region(target, RECEIVE, receive_part(self.world, target, self.rank, piece % RECEIVE_SETS))
-                step = Step(Kind.COPY, Task.PUSH, target, piece, reads=stage, writes=(slot,), stream=PUSH_STREAM)
-                self.add(PUSH_STREAM, step)
-                pushed.append(self.record(PUSH_STREAM))
+                step = Step(Kind.COPY, Task.PUSH, target, piece, reads=stage, writes=(slot,), stream=stream)
+                self.add(stream, step)
+                pushed.append(self.record(stream))
                 self.depend(PUSH_SIGNALS, pushed[-1])
                 arrived = Word(target, RECEIVE, 0, self.rank)
                 self.signal(PUSH_SIGNALS, arrived, _value(piece, pieces), peer=target, piece=piece)
