@@ -70,7 +70,7 @@ class Decision:
 
     Attributes:
         key: for what.
-        mode: what to run.
+        mode: what to run; ``"fused/4"`` is fused with shards in four pieces.
         how: ``"measured"`` in this process; ``"cached"``: measured in an earlier one; ``"model"``: predicted;
             ``"only"``: there was no other; ``"asked"``: by the caller; ``"default"``: by the caller, of its own accord.
         seconds: of each mode, measured on the slowest rank or predicted; empty where nothing was compared.
@@ -98,7 +98,7 @@ def explain(decisions: Iterable[Decision]) -> str:
     rows: list[tuple[str, ...]] = [("operator", "phase", "shapes", "transport", "mode", "how", *MODES, "unfused/mode")]
     for decision in made:
         key = decision.key
-        seconds = [_duration(decision.seconds.get(mode)) for mode in MODES]
+        seconds = [_duration(_best(decision.seconds, mode)) for mode in MODES]
         ratio = "-" if decision.ratio is None else f"{decision.ratio:.2f}"
         sizes = ", ".join(part for part in (key.shapes, key.own, key.dtype) if part)
         where = f"{key.transport}, {key.world} ranks"
@@ -119,6 +119,11 @@ def explain(decisions: Iterable[Decision]) -> str:
         for mode, reason in decision.dropped.items():
             lines.append(f"{decision.key.operator} {decision.key.phase} cannot be {mode}: {reason}")
     return "\n".join(lines)
+
+
+def _best(seconds: Mapping[str, float], mode: str) -> float | None:
+    """Of a mode, or of the best of its variants: ``"fused/4"`` is fused with shards in four pieces."""
+    return min((value for name, value in seconds.items() if name.partition("/")[0] == mode), default=None)
 
 
 def _duration(seconds: float | None) -> str:

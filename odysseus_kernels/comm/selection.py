@@ -20,6 +20,7 @@ from .transport import Transport
 
 __all__ = ["Phase", "Selection"]
 
+_PIECES = ("/2", "/4", "/8")
 Run = Callable[[Transport, OverlapConfig], None]
 
 
@@ -79,16 +80,23 @@ class Selection:
             return dataclasses.replace(config, mode="fused")
         found = self._choices.find(key, measure=measure)
         if found is None:
-            modes: list[Mode] = ["unfused", "fused"]
-            if phase.tiles and self._cuda and transport.name == "symmetric":
-                modes.append("tiles")
             candidates: dict[str, Callable[[], None]] = {
-                mode: functools.partial(run, transport, dataclasses.replace(config, mode=mode)) for mode in modes
+                variant: functools.partial(run, transport, _as(config, variant))
+                for variant in self._variants(transport, config, phase)
             }
             with not_recorded():
                 prior = self._prior(config, phase, transport.world, agree=not (measure or capturing))
                 found = self._choices.decide(key, candidates, prior, measure=measure)
-        return dataclasses.replace(config, mode=cast(Mode, found.mode))
+        return _as(config, found.mode)
+
+    def _variants(self, transport: Transport, config: OverlapConfig, phase: Phase) -> list[str]:
+        """What is compared.  On a GPU the best number of pieces depends on how products fill it, so some are tried."""
+        modes = ["unfused", "fused"]
+        if not self._cuda or transport.name != "symmetric":
+            return modes
+        pieces = ["", *_PIECES] if config.chunks_per_rank == "auto" else [""]
+        variants = [*modes[:1], *(f"fused{count}" for count in pieces)]
+        return variants + [f"tiles{count}" for count in pieces] if phase.tiles else variants
 
     def _key(self, transport: Transport, config: OverlapConfig, phase: Phase) -> ChoiceKey:
         settings = f"{config.chunks_per_rank}, {config.gathered}, {config.reduce_dtype}, {config.tile_bytes}"
@@ -119,6 +127,13 @@ class Selection:
             fused_local_bytes=2.0 * (phase.gathered_bytes + phase.scattered_bytes),
         )
         return predict(work, hardware_for(self._name))
+
+
+def _as(config: OverlapConfig, variant: str) -> OverlapConfig:
+    """``config`` in a variant: a mode, or a mode and a number of pieces (``"fused/4"``)."""
+    mode, _, pieces = variant.partition("/")
+    settled = dataclasses.replace(config, mode=cast(Mode, mode))
+    return dataclasses.replace(settled, chunks_per_rank=int(pieces)) if pieces else settled
 
 
 @functools.lru_cache(maxsize=2)

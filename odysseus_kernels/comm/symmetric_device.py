@@ -35,7 +35,10 @@ __all__ = ["SymmetricDeviceTransport"]
 
 # Rows of a piece below which a product of one piece fills no GPU.
 _PIECE_ROWS = 1024
-_SLOTS = 2
+# Of pulled chunks: finer, since the product of the last piece is all that follows its arrival.
+_GATHER_ROWS = 2048
+_GATHER_PIECES = 4
+_CHUNKS = 2  # whole chunks that slots may hold together
 _PLANS = 512
 
 
@@ -195,7 +198,7 @@ class SymmetricDeviceTransport(Transport):
         gather_pieces = shard.pieces if shard else 1
         if call.config.mode == "tiles":
             return tile_schedule(call.program, self.world, self.rank, gather_pieces=gather_pieces)
-        slots = gather_pieces * (self.world - 1) if scratch.whole is not None else _SLOTS
+        slots = gather_pieces * (self.world - 1 if scratch.whole is not None else _CHUNKS)
         return device_schedule(
             call.program,
             self.world,
@@ -248,8 +251,8 @@ class SymmetricDeviceTransport(Transport):
         return len(self._device.waits) - len(steps)
 
     def _gather_pieces(self, call: Call, shard: Tensor) -> int:
-        # One: the local product comes first and takes longer than a piece.
-        return row_pieces(call.config.chunks_per_rank, shard.shape[1], auto=1)
+        auto = max(1, min(_GATHER_PIECES, shard.shape[0] * shard.shape[1] // _GATHER_ROWS))
+        return row_pieces(call.config.chunks_per_rank, shard.shape[1], auto=auto)
 
     def _scatter_pieces(self, call: Call, scatter: Scatter) -> int:
         """As many as there are ranks: then what is on its way, sent and received, stays within two chunks."""

@@ -52,3 +52,13 @@ def test_table() -> None:
     assert blank == ""
     assert [line.partition(":")[0] for line in below[:3]] == ["asked", "measured", "model"]
     assert below[3:] == ["linear_reduce_scatter backward cannot be tiles: ValueError: odd rows"]
+
+
+def test_variants_of_a_mode_stand_in_its_column() -> None:
+    """A mode that was tried with several numbers of pieces shows its best time; the chosen variant is named."""
+    key = ChoiceKey("all_gather_linear", "forward", "symmetric", 8, "bfloat16", "x [4, 8] dim 0")
+    seconds = {"unfused": 3e-3, "fused": 2.5e-3, "fused/4": 2e-3, "tiles": 2.25e-3}
+    table = explain([Decision(key, "fused/4", "measured", seconds)])
+    row = table.splitlines()[2]
+    assert "fused/4" in row and "2.000 ms" in row and "2.250 ms" in row and "2.500 ms" not in row
+    assert row.endswith("1.50")
