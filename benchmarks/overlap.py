@@ -5,7 +5,8 @@ Starts its own ranks, or is one when torchrun started it.  Every row has the ope
 communication alone, and the operator unfused and fused on each transport, beside a twin of raw torch collectives.  A
 result that is wrong has no time.  Writes all samples to benchmarks/results/<machine>/ and a plot beside them.
 
-With ``--device cuda`` and a single GPU, one rank is measured against emulated links instead (``emulated.py``).
+With ``--device cuda`` and a single GPU, one rank of eight is measured against emulated links instead, in bfloat16
+(``emulated.py``): --ranks, --threads, --dtype, --transports and --full are for real ranks.
 """
 
 from __future__ import annotations
@@ -62,12 +63,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="the models' true widths: long, and gigabytes for each rank")
     parsed = parser.parse_args(arguments)
     parsed.size = "quick" if parsed.quick else "full" if parsed.full else "default"
-    parsed.emulated = parsed.device == "cuda" and "RANK" not in os.environ and torch.cuda.device_count() < 2
+    alone = parsed.device == "cuda" and "RANK" not in os.environ and torch.cuda.device_count() < 2
+    parsed.emulated = alone and not parsed.memory
     if parsed.repeats is None and not parsed.emulated:
         parsed.repeats = 5 if parsed.quick else 9
     for name in ("ranks", "threads", "repeats"):
-        if (getattr(parsed, name) or 1) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(parsed, name)}")
+        value = getattr(parsed, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: expected at least 1, got {value}")
     return parsed
 
 
@@ -199,6 +202,9 @@ def main() -> int:
         return run_under_torchrun(arguments)
     if arguments.emulated:
         return emulated.run(arguments)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("no GPU: torch.cuda.is_available() is false", file=sys.stderr)
+        return 2
     from benchmarks.ranks import run_rows
 
     try:

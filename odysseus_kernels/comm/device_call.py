@@ -76,8 +76,11 @@ class Device(Places, Protocol):
     def synchronize(self) -> None:
         """Waits until all that was enqueued has happened."""
 
+    def drain(self) -> None:
+        """Waits until nothing that was enqueued can happen any more; ends waits that would take long."""
+
     def close(self) -> None:
-        """Gives back what is held."""
+        """Gives back what is held; nothing is enqueued any more."""
 
 
 class Scratch:

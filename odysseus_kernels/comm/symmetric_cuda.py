@@ -265,7 +265,7 @@ class CudaDevice:
     def failure(self) -> CommunicationError | None:
         return self._supervisor.failure()
 
-    def close(self) -> None:
+    def drain(self) -> None:
         # What was enqueued ends first, since peers may still be waiting for our signals; but not for long.
         with contextlib.suppress(RuntimeError):
             deadline = time.monotonic() + _CLOSE_S
@@ -273,6 +273,8 @@ class CudaDevice:
                 time.sleep(0.001)
             self._control.abort(_CLOSED)
             torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
         self._supervisor.close()
         self._control.close()
         self._memory.close()

@@ -59,6 +59,7 @@ class SymmetricDeviceTransport(Transport):
     def close(self) -> None:
         self.broken = self.broken or "the transport was closed"
         self._ahead = None
+        self._device.drain()
         for plan in self._plans.values():
             plan.operations.close()
         self._plans.clear()

@@ -126,7 +126,7 @@ _AMPERE = (
     TileConfig(64, 128, 32, warps=8, stages=4),
 )
 # fp32 is exact (no TF32): it runs on the ordinary units, from registers.
-_EXACT = (TileConfig(64, 64, 16, warps=8, stages=3, per_sm=2),)
+_EXACT = (TileConfig(64, 64, 16, warps=8, stages=3),)
 
 _PRODUCTS: dict[int, tuple[TileConfig, ...]] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 _SHIPPED: dict[Kernel, dict[int, tuple[TileConfig, ...]]] = {

@@ -94,11 +94,18 @@ class Matrix:
         return self.data.data_ptr() % _ALIGNMENT == 0 and step % _ALIGNMENT == 0 and self.stride >= line
 
 
+def _lines(data: Tensor) -> tuple[bool, bool]:
+    """Whether rows, and whether columns, are contiguous: of a single row or column both can be said."""
+    rows, columns = data.shape
+    return columns == 1 or data.stride(1) == 1, rows == 1 or data.stride(0) == 1
+
+
 def matrix(name: str, data: Tensor, *, columns_first: bool = False) -> Matrix:
     """``data`` [rows, columns] with contiguous rows, or, if ``columns_first`` allows it, contiguous columns."""
-    if data.shape[1] == 1 or data.stride(1) == 1:
+    rows, columns = _lines(data)
+    if rows:
         return Matrix(data, data.stride(0), False)
-    if columns_first and (data.shape[0] == 1 or data.stride(0) == 1):
+    if columns and columns_first:
         return Matrix(data, data.stride(1), True)
     wanted = "contiguous rows or contiguous columns" if columns_first else "contiguous rows"
     raise ValueError(f"{name}: expected {wanted}, got strides {tuple(data.stride())} of shape {tuple(data.shape)}")
@@ -106,13 +113,13 @@ def matrix(name: str, data: Tensor, *, columns_first: bool = False) -> Matrix:
 
 def weight_matrices(name: str, weights: Sequence[Tensor]) -> tuple[list[Matrix], bool]:
     """The weights as kernels take them, and whether their columns are contiguous; ValueError where they differ."""
-    operands = [matrix(f"{name}[{i}]", weight, columns_first=True) for i, weight in enumerate(weights)]
-    deep = operands[0].columns_first
-    for i, operand in enumerate(operands):
-        line = "columns" if deep else "rows"
-        strides = tuple(operand.data.stride())
-        expect(operand.columns_first == deep, f"{name}[{i}]", f"contiguous {line}, as {name}[0]", f"strides {strides}")
-    return operands, deep
+    lines = [_lines(weight) for weight in weights]
+    if all(rows for rows, _ in lines):
+        return [Matrix(weight, weight.stride(0), False) for weight in weights], False
+    if all(columns for _, columns in lines):
+        return [Matrix(weight, weight.stride(1), True) for weight in weights], True
+    strides = ", ".join(str(tuple(weight.stride())) for weight in weights)
+    raise ValueError(f"{name}: expected contiguous rows in all or contiguous columns in all, got strides {strides}")
 
 
 def check_bias(name: str, bias: Tensor | None, width: int, like: Tensor) -> None:
@@ -124,7 +131,10 @@ def check_bias(name: str, bias: Tensor | None, width: int, like: Tensor) -> None
 
 
 def check_matrix(name: str, data: Tensor, shape: tuple[int | None, int | None], like: Tensor, *, dtype: bool) -> None:
-    """ValueError unless ``data`` has ``shape`` (None: any from 1) and the device, with ``dtype`` also the dtype, of like."""
+    """ValueError unless ``data`` has ``shape`` (None: any from 1) and is on the device of ``like``.
+
+    With ``dtype`` it has to have the dtype of ``like`` too, else any that is served.
+    """
     wanted = ", ".join("any" if size is None else str(size) for size in shape)
     fits = data.dim() == 2 and all(s is None or s == given for s, given in zip(shape, data.shape, strict=True))
     expect(fits and data.numel() > 0, name, f"shape [{wanted}], not empty", tuple(data.shape))

@@ -222,6 +222,9 @@ class SimulatedDevice:
     def synchronize(self) -> None:
         pass
 
+    def drain(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -87,6 +87,8 @@ class SilentPeers:
 
     def __init__(self, device: torch.device, world: int, rank: int = 0, kind: LinkKind = "device") -> None:
         self.device, self.world, self.rank, self.kind = device, world, rank, kind
+        self.retain = False
+        self._retained: list[Tensor] = []
         words = torch.zeros(_words_count(world), dtype=torch.int32)
         for buffer in _KINDS:
             for window in range(WINDOWS):
@@ -124,7 +126,9 @@ class SilentPeers:
                 buffer = self._buffer(rank, kind, most)
                 for place in sizes:
                     if place[0] == kind:
-                        self._windows[place, rank] = buffer
+                        before, self._windows[place, rank] = self._windows.get((place, rank)), buffer
+                        if self.retain and before is not None:
+                            self._retained.append(before)
 
     def _buffer(self, rank: int, kind: str, nbytes: int) -> Tensor:
         own = rank == self.rank
@@ -140,6 +144,7 @@ class SilentPeers:
     def close(self) -> None:
         self._windows.clear()
         self._buffers.clear()
+        self._retained.clear()
 
 
 class VirtualPeers:
@@ -152,6 +157,8 @@ class VirtualPeers:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self.devices = tuple(devices)
         self.world = len(self.devices)
+        self.retain = False
+        self._retained: list[Tensor] = []
         self._words = [torch.zeros(_words_count(self.world), dtype=torch.int32, device=d) for d in self.devices]
         self._windows: dict[Place, list[Tensor]] = {}
         self._synchronize()
@@ -173,6 +180,8 @@ class VirtualPeers:
         found = self._windows.get(place)
         if found is None or found[0].numel() < nbytes:
             self._synchronize()
+            if self.retain and found is not None:
+                self._retained += found
             found = [torch.full((nbytes,), 0xFF, dtype=torch.uint8, device=device) for device in self.devices]
             self._windows[place] = found
             self._synchronize()
@@ -189,6 +198,15 @@ class VirtualRank:
     def __init__(self, peers: VirtualPeers, rank: int) -> None:
         self._peers, self._rank = peers, rank
         self._backed: dict[Place, int] = {}
+
+    @property
+    def retain(self) -> bool:
+        """Whether windows that are replaced stay, for captured graphs."""
+        return self._peers.retain
+
+    @retain.setter
+    def retain(self, value: bool) -> None:
+        self._peers.retain = value
 
     def words(self, rank: int) -> int:
         return self._peers.own_words(rank).data_ptr()
