@@ -5,9 +5,9 @@ Everything else, from schedules to kernels, is what real ranks run.
 
 :class:`VirtualPeers`
     N ranks in one process on one GPU or several: for correctness.  Each rank needs a stream of its own to compute on.
-    At most four ranks share a GPU, with ``CUDA_DEVICE_MAX_CONNECTIONS=32``, or streams share hardware queues in which a
-    wait of one rank stands before the signal of another; and with ``CUDA_MODULE_LOADING=EAGER``, or the first use of a
-    kernel waits for all that is running.
+    The process needs ``CUDA_DEVICE_MAX_CONNECTIONS=32``, or streams of different ranks share a hardware queue in which
+    one rank's wait stands before another's signal; and ``CUDA_MODULE_LOADING=EAGER``, or the first use of a kernel
+    waits for all that is running.
 :class:`SilentPeers`
     one rank whose peers never do anything: their shards lie ready, and what is sent to them stays where it arrives.
     With copies that take the time of a link, this is what one GPU can tell about overlap.
@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..comm.device_schedule import RECEIVE
+from ..comm.device_schedule import RECEIVE, STREAMS
 from ..comm.lowering import WINDOWS, WORDS, word_index
 from ..comm.schedule import SHARD
 from ..comm.symmetric_cuda import CudaDevice
@@ -33,6 +33,7 @@ LinkKind = Literal["device", "pinned"]
 Place = tuple[str, int]  # kind and index of a window
 
 _KINDS = (SHARD, RECEIVE)
+_QUEUES = 32
 
 SATISFIED = 1 << 30
 """What a word holds that no wait will ever find too small.
@@ -229,17 +230,41 @@ class VirtualRank:
 
 
 def virtual_transports(devices: Sequence[torch.device], reserve: int = 0) -> list[SymmetricDeviceTransport]:
-    """Transports of as many ranks as ``devices`` (each with an index) has entries, all in this process.
+    """Transports of as many ranks as ``devices`` has entries, all in this process.
 
     Args:
-        devices: one for each rank, repeated where ranks share a GPU.
+        devices: GPU of each rank, with an index; at most 16 ranks share one.
         reserve: bytes that every window has from the begin, so that no call has to make it larger.
+
+    Raises:
+        ValueError: more ranks share a GPU than it has queues for.
     """
     peers, world = VirtualPeers(devices), len(devices)
     transports = []
-    for rank, device in enumerate(devices):
+    for rank, (device, streams) in enumerate(zip(devices, _streams(devices), strict=True)):
         memory = peers.of(rank)
         if reserve:
             memory.grow({(kind, window): reserve for kind in _KINDS for window in range(WINDOWS)})
-        transports.append(SymmetricDeviceTransport(CudaDevice(device, rank, world, memory), rank, world))
+        cuda = CudaDevice(device, rank, world, memory)
+        cuda._streams = streams
+        transports.append(SymmetricDeviceTransport(cuda, rank, world))
     return transports
+
+
+def _streams(devices: Sequence[torch.device]) -> list[list[torch.cuda.Stream]]:
+    """Streams of high priority for each rank, which no two ranks share.
+
+    Torch hands out 32 different ones, and a GPU has as many queues.  Where ranks would need more, several streams of
+    a schedule become one: that adds order in which steps are enqueued anyway, which no schedule minds.
+    """
+    needed = len(STREAMS) - 1  # besides the rank's own, for products
+    found: dict[int, list[torch.cuda.Stream]] = {}
+    for device in set(devices):
+        ranks = [rank for rank, other in enumerate(devices) if other == device]
+        each = min(needed, _QUEUES // len(ranks) - 1)
+        if each < 1:
+            raise ValueError(f"devices: expected at most {_QUEUES // 2} ranks on {device}, got {len(ranks)}")
+        for rank in ranks:
+            own = [torch.cuda.Stream(device, -1) for _ in range(each)]
+            found[rank] = [own[index * each // needed] for index in range(needed)]
+    return [found[rank] for rank in range(len(devices))]
