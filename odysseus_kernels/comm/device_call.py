@@ -14,7 +14,7 @@ from .lowering import Block, Operations, Places, Plan
 from .schedule import SHARD, Region, Step, Task
 from .transport import Call, Gather, Scatter, TileGather, TileScatter
 
-__all__ = ["Device", "Scratch", "check_tiles", "describe_wait", "tile_callback"]
+__all__ = ["Device", "Scratch", "check_sums", "check_tiles", "describe_wait", "tile_callback"]
 
 
 class Device(Places, Protocol):
@@ -176,6 +176,17 @@ def describe_wait(operator: str, step: Step, rank: int) -> str:
     else:
         what = f"rank {word.writer} to finish reading an earlier call's shard (chunk {rank})"
     return f"{operator}: rank {rank} waited for {what}"
+
+
+def check_sums(call: Call) -> None:
+    """ValueError if a device cannot add in the type that was asked for; the same on all ranks."""
+    if call.scatter is None or call.config.reduce_dtype == torch.float32:
+        return
+    if call.scatter.out.dtype != torch.float64:
+        raise ValueError(
+            f"{call.name}: expected reduce_dtype=torch.float32 for {call.scatter.out.dtype} on the symmetric transport of "
+            f'GPUs, got {call.config.reduce_dtype}; transport="collective" can add in it'
+        )
 
 
 # ---- one kernel that waits and signals by itself ---------------------------------------------------------------------

@@ -24,7 +24,7 @@ from collections.abc import Hashable, Sequence
 from torch import Tensor
 
 from ..errors import CommunicationError
-from .device_call import Device, Scratch, check_tiles, describe_wait, tile_callback
+from .device_call import Device, Scratch, check_sums, check_tiles, describe_wait, tile_callback
 from .device_schedule import AHEAD, MAX_PIECES, RECEIVE, device_schedule, drop_schedule, tile_schedule
 from .leases import Lease, LeaseTable
 from .lowering import WINDOWS, Block, Layout, Plan, lower, receive_bytes
@@ -89,6 +89,7 @@ class SymmetricDeviceTransport(Transport):
     def _execute(self, call: Call) -> None:
         if call.config.mode == "tiles":
             check_tiles(call, self.world)
+        check_sums(call)
         self._run(call, Scratch(call.gather, call.scatter))
 
     def all_gather(self, call: Call, out: Tensor) -> None:
@@ -115,6 +116,7 @@ class SymmetricDeviceTransport(Transport):
 
     def _run_whole(self, call: Call, whole: Tensor) -> None:
         assert whole.is_contiguous()
+        check_sums(call)
         with self._lock:
             self._run(call, Scratch(call.gather, call.scatter, whole))
         self._count(call)

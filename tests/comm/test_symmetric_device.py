@@ -131,6 +131,17 @@ def test_sums_are_rounded_once_and_in_a_fixed_order(dtype: torch.dtype) -> None:
     group.run(0)
 
 
+def test_wider_sums_than_a_device_makes_are_refused() -> None:
+    group = Group(2)
+    scatters, _ = group.scatter_part(1, 4, torch.float32)
+    with pytest.raises(ValueError, match="expected reduce_dtype=torch.float32 for torch.float32"):
+        group.enqueue(None, scatters, dataclasses.replace(CONFIG, reduce_dtype=torch.float64))
+    scatters, check = group.scatter_part(1, 4)
+    group.enqueue(None, scatters, dataclasses.replace(CONFIG, reduce_dtype=torch.float64))
+    group.checks.append(check)
+    group.run(0)
+
+
 def test_slices_of_larger_outputs() -> None:
     """Rows of an output may be followed by others: only the rows themselves are written."""
     group = Group(3)
