@@ -184,8 +184,8 @@ def check_sums(call: Call) -> None:
         return
     if call.scatter.out.dtype != torch.float64:
         raise ValueError(
-            f"{call.name}: expected reduce_dtype=torch.float32 for {call.scatter.out.dtype} on the symmetric transport of "
-            f'GPUs, got {call.config.reduce_dtype}; transport="collective" can add in it'
+            f"{call.name}: expected reduce_dtype=torch.float32 for {call.scatter.out.dtype} on the symmetric transport "
+            f'of GPUs, got {call.config.reduce_dtype}; transport="collective" can add in it'
         )
 
 
