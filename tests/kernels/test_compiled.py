@@ -1,0 +1,115 @@
+"""What keeps the kernels honest on a machine without a GPU: the machine code of every shipped configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks.compile import Binary, Variant, compile_all, table, tool, variants
+from odysseus_kernels.kernels.configs import shipped
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        tool("cuobjdump") is None or tool("nvdisasm") is None,
+        reason="neither Triton nor CUDA has cuobjdump and nvdisasm",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Variant, Binary]]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Processes inherit it: nothing is taken from an earlier run, and the interpreter is off.
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        yield compile_all(variants(), processes=min(2, os.cpu_count() or 1))
+
+
+def _wrong(binaries: dict[Variant, Binary], fine: object) -> list[str]:
+    assert callable(fine)
+    return [variant.label() for variant, binary in binaries.items() if not fine(variant, binary)]
+
+
+def test_every_shipped_configuration_is_compiled(binaries: dict[Variant, Binary]) -> None:
+    for kernel in ("gather_matmul", "matmul_scatter", "weight_gradient"):
+        for architecture in (80, 90, 100):
+            for dtype in (torch.bfloat16, torch.float32):
+                for config in shipped(kernel, architecture, dtype):
+                    assert Variant(kernel, architecture, config, dtype, dtype) in binaries
+
+
+def test_nothing_is_spilled(binaries: dict[Variant, Binary]) -> None:
+    assert not _wrong(binaries, lambda v, b: b.stack == 0 and b.count(r"(LDL|STL)\b") == 0)
+
+
+def test_all_programs_of_a_multiprocessor_fit_and_leave_room(binaries: dict[Variant, Binary]) -> None:
+    # A multiprocessor has 65,536 registers, given to warps in units of 256, and this much shared memory, of which each
+    # program costs one KiB more.  A block of one warp must fit beside them: peers may be waiting for what it does.
+    shared = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+
+    def fits(variant: Variant, binary: Binary) -> bool:
+        config = variant.config
+        registers = -(-binary.registers * 32 // 256) * 256 * config.warps
+        memory = binary.shared + 1024
+        return (
+            config.per_sm * registers + 2048 <= 65536 and config.per_sm * memory + 1024 <= shared[variant.architecture]
+        )
+
+    assert not _wrong(binaries, fits)
+
+
+def test_products_use_tensor_cores(binaries: dict[Variant, Binary]) -> None:
+    units = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
+    half = {v: b for v, b in binaries.items() if v.dtype != torch.float32}
+    assert not _wrong(half, lambda v, b: b.count(units[v.architecture]) > 0)
+    # fp32 is not rounded to TF32.
+    exact = {v: b for v, b in binaries.items() if v.dtype == torch.float32}
+    assert not _wrong(exact, lambda v, b: b.count(r"FFMA") > 0 and b.count(r"HMMA|HGMMA|UTC\w*MMA") == 0)
+
+
+def test_operands_come_through_descriptors_or_asynchronous_copies(binaries: dict[Variant, Binary]) -> None:
+    def loads(variant: Variant, binary: Binary) -> bool:
+        pattern, other = (r"UTMALDG", r"LDGSTS") if variant.config.descriptors else (r"LDGSTS", r"UTMALDG")
+        return binary.count(pattern) > 0 and binary.count(other) == 0
+
+    assert not _wrong(binaries, loads)
+
+
+def test_results_are_stored_in_whole_sectors(binaries: dict[Variant, Binary]) -> None:
+    def stores(variant: Variant, binary: Binary) -> bool:
+        rows_contiguous = not (variant.deep and variant.kernel == "weight_gradient")
+        narrow = binary.count(r"STG\.E") - binary.count(r"STG\.E(\.\w+)*\.128")
+        # Beside tiles only the word is stored, by an atomic.
+        return binary.count(r"STG\.E(\.\w+)*\.128") > 0 and narrow == 0 if rows_contiguous else True
+
+    assert not _wrong(binaries, stores)
+
+
+def test_words_are_acquired_and_released_at_system_scope(binaries: dict[Variant, Binary]) -> None:
+    def waits(variant: Variant, binary: Binary) -> bool:
+        acquired = binary.count(r"LDG\.E\.STRONG\.SYS") >= 4  # word and flag, at first and again
+        # Descriptors read through another proxy, which needs a fence of its own; stores to peers do not.
+        fenced = binary.count(r"FENCE\.VIEW\.ASYNC\.G") > 0
+        return acquired and fenced == (variant.config.descriptors and variant.kernel != "matmul_scatter")
+
+    def signals(variant: Variant, binary: Binary) -> bool:
+        counted = binary.count(r"ATOMG?\.E\.ADD\.STRONG\.SYS") > 0
+        set_ = binary.count(r"ATOMG?\.E\.EXCH\.STRONG\.SYS") > 0
+        return counted and set_ and binary.count(r"MEMBAR\.\w+\.SYS") >= 2
+
+    assert not _wrong(binaries, waits)
+    assert not _wrong({v: b for v, b in binaries.items() if v.kernel == "matmul_scatter"}, signals)
+
+
+def test_table(binaries: dict[Variant, Binary]) -> None:
+    first = next(iter(binaries))
+    rows = table({first: binaries[first]}).splitlines()
+    assert rows[-1].startswith(f"| {first.kernel} | {first.architecture} | bf16 |")
+    assert rows[-1].count("|") == rows[-2].count("|") == rows[-3].count("|")

@@ -1,0 +1,215 @@
+"""The kernels on a GPU: every configuration against fp64, words that come late from another stream, and aborts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kernel_cases import GatherCase, ScatterCase, check_product, word
+
+from odysseus_kernels.kernels.configs import DTYPES, TileConfig, shipped
+from odysseus_kernels.kernels.launch import target_of
+
+pytestmark = pytest.mark.gpu
+
+_DEVICE = "cuda"
+_LAYOUTS: list[dict[str, object]] = [
+    {},
+    {"rows": 300, "depth": 520, "padding": 8},
+    {"rows": 256, "depth": 512, "deep": True},
+    {"rows": 130, "depth": 200, "out_dtype": torch.float32, "bias": False},
+    {"rows": 1, "world": 2, "rank": 0, "depth": 64},
+    {"world": 1, "rank": 0, "rows": 190, "depth": 256},
+    {"rows": 77, "depth": 101, "padding": 3},
+]
+
+
+def _configs(kernel: str, dtype: torch.dtype) -> list[TileConfig]:
+    target = target_of(torch.device(_DEVICE, torch.cuda.current_device()))
+    return list(shipped(kernel, target.architecture, dtype))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", _LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gather_matmul(dtype: torch.dtype, layout: dict[str, object]) -> None:
+    for config in _configs("gather_matmul", dtype):
+        for chosen in (config, dataclasses.replace(config, descriptors=False)):
+            case = GatherCase(device=_DEVICE, dtype=dtype, **layout)  # type: ignore[arg-type]
+            case.deliver()
+            case.multiply(chosen)
+            case.check()
+
+
+@pytest.mark.parametrize("order", ["ring", "sequence"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gather_matmul_of_three_weights(dtype: torch.dtype, order: str) -> None:
+    for config in (None, *_configs("gather_matmul", dtype)):
+        case = GatherCase(
+            world=5,
+            rank=3,
+            rows=333,
+            depth=264,
+            widths=(264, 136, 8),
+            pieces=4,
+            order=order,
+            dtype=dtype,
+            device=_DEVICE,
+        )
+        case.deliver()
+        case.multiply(config)
+        case.check()
+
+
+@pytest.mark.parametrize("layout", _LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matmul_scatter(dtype: torch.dtype, layout: dict[str, object]) -> None:
+    adapted = {("depths" if name == "depth" else name): value for name, value in layout.items()}
+    if "depths" in adapted:
+        adapted["depths"] = (adapted["depths"],)
+    for config in _configs("matmul_scatter", dtype):
+        for chosen in (config, dataclasses.replace(config, descriptors=False)):
+            case = ScatterCase(device=_DEVICE, dtype=dtype, **adapted)  # type: ignore[arg-type]
+            case.multiply(chosen)
+            case.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matmul_scatter_of_three_pairs(dtype: torch.dtype) -> None:
+    for config in (None, *_configs("matmul_scatter", dtype)):
+        case = ScatterCase(
+            world=5, rank=3, rows=333, depths=(136, 72, 8), width=264, deep=True, dtype=dtype, device=_DEVICE
+        )
+        for epoch in (3, 4, 5):  # counters serve call after call
+            case.epoch = epoch
+            case.epochs.fill_(epoch)
+            case.credits.fill_(word(epoch, -1))
+            case.multiply(config)
+            case.check()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("layout", _LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_gradient(dtype: torch.dtype, layout: dict[str, object], accumulate: bool, swapped: bool) -> None:
+    for config in (None, *_configs("weight_gradient", dtype)):
+        case = GatherCase(device=_DEVICE, dtype=dtype, **layout)  # type: ignore[arg-type]
+        case.deliver()
+        out_dtype = torch.float32 if accumulate else dtype
+        case.gradient(config, swapped=swapped, accumulate=accumulate, out_dtype=out_dtype)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_chunks_that_come_late_from_another_stream(descriptors: bool) -> None:
+    """The kernel starts before anything has arrived, and reads what copies bring meanwhile, piece by piece."""
+    if descriptors and target_of(torch.device(_DEVICE, 0)).architecture < 90:
+        pytest.skip("descriptors need compute capability 9.0")
+    rows, pieces = 512, 4
+    # Fewer programs than multiprocessors: the fills of words below are kernels, and need room.
+    config = TileConfig(64, 64, 32, warps=4, stages=2, descriptors=descriptors, sms=16)
+    for attempt in range(5):
+        case = GatherCase(
+            world=3, rank=attempt % 3, rows=rows, depth=256, widths=(256,), pieces=pieces, device=_DEVICE, seed=attempt
+        )
+        warm = GatherCase(world=3, rank=attempt % 3, rows=rows, depth=256, widths=(256,), device=_DEVICE)
+        warm.deliver()
+        warm.multiply(config)  # compiles
+        values = [
+            torch.full((1,), case.wanted(piece + 1), dtype=torch.int32, device=_DEVICE) for piece in range(pieces)
+        ]
+        sources = [(case.rank + visit) % 3 for visit in (1, 2)]
+        torch.cuda.synchronize()
+        copies = torch.cuda.Stream()
+        began = torch.cuda.Event(enable_timing=True)
+        ended = torch.cuda.Event(enable_timing=True)
+        began.record()
+        case.multiply(config)
+        ended.record()
+        assert case.gathered is not None
+        with torch.cuda.stream(copies):
+            for slot, source in enumerate(sources):
+                for piece in range(pieces):
+                    torch.cuda._sleep(2_000_000)  # about a millisecond
+                    part = slice(rows * piece // pieces, rows * (piece + 1) // pieces)
+                    case.gathered[slot, part].copy_(case.chunks[source][part])
+                    case.words[slot : slot + 1].copy_(values[piece])
+        torch.cuda.synchronize()
+        assert began.elapsed_time(ended) > 4  # it did wait
+        case.check()
+
+
+def test_credit_that_comes_late() -> None:
+    config = TileConfig(64, 64, 32, warps=4, stages=2, sms=16)
+    case = ScatterCase(world=3, rank=0, rows=256, depths=(256,), width=256, device=_DEVICE)
+    case.multiply(config)
+    torch.cuda.synchronize()
+    case.check()
+    for part in case.parts:
+        part.fill_(float("nan"))
+    case.arrived.fill_(-1)
+    case.credits.fill_(word(case.epoch, -2))
+    granted = torch.full_like(case.credits, word(case.epoch, -1))
+    torch.cuda.synchronize()
+    other = torch.cuda.Stream()
+    case.multiply(config)
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(50_000_000)
+        before = torch.stack([part.isnan().all() for part in case.parts])
+        case.credits.copy_(granted)
+    torch.cuda.synchronize()
+    assert before.all()
+    case.check()
+
+
+def test_aborted_ends_all_waits() -> None:
+    config = TileConfig(64, 64, 32, warps=4, stages=2, sms=16)
+    gather = GatherCase(world=2, rank=0, rows=128, device=_DEVICE)
+    scatter = ScatterCase(world=3, rank=0, rows=128, device=_DEVICE)
+    for case in (GatherCase(world=2, rank=0, rows=128, device=_DEVICE), ScatterCase(world=3, rows=128, device=_DEVICE)):
+        if isinstance(case, GatherCase):
+            case.deliver()
+        case.multiply(config)  # compiles
+    scatter.credits[2] = word(scatter.epoch, -2)
+    one = torch.ones(1, dtype=torch.int32, device=_DEVICE)
+    torch.cuda.synchronize()
+    other = torch.cuda.Stream()
+    began = time.perf_counter()
+    gather.multiply(config)
+    scatter.aborted = gather.aborted
+    scatter.multiply(config)
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(20_000_000)
+        gather.aborted.copy_(one)
+    torch.cuda.synchronize()
+    assert time.perf_counter() - began < 10
+    check_product(gather.outs[0][:128], gather.local, gather.weights[0].mT, gather.biases[0])
+    assert scatter.parts[2].isnan().all()
+    assert scatter.arrived.tolist() == [-1, -1, -1]
+    assert (scatter.counters == 0).all()
+
+
+def test_captured_calls_follow_the_epoch() -> None:
+    """Nothing of a call but its values is a constant: a graph is replayed as the epoch goes on."""
+    case = ScatterCase(world=3, rank=2, rows=128, depths=(128,), device=_DEVICE)
+    case.multiply(None)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    tables = case.table(case.parts), case.table(list(case.credits.split(1))), case.table(list(case.arrived.split(1)))
+    made = iter(tables)
+    case.table = lambda tensors: next(made)  # type: ignore[method-assign]  # copies from the host cannot be captured
+    with torch.cuda.graph(graph):
+        case.multiply(None)
+    for epoch in (7, 8, 2**23 - 1):
+        case.epoch = epoch
+        case.epochs.fill_(epoch)
+        case.credits.fill_(word(epoch, -1))
+        for part in case.parts:
+            part.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        case.check()
