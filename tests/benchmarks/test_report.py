@@ -52,7 +52,7 @@ def _document(*rows: dict[str, Any]) -> dict[str, Any]:
 
 def _print(document: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
     out = io.StringIO()
-    monkeypatch.setattr(overlap, "Console", lambda **options: Console(file=out, **options))
+    monkeypatch.setattr("rich.console.Console", lambda **options: Console(file=out, **options))
     overlap.print_document(document)
     return out.getvalue()
 

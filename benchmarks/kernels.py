@@ -1,0 +1,220 @@
+#!/usr/bin/env python
+"""The kernels against the library on one GPU: ``python benchmarks/kernels.py``.
+
+- the GEMM whose tiles wait, with every chunk there, against cuBLAS on the gathered operand: what waiting costs;
+- the reduction of partial results against a copy within the device, counting what each reads and writes.
+
+Results are checked before they are timed.  ``benchmarks/emulated.py`` runs this and writes its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the script runs from a checkout, installed or not
+
+from benchmarks.emulated_cases import WORLD, gather_shapes
+from benchmarks.measure import EventTimer, median, take_turns
+from odysseus_kernels import _ext
+from odysseus_kernels.testing.compare import relative_error, rounding_tolerance
+from odysseus_kernels.testing.virtual_devices import SATISFIED
+
+__all__ = ["Measured", "gather_problem", "measure", "reduce_problem"]
+
+_SAMPLES = 256
+_REDUCE_SOURCES = (2, 8)
+_REDUCE_COUNT = 64 << 20
+_LENGTHS = (1024, 2048, 4096, 8192)  # rows of a chunk
+Calls = dict[str, Callable[[], Any]]
+
+
+@dataclasses.dataclass
+class Measured:
+    """What a run has: rows for the JSON file, rows that failed or were left out, and remarks."""
+
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    failed: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    not_run: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One row: a kernel's call and the library's, a check of the kernel's result, and how speed is computed.
+
+    Attributes:
+        amount, library_amount: operations or bytes of a call.
+        unit: of ``amount`` a second, and by what to divide it.
+    """
+
+    kernel: str
+    shape: str
+    calls: Calls
+    error: Callable[[], float]
+    tolerance: float
+    amount: float
+    library_amount: float
+    unit: tuple[str, float]
+
+
+def gather_problem(device: torch.device, rows: int, depth: int, width: int, world: int = WORLD) -> Problem:
+    """The GEMM whose tiles wait, [world * rows, depth] @ [depth, width] in bf16, all chunks there; and torch.mm."""
+    from odysseus_kernels.kernels.gather_matmul import gather_matmul
+
+    generator = torch.Generator(device).manual_seed(1)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16).mul_(scale)
+
+    whole, weight = normal(world * rows, depth), normal(width, depth, scale=depth**-0.5)
+    local, gathered = whole[:rows], whole[rows:].view(world - 1, rows, depth)  # as rank 0 visits the ring
+    out, expected = (torch.full((world * rows, width), torch.nan, device=device, dtype=whole.dtype) for _ in range(2))
+    words = torch.full((world - 1,), SATISFIED, dtype=torch.int32, device=device)
+    nothing = torch.zeros(2, dtype=torch.int32, device=device)
+
+    def kernel() -> None:
+        gather_matmul(
+            [out],
+            local,
+            gathered,
+            [weight],
+            [None],
+            rank=0,
+            world=world,
+            words=words,
+            epoch=nothing[:1],
+            aborted=nothing[1:],
+        )
+
+    def error() -> float:
+        checked = torch.randperm(world * rows, generator=generator, device=device)[:_SAMPLES]
+        return relative_error(out[checked], whole[checked].float() @ weight.t().float())
+
+    flops = 2.0 * world * rows * depth * width
+    return Problem(
+        "gather_matmul",
+        f"M{world * rows} K{depth} n{width} bf16",
+        {"kernel": kernel, "library": lambda: torch.mm(whole, weight.t(), out=expected)},
+        error,
+        rounding_tolerance(torch.bfloat16, terms=depth),
+        flops,
+        flops,
+        ("TFLOP/s", 1e12),
+    )
+
+
+def reduce_problem(device: torch.device, sources: int, count: int) -> Problem:
+    """The sum of ``sources`` buffers of ``count`` bf16 elements; and a copy that moves as many bytes."""
+    generator = torch.Generator(device).manual_seed(1)
+    parts = torch.randn(sources, count, generator=generator, device=device, dtype=torch.bfloat16)
+    out = torch.full((count,), torch.nan, device=device, dtype=parts.dtype)
+    moved = (sources + 1) * count * parts.element_size()
+    origin = torch.zeros(moved // 2, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(origin)
+    native, addresses = _ext.load().cuda, [part.data_ptr() for part in parts]
+
+    def kernel() -> None:
+        stream = torch.cuda.current_stream(device).cuda_stream
+        native.reduce(stream, out.data_ptr(), "bfloat16", addresses, "bfloat16", count)
+
+    def error() -> float:
+        checked = torch.randint(count, (1 << 20,), generator=generator, device=device)
+        return relative_error(out[checked], parts[:, checked].float().sum(0))
+
+    return Problem(
+        "reduce",
+        f"{sources} x {count >> 20} Mi bf16",
+        {"kernel": kernel, "library": lambda: copy.copy_(origin)},
+        error,
+        rounding_tolerance(torch.bfloat16, terms=sources, roundings=1),
+        moved,
+        2 * origin.numel(),
+        ("TB/s", 1e12),
+    )
+
+
+def _problems(device: torch.device, quick: bool) -> Iterator[tuple[str, Callable[[], Problem]]]:
+    for sources in _REDUCE_SOURCES:
+        yield f"reduce of {sources}", functools.partial(reduce_problem, device, sources, _REDUCE_COUNT)
+    for rows in _LENGTHS[2:3] if quick else _LENGTHS:
+        for label, depth, width in gather_shapes(WORLD):
+            yield f"gather_matmul {label}, {rows} rows", functools.partial(gather_problem, device, rows, depth, width)
+
+
+def measure(device: torch.device, *, rounds: int, quick: bool = False, deadline: float = math.inf) -> Measured:
+    """All rows that begin before ``deadline`` (of ``time.monotonic``)."""
+    measured, timer = Measured(), EventTimer(device)
+    for name, make in _problems(device, quick):
+        if time.monotonic() > deadline:
+            measured.not_run.append(name)
+            continue
+        try:
+            measured.rows.append(measure_problem(make(), timer, rounds, lambda: torch.cuda.synchronize(device)))
+        except (RuntimeError, ValueError, ImportError) as error:
+            measured.failed.append({"name": name, "failed": f"{type(error).__name__}: {error}"})
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        torch.cuda.empty_cache()
+    supported = _ext.load().cuda.multimem_supported(device.index)
+    what = "needs several GPUs behind a switch to be measured" if supported else "is not supported by this device"
+    measured.notes.append(f"multimem_reduce: not measured; it {what}.")
+    return measured
+
+
+def measure_problem(problem: Problem, timed: Any, rounds: int, synchronize: Callable[[], None]) -> dict[str, Any]:
+    """Samples of both calls of a row; the share of the library's speed is None where the result is wrong."""
+    host_s = 0.0
+    for _ in range(2):
+        for call in problem.calls.values():
+            begin = time.perf_counter()
+            call()
+            host_s = time.perf_counter() - begin
+            synchronize()
+    if isinstance(timed, EventTimer):
+        timed.stay_ahead(host_s)
+    samples = take_turns(problem.calls, rounds=rounds, barrier=lambda: None, synchronize=synchronize, timed=timed)
+    error = problem.error()
+    right = error <= problem.tolerance
+    times = {name: median(values) for name, values in samples.items()}
+    unit, scale = problem.unit
+    speed, library = problem.amount / times["kernel"], problem.library_amount / times["library"]
+    return {
+        "kernel": problem.kernel,
+        "shape": problem.shape,
+        "error": error,
+        "tolerance": problem.tolerance,
+        "samples_s": samples if right else {"library": samples["library"]},
+        "speed": f"{speed / scale:.3g} {unit}" if right else "WRONG",
+        "library": f"{library / scale:.3g} {unit}",
+        "share": speed / library if right else None,
+    }
+
+
+def main() -> int:
+    """Prints the rows as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one length for each shape")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds that are measured")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU: torch.cuda.is_available() is false", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    measured = measure(device, rounds=arguments.repeats, quick=arguments.quick)
+    print(json.dumps(dataclasses.asdict(measured), indent=1))
+    return int(bool(measured.failed) or any(row["share"] is None for row in measured.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

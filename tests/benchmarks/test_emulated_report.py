@@ -1,0 +1,197 @@
+"""Case tables, verdicts and documents of runs with emulated links; nothing is measured here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import emulated, emulated_report, kernels
+from benchmarks.emulated_cases import TARGETS, WORLD, EmulatedCase, make_emulated_cases
+from odysseus_kernels.testing.virtual_devices import link_of
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def _row(
+    times: dict[str, float],
+    operator: str = "all_gather_linear",
+    phase: str = "forward",
+    tokens: int = 32768,
+    link: str = "paced:450",
+    wrong: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    case = EmulatedCase("model", operator, phase, tokens, 128, 64, link)  # type: ignore[arg-type]
+    return {
+        "operator": case.operator,
+        "phase": case.phase,
+        "label": case.label,
+        "shape": case.shape,
+        "link": case.link,
+        "judged": case.judged,
+        "errors": {"serial": {"output": 1e-3}, "fused": {"output": math.nan if wrong else 2e-3}},
+        "wrong": list(wrong),
+        "impossible": {"tiles": "a reason"},
+        "samples_s": {name: [value, value * 1.1, value * 0.9] for name, value in times.items() if name not in wrong},
+    }
+
+
+def test_links() -> None:
+    assert link_of("pcie") == ("pinned", 0.0)
+    assert link_of("paced:450") == ("device", 450e9)
+    assert link_of("paced:0.5") == ("device", 5e8)
+    for name in ("paced", "paced:", "paced:0", "paced:-1", "paced:nan", "paced:inf", "nvlink", "pcie:5", ""):
+        with pytest.raises(ValueError, match="link: expected"):
+            link_of(name)
+
+
+def test_cases_are_the_ones_that_limits_are_for() -> None:
+    cases = make_emulated_cases()
+    assert len({case.name for case in cases}) == len(cases) == 3 * 2 * 2 * 5
+    assert {case.link for case in cases} == {"paced:450", "pcie"}
+    assert {case.tokens for case in cases if case.judged} == {32768, 65536}
+    assert {(c.inner, c.outer) for c in cases if c.operator == "all_gather_linear"} == {
+        (4096, 1536),
+        (4096, 768),
+        (8192, 1280),
+    }
+    assert {(c.inner, c.outer) for c in cases if c.operator == "linear_reduce_scatter"} == {(512, 4096), (1024, 8192)}
+    first = cases[: len(cases) // 3]
+    assert {(case.operator, case.phase, case.link) for case in first} == {
+        (case.operator, case.phase, case.link) for case in cases
+    }, "whatever is cut off for lack of time, every operator, phase and link was there"
+    assert all(case.judged for case in make_emulated_cases(quick=True))
+    assert make_emulated_cases(("pcie",), "70B.*L65536")[0].label == "Llama-3-70B qkv"
+    for pattern in ("nothing", "("):
+        with pytest.raises(ValueError, match="--cases"):
+            make_emulated_cases(pattern=pattern)
+
+
+def test_figures() -> None:
+    row = emulated_report.summarize(_row({"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 4.2}))
+    assert row["limit_s"] == 4.0
+    assert row["figures"]["fused / limit"] == pytest.approx(1.05)
+    assert row["figures"]["hidden"] == pytest.approx(0.9)
+    assert row["figures"]["tiles / limit"] is None
+    assert row["spreads"]["gemm"] == pytest.approx(0.1)
+    wrong = emulated_report.summarize(_row({"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 1.0}, wrong=("fused",)))
+    assert wrong["figures"] == {"fused / limit": None, "tiles / limit": None, "hidden": None}
+
+
+def test_verdicts_are_those_of_the_worst_judged_row() -> None:
+    good = {"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 4.0}
+    bad = {**good, "fused": 4.4}
+    rows = [
+        _row(good),
+        _row(bad, link="pcie"),
+        _row({**bad, "fused": 40.0}, tokens=8192),  # chunks of 1024 rows are not judged
+        _row(good, operator="linear_reduce_scatter", phase="backward"),
+    ]
+    verdicts = emulated_report.judge([emulated_report.summarize(row) for row in rows])
+    assert [(v["what"], v["reached"], v["rows"], v["rows_missed"]) for v in verdicts] == [
+        ("all_gather_linear forward: fused / limit", False, 2, 1),
+        ("all_gather_linear forward: hidden", False, 2, 1),
+        ("linear_reduce_scatter backward: fused / limit", True, 1, 0),
+    ]
+    assert verdicts[0]["measured"] == pytest.approx(1.1)
+    assert verdicts[1]["measured"] == pytest.approx(0.8)
+    assert "pcie" in verdicts[0]["shape"]
+    assert {(t.operator, t.phase) for t in TARGETS} == {
+        (operator, phase)
+        for operator in ("all_gather_linear", "linear_reduce_scatter")
+        for phase in ("forward", "backward")
+    }
+
+
+def test_a_wrong_result_reaches_nothing() -> None:
+    row = emulated_report.summarize(_row({"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 4.0}, wrong=("fused",)))
+    for verdict in emulated_report.judge([row]):
+        assert not verdict["reached"]
+        assert verdict["measured"] is None
+        assert verdict["rows_missed"] == 1
+    (verdict,) = emulated_report.judge_kernels([{"kernel": "reduce", "shape": "8 x 1", "share": None}])
+    assert not verdict["reached"]
+    (verdict,) = emulated_report.judge_kernels(
+        [{"kernel": "reduce", "shape": "a", "share": 0.9}, {"kernel": "reduce", "shape": "b", "share": 0.86}]
+    )
+    assert (verdict["reached"], verdict["measured"], verdict["shape"]) == (True, 0.86, "b")
+
+
+def _document(monkeypatch: pytest.MonkeyPatch, *rows: dict[str, Any]) -> dict[str, Any]:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    arguments = argparse.Namespace(link=["paced:450"], cases="", quick=False)
+    done = emulated._Run(torch.device("cuda", 0), 15, math.inf)
+    done.rows = [emulated_report.summarize(row) for row in rows]
+    done.failed = [{"name": "some row", "failed": "RuntimeError: out of memory"}]
+    kernel = {"kernel": "reduce", "shape": "8 x 64", "speed": "4 TB/s", "library": "4.2 TB/s", "share": 0.95}
+    measured = kernels.Measured([kernel], [], ["another row"], ["multimem_reduce: not measured."])
+    return emulated.make_document(arguments, done, measured)
+
+
+def test_documents_label_links_as_emulated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = {"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 4.0}
+    document = _document(monkeypatch, _row(times), _row(times, wrong=("fused",)))
+    paths = emulated.write(document, tmp_path / "new")
+    read = json.loads(paths[0].read_text())
+    assert (read["kind"], read["schema"]) == ("emulated", 1)
+    assert read["rows"][1]["errors"]["fused"]["output"] == "nan"
+    assert {"python", "torch", "triton", "cuda"} <= set(read["versions"])
+    text = paths[1].read_text()
+    assert "EMULATED" in text
+    assert "| emulated link |" in text
+    for part in (
+        "NVIDIA H200",
+        "WRONG",
+        "1.000",
+        "out of memory",
+        "another row",
+        "tiles -: a reason",
+        "reached in all 1",
+    ):
+        assert part in text, text
+    emulated_report.print_document(document)
+    printed = capsys.readouterr().out
+    assert "EMULATED" in printed
+    assert "WRONG" in printed
+    if len(paths) == 3:
+        assert paths[2].stat().st_size > 1000
+
+
+def test_without_rich_tables_are_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(emulated_report.importlib.util, "find_spec", lambda name: None)
+    document = _document(monkeypatch, _row({"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 4.0}))
+    emulated_report.print_document(document)
+    assert capsys.readouterr().out == emulated_report.markdown(document) + "\n"
+    assert not emulated_report.draw(document, "/nonexistent/folder/file.png")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("command", "said"),
+    (
+        (["benchmarks/overlap.py", "--device", "cuda"], "no GPU: torch.cuda.is_available() is false"),
+        (["benchmarks/overlap.py", "--device", "cuda", "--link", "wire"], "link: expected"),
+        (["benchmarks/kernels.py"], "no GPU: torch.cuda.is_available() is false"),
+    ),
+)
+def test_programs_without_a_gpu_say_so_in_one_line(command: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_world_of_the_cases() -> None:
+    assert {case.world for case in make_emulated_cases()} == {WORLD}

@@ -1,0 +1,220 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one command: build, tests, benchmark, sanitizer.  Under ten minutes on one GPU.
+#   bash tests/run_gpu.sh                           all parts; results in benchmarks/results/<machine>
+#   bash tests/run_gpu.sh /tmp/h200                 results elsewhere
+#   bash tests/run_gpu.sh /tmp/h200 --only bench    one part again: build, tests, bench or sanitize
+# Needs no network and makes no environment: ODYSSEUS_PYTHON (default python3) has torch, pybind11, ninja, setuptools and
+# pytest already.  ODYSSEUS_GPU_SECONDS limits the whole run (default 480).  A part that fails or runs out of time does
+# not stop the others.  Exit status: 0 if all parts passed, 1 if one did not, 2 if nothing could be run.
+set -uo pipefail
+
+usage() {
+  echo "usage: bash tests/run_gpu.sh [folder of the results] [--only build|tests|bench|sanitize]" >&2
+  exit 2
+}
+
+folder=""
+only=""
+while (($# > 0)); do
+  case "$1" in
+    --only)
+      only="${2:-}"
+      [[ "$only" =~ ^(build|tests|bench|sanitize)$ ]] || usage
+      shift 2
+      ;;
+    -*) usage ;;
+    *)
+      [[ -z "$folder" ]] || usage
+      folder="$1"
+      shift
+      ;;
+  esac
+done
+
+export PYTHON="${ODYSSEUS_PYTHON:-python3}"
+if ! command -v "$PYTHON" >/dev/null; then
+  echo "no Python: $PYTHON is not a program; set ODYSSEUS_PYTHON" >&2
+  exit 2
+fi
+if [[ -n "$folder" ]]; then
+  mkdir -p "$folder" && folder="$(cd "$folder" && pwd)" || exit 2
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+# Tools of the toolkit, behind whatever is on the path already.
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+export PYTHONUNBUFFERED=1
+
+why=$("$PYTHON" -c '
+try:
+    import torch
+except ImportError as error:
+    print(f"no torch: {error}")
+else:
+    print("" if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is false")
+' 2>/dev/null) || why="no torch: $PYTHON cannot import it"
+if [[ -n "$why" ]]; then
+  echo "$why" >&2
+  exit 2
+fi
+if [[ -z "$folder" ]]; then
+  folder="$PWD/benchmarks/results/$("$PYTHON" -c 'from benchmarks import machine; print(machine.machine_tag("cuda"))')"
+  mkdir -p "$folder" || exit 2
+fi
+export OUT="$folder"
+# What earlier runs measured for mode="auto" must not decide here.
+ODYSSEUS_CACHE_DIR="$(mktemp -d)"
+export ODYSSEUS_CACHE_DIR
+trap 'rm -rf "$ODYSSEUS_CACHE_DIR"' EXIT
+
+NOT_RUN=77 # a part's exit status when its tool is not installed
+
+part_build() {
+  "$PYTHON" - <<'PY'
+import importlib.metadata, platform, shutil, subprocess
+
+print(f"python {platform.python_version()} on {platform.platform()}")
+needed = ("torch", "triton", "numpy", "pybind11", "ninja", "setuptools", "pip", "pytest")
+optional = ("transformers", "safetensors", "rich", "matplotlib", "hypothesis", "pytest-timeout", "flash-attn")
+for name in (*needed, *optional):
+    try:
+        print(f"{name} {importlib.metadata.version(name)}")
+    except importlib.metadata.PackageNotFoundError:
+        print(f"{name} is not installed" + (" (needed)" if name in needed else ""))
+for command in (("nvcc", "--version"), ("ninja", "--version"), ("compute-sanitizer", "--version"), ("c++", "--version")):
+    found = shutil.which(command[0])
+    said = subprocess.run(command, capture_output=True, text=True).stdout.splitlines() if found else []
+    print(f"{found}: {said[-1 if command[0] == 'nvcc' else 0]}" if said else f"{command[0]}: not found")
+PY
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv 2>/dev/null ||
+    echo "nvidia-smi: not found or failed"
+  if ! "$PYTHON" -m pip install --no-index --no-build-isolation --no-deps --disable-pip-version-check -e .; then
+    echo "pip could not install the package; building the extension in place"
+    "$PYTHON" setup.py build_ext --inplace || return 1
+  fi
+  "$PYTHON" - <<'PY'
+import sys
+import torch
+from odysseus_kernels import _ext
+
+reason = _ext.why_no_cuda() or _ext.load().cuda.why_unavailable()
+print(reason or f"built for {torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+print("copies run on copy engines" if not reason and not _ext.load().cuda.why_no_batch_copies() else "")
+sys.exit(bool(reason))
+PY
+}
+
+part_tests() {
+  local files options=(-p no:cacheprovider -o addopts= -ra --durations=15 -m gpu "--junitxml=$OUT/tests.xml")
+  mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
+  # Not installed everywhere; without it, only the whole part has a limit.
+  if "$PYTHON" -c 'import pytest_timeout' 2>/dev/null; then options+=(--timeout=100); fi
+  rm -f "$OUT/tests.xml"
+  if ((${#files[@]} == 0)); then
+    echo "no file below tests has tests marked gpu"
+    return 1
+  fi
+  "$PYTHON" -m pytest "${options[@]}" "${files[@]}" || return 1
+  "$PYTHON" - <<'PY' # tests that were all skipped have shown nothing
+import os, sys
+import xml.etree.ElementTree as xml
+
+suite = xml.parse(os.path.join(os.environ["OUT"], "tests.xml")).getroot().find("testsuite")
+passed = int(suite.get("tests")) - sum(int(suite.get(name)) for name in ("errors", "failures", "skipped"))
+print(f"{passed} passed")
+sys.exit(passed == 0)
+PY
+}
+
+part_bench() {
+  local gpus
+  gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+  if ((gpus > 1)); then
+    "$PYTHON" benchmarks/overlap.py --device cuda --dtype bfloat16 --quick --ranks "$gpus" --output "$OUT"
+  else
+    "$PYTHON" benchmarks/overlap.py --device cuda --budget "$BENCH_BUDGET" --output "$OUT"
+  fi
+}
+
+part_sanitize() {
+  local tool status=0
+  if ! command -v compute-sanitizer >/dev/null; then
+    echo "compute-sanitizer is not installed: memory and races of the kernels were not checked"
+    return "$NOT_RUN"
+  fi
+  for tool in memcheck racecheck; do
+    echo "== $tool"
+    compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" tests/gpu/native_check.py || status=1
+  done
+  return $status
+}
+export -f part_build part_tests part_bench part_sanitize
+export NOT_RUN
+
+commit=$("$PYTHON" -c 'from benchmarks import machine; print(machine.commit())')
+deadline=$((SECONDS + ${ODYSSEUS_GPU_SECONDS:-480}))
+failed=0
+
+# run_part NAME SECONDS: runs a part within its limit and what is left of the whole run's, and notes how it ended.
+run_part() {
+  local name="$1" limit="$2" left=$((deadline - SECONDS)) begin=$SECONDS status result
+  ((limit <= left)) || limit=$left
+  if ((limit < 15)); then
+    result="not run: no time left"
+    failed=1
+  else
+    echo "$name: running, at most $limit s; log in $OUT/$name.log"
+    export BENCH_BUDGET=$((limit > 40 ? limit - 25 : limit / 2))
+    timeout --signal=INT --kill-after=10 "$limit" bash -c "part_$name" </dev/null >"$OUT/$name.log" 2>&1
+    status=$?
+    case $status in
+      0) result="passed" ;;
+      "$NOT_RUN") result="not run: $(tail -n 1 "$OUT/$name.log")" ;;
+      124 | 137) result="timed out after $limit s" ;;
+      *) result="failed" ;;
+    esac
+    ((status == 0 || status == NOT_RUN)) || failed=1
+  fi
+  printf '%s\t%s\t%s\t%s\n' "$result" "$((SECONDS - begin))" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$commit" >"$OUT/$name.status"
+  echo "$name: $result ($((SECONDS - begin)) s)"
+  if [[ "$result" == failed || "$result" == timed* ]]; then
+    tail -n 30 "$OUT/$name.log" | sed 's/^/    /'
+  fi
+}
+
+for part in build:120 tests:215 bench:170 sanitize:80; do
+  if [[ -z "$only" || "$only" == "${part%%:*}" ]]; then run_part "${part%%:*}" "${part##*:}"; fi
+done
+
+"$PYTHON" - <<'PY'
+import json, os
+from pathlib import Path
+import xml.etree.ElementTree as xml
+
+out = Path(os.environ["OUT"])
+lines = ["| part | outcome | seconds | when | commit |", "| --- | --- | ---: | --- | --- |"]
+for part in ("build", "tests", "bench", "sanitize"):
+    path = out / f"{part}.status"
+    fields = path.read_text().strip().split("\t") if path.exists() else ["never run", "", "", ""]
+    lines.append(f"| {part} | " + " | ".join(fields) + " |")
+report = out / "tests.xml"
+if report.exists():
+    suite = xml.parse(report).getroot().find("testsuite")
+    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+    lines += ["", "Tests: " + ", ".join(f"{count} {name}" for name, count in counts.items())]
+results = sorted(out.glob("emulated-*.json"))
+if results:
+    document = json.loads(results[-1].read_text())
+    lines += ["", f"Benchmark, links EMULATED, {document['date']}, commit {document['commit']}: {results[-1].name}"]
+    for target in document["targets"]:
+        measured = "no figure" if target["measured"] is None else f"{target['measured']:.3f}"
+        outcome = "reached" if target["reached"] else f"missed in {target['rows_missed']} of {target['rows']} rows"
+        lines.append(f"- {target['what']}: {measured} ({target['relation']} {target['limit']}), {outcome}")
+    for name, what in (("failed", "rows failed"), ("not_run", "rows were not run for lack of time")):
+        if document[name]:
+            lines.append(f"- {len(document[name])} {what}")
+text = "\n".join(lines) + "\n"
+(out / "summary.md").write_text(text)
+print(text, end="")
+print(f"\nwrote {out / 'summary.md'}")
+PY
+exit $failed
