@@ -1,19 +1,24 @@
 """What ``mode="tiles"`` runs: one Triton kernel for all chunks, which waits for them and signals by itself.
 
-Triton is imported when the first such kernel runs, never before.
+Triton is imported when the first such kernel runs, never before.  The first run of a shape tries the configurations of
+its kernel on the operands at hand, with every signal given, and keeps the fastest.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..comm.transport import TileGather, TileScatter
 from ._products import Layout, WeightGradient
+
+if TYPE_CHECKING:
+    from ..kernels.configs import TileConfig
 
 __all__ = ["can_serve", "keep", "project", "scatter", "weight_gradient"]
 
@@ -40,21 +45,36 @@ def project(
     found: TileGather, outs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> None:
     """``outs[i]`` [world * rows, n] ``= gathered @ weights[i].T + biases[i]``; weights [n, K]."""
+    from ..kernels.configs import Problem
     from ..kernels.gather_matmul import gather_matmul
+    from ..kernels.tuning import Signals, fastest
 
-    gather_matmul(
-        outs,
-        found.local,
-        found.gathered,
-        weights,
-        biases,
-        rank=found.rank,
-        world=found.world,
-        pieces=found.pieces,
-        words=found.words,
-        epoch=found.epoch,
-        aborted=found.aborted,
-    )
+    local, world = found.local, found.world
+
+    def run(words: Tensor, epoch: Tensor, aborted: Tensor, config: TileConfig | None) -> None:
+        gather_matmul(
+            outs,
+            local,
+            found.gathered,
+            weights,
+            biases,
+            rank=found.rank,
+            world=world,
+            pieces=found.pieces,
+            words=words,
+            epoch=epoch,
+            aborted=aborted,
+            config=config,
+        )
+
+    def trial() -> Callable[[TileConfig], None]:
+        signals = Signals(world, local.device)
+        return lambda config: run(signals.words[: world - 1], signals.epoch, signals.aborted, config)
+
+    problem = Problem(world, local.shape[0], tuple(weight.shape[0] for weight in weights), local.shape[1])
+    layout = (tuple(weight.stride(1) == 1 for weight in weights), tuple(bias is None for bias in biases))
+    config = fastest("gather_matmul", problem, local, trial, layout=layout)
+    run(found.words, found.epoch, found.aborted, config)
 
 
 def keep(found: TileGather, into: Tensor) -> None:
@@ -70,16 +90,50 @@ def scatter(found: TileScatter, xs: Sequence[Tensor], weights: Sequence[Tensor],
 
     weights [n, K_i]; the bias is added to this rank's own part.
     """
+    from ..kernels.configs import Problem
     from ..kernels.matmul_scatter import matmul_scatter
+    from ..kernels.tuning import Signals, fastest
 
+    own, world = found.own, found.world
+
+    def trial() -> Callable[[TileConfig], None]:
+        # All targets' parts go to one place of our own.
+        signals, place = Signals(world, own.device), torch.empty_like(own)
+        slots = torch.full((world,), place.data_ptr(), dtype=torch.int64, device=own.device)
+        waited, put = signals.waited_addresses(), signals.set_addresses()
+
+        def run(config: TileConfig) -> None:
+            matmul_scatter(
+                place,
+                xs,
+                weights,
+                bias,
+                slots,
+                rank=found.rank,
+                world=world,
+                credits=waited,
+                credit_value=found.credit_value,
+                arrived=put,
+                arrived_value=found.arrived_value,
+                counters=signals.counters,
+                epoch=signals.epoch,
+                aborted=signals.aborted,
+                config=config,
+            )
+
+        return run
+
+    problem = Problem(world, own.shape[0], (own.shape[1],), sum(x.shape[1] for x in xs))
+    layout = (tuple(weight.stride(1) == 1 for weight in weights), bias is None)
+    config = fastest("matmul_scatter", problem, xs[0], trial, layout=layout)
     matmul_scatter(
-        found.own,
+        own,
         xs,
         weights,
         bias,
         found.slots,
         rank=found.rank,
-        world=found.world,
+        world=world,
         credits=found.credits,
         credit_value=found.credit_value,
         arrived=found.arrived,
@@ -87,25 +141,40 @@ def scatter(found: TileScatter, xs: Sequence[Tensor], weights: Sequence[Tensor],
         counters=found.counters,
         epoch=found.epoch,
         aborted=found.aborted,
+        config=config,
     )
 
 
 def weight_gradient(found: TileGather, total: WeightGradient, local: Tensor, *, gathered_is_grad: bool = False) -> None:
     """``total = grad.T @ x`` over all chunks; ``local`` [world * rows, ...] is the operand that was not gathered."""
+    from ..kernels.configs import Problem
+    from ..kernels.tuning import Signals, fastest
     from ..kernels.weight_gradient import weight_gradient as kernel
 
     into = total.accumulator()
     if into is None:
         return
-    kernel(
-        into.t() if gathered_is_grad else into,
-        local,
-        found.local,
-        found.gathered,
-        rank=found.rank,
-        world=found.world,
-        pieces=found.pieces,
-        words=found.words,
-        epoch=found.epoch,
-        aborted=found.aborted,
-    )
+    out, chunk, world = into.t() if gathered_is_grad else into, found.local, found.world
+
+    def run(words: Tensor, epoch: Tensor, aborted: Tensor, config: TileConfig | None) -> None:
+        kernel(
+            out,
+            local,
+            chunk,
+            found.gathered,
+            rank=found.rank,
+            world=world,
+            pieces=found.pieces,
+            words=words,
+            epoch=epoch,
+            aborted=aborted,
+            config=config,
+        )
+
+    def trial() -> Callable[[TileConfig], None]:
+        signals = Signals(world, chunk.device)
+        return lambda config: run(signals.words[: world - 1], signals.epoch, signals.aborted, config)
+
+    problem = Problem(1, local.shape[1], (chunk.shape[1],), world * chunk.shape[0])
+    config = fastest("weight_gradient", problem, chunk, trial, layout=gathered_is_grad)
+    run(found.words, found.epoch, found.aborted, config)

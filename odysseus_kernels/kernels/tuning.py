@@ -1,0 +1,99 @@
+"""The fastest shipped configuration for a problem, found on the device at hand by running each of them once or twice.
+
+A kernel that waits is timed with every signal given, so that no peer takes part: ranks may well find different
+configurations, since tiles are a rank's own affair.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from .configs import Kernel, Problem, TileConfig, candidates
+from .launch import target_of
+
+__all__ = ["SATISFIED", "Signals", "fastest"]
+
+SATISFIED = 1 << 30
+"""What a word holds that no wait in epoch 0 finds too small."""
+
+_ROUNDS = 5
+_found: dict[Hashable, TileConfig] = {}
+
+
+class Signals:
+    """Words of one device that say that everything has been done; and a place for those that a kernel sets."""
+
+    def __init__(self, world: int, device: torch.device) -> None:
+        self.words = torch.full((world,), SATISFIED, dtype=torch.int32, device=device)
+        self.set = torch.zeros(world, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(world, dtype=torch.int32, device=device)
+        self.epoch = torch.zeros(1, dtype=torch.int32, device=device)
+        self.aborted = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def waited_addresses(self) -> Tensor:
+        """int64 [world]: addresses of satisfied words."""
+        return self._addresses(self.words)
+
+    def set_addresses(self) -> Tensor:
+        """int64 [world]: addresses of words that nobody reads."""
+        return self._addresses(self.set)
+
+    @staticmethod
+    def _addresses(words: Tensor) -> Tensor:
+        found = [words.data_ptr() + 4 * index for index in range(words.numel())]
+        return torch.tensor(found, dtype=torch.int64).to(words.device)
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    """Median of a few runs, by events of the current stream."""
+    samples = []
+    for _ in range(_ROUNDS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(samples)
+
+
+def fastest(
+    kernel: Kernel,
+    problem: Problem,
+    like: Tensor,
+    trial: Callable[[], Callable[[TileConfig], None]],
+    *,
+    layout: Hashable = (),
+    seconds: Callable[[Callable[[], None]], float] = _seconds,
+) -> TileConfig | None:
+    """The configuration for ``problem``; None where nothing can be timed: the kernel then takes the likely best.
+
+    Args:
+        kernel: which kernel.
+        problem: its sizes.
+        like: an operand: its device and dtype.
+        trial: makes what runs the kernel in a configuration, with every signal given; it is called once for a problem,
+            and what the runs write is overwritten later.
+        layout: what else tells problems apart, such as which operands are transposed.
+        seconds: times a run.
+    """
+    key = (kernel, like.device, like.dtype, problem, layout)
+    if key in _found:
+        return _found[key]
+    if like.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    run, taken = trial(), dict[TileConfig, float]()
+    for config in candidates(kernel, target_of(like.device), like.dtype, problem):
+        try:
+            run(config)  # compiles
+        except OutOfResources:
+            continue
+        taken[config] = seconds(lambda config=config: run(config))  # type: ignore[misc]
+    if not taken:
+        return None
+    return _found.setdefault(key, min(taken, key=taken.__getitem__))

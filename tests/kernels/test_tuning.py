@@ -1,0 +1,82 @@
+"""The choice of a tile configuration by timing, with a stand-in for the clock: kernels do not run here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from odysseus_kernels.kernels import tuning
+from odysseus_kernels.kernels.configs import Problem, Target, candidates
+from odysseus_kernels.kernels.tuning import SATISFIED, Signals, fastest
+
+TARGET = Target(90, 132, 227 * 1024)
+PROBLEM = Problem(8, 4096, (1536,), 4096)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known() -> Iterator[None]:
+    free = mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False)
+    with mock.patch.object(tuning, "_found", {}), mock.patch.object(tuning, "target_of", return_value=TARGET), free:
+        yield
+
+
+def like(device: str = "cuda") -> Any:
+    return mock.Mock(device=mock.Mock(type=device), dtype=torch.bfloat16)
+
+
+def test_the_fastest_is_kept_and_timed_once() -> None:
+    ran, operand = [], like()
+    configs = candidates("gather_matmul", TARGET, torch.bfloat16, PROBLEM)
+    times = iter([3.0, 1.0, 2.0, 4.0])
+
+    def trial() -> Any:
+        ran.append("trial")
+        return ran.append
+
+    def seconds(run: Any) -> float:
+        run()
+        return next(times)
+
+    assert len(configs) == 4
+    for _ in range(2):
+        assert fastest("gather_matmul", PROBLEM, operand, trial, seconds=seconds) == configs[1]
+    assert ran == ["trial", *(config for config in configs for _ in range(2))]  # one run compiles, one is timed
+    again = fastest("gather_matmul", PROBLEM, operand, trial, layout="other", seconds=lambda run: 1.0)
+    assert again == configs[0] and ran.count("trial") == 2
+
+
+def test_configurations_that_do_not_fit_are_left_out() -> None:
+    configs = candidates("gather_matmul", TARGET, torch.bfloat16, PROBLEM)
+
+    def refuse(*fitting: Any) -> Any:
+        def run(config: Any) -> None:
+            if config not in fitting:
+                raise OutOfResources(300000, 232448, "shared memory")
+
+        return lambda: run
+
+    assert fastest("gather_matmul", PROBLEM, like(), refuse(configs[2]), seconds=lambda run: 1.0) == configs[2]
+    assert fastest("gather_matmul", PROBLEM, like(), refuse(), layout="none", seconds=lambda run: 1.0) is None
+
+
+def test_nothing_is_timed_without_a_device_or_in_a_capture() -> None:
+    def trial() -> Any:
+        raise AssertionError("nothing to time with")
+
+    assert fastest("gather_matmul", PROBLEM, like("cpu"), trial) is None
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
+        assert fastest("gather_matmul", PROBLEM, like(), trial) is None
+
+
+def test_signals_that_satisfy_every_wait() -> None:
+    signals = Signals(4, torch.device("cpu"))
+    for value in (-255, -1, 64, 255):
+        assert ((signals.words - value) >= 0).all()
+    assert SATISFIED + 255 < 2**31
+    assert signals.waited_addresses().tolist() == [signals.words.data_ptr() + 4 * rank for rank in range(4)]
+    assert signals.set_addresses()[0] == signals.set.data_ptr() and not signals.counters.any()
