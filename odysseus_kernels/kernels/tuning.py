@@ -22,6 +22,8 @@ SATISFIED = 1 << 30
 """What a word holds that no wait in epoch 0 finds too small."""
 
 _ROUNDS = 5
+# Products below this take microseconds on any configuration, and compiling one takes seconds.
+_WORTH_FLOPS = 1e10
 _found: dict[Hashable, TileConfig] = {}
 
 
@@ -71,7 +73,8 @@ def fastest(
     layout: Hashable = (),
     seconds: Callable[[Callable[[], None]], float] = _seconds,
 ) -> TileConfig | None:
-    """The configuration for ``problem``; None where nothing can be timed: the kernel then takes the likely best.
+    """The configuration for ``problem``; None where nothing can be timed, or little be won: the
+    kernel then takes the likely best.
 
     Args:
         kernel: which kernel.
@@ -85,7 +88,8 @@ def fastest(
     key = (kernel, like.device, like.dtype, problem, layout)
     if key in _found:
         return _found[key]
-    if like.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    flops = 2.0 * problem.chunks * problem.rows * sum(problem.widths) * problem.depth
+    if flops < _WORTH_FLOPS or like.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return None
     run, taken = trial(), dict[TileConfig, float]()
     for config in candidates(kernel, target_of(like.device), like.dtype, problem):

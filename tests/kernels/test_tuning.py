@@ -69,6 +69,7 @@ def test_nothing_is_timed_without_a_device_or_in_a_capture() -> None:
         raise AssertionError("nothing to time with")
 
     assert fastest("gather_matmul", PROBLEM, like("cpu"), trial) is None
+    assert fastest("gather_matmul", Problem(8, 64, (64,), 64), like(), trial) is None  # too small to matter
     with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
         assert fastest("gather_matmul", PROBLEM, like(), trial) is None
 
