@@ -34,6 +34,7 @@ def find_nvcc() -> Path | None:
     if spec := importlib.util.find_spec("nvidia"):
         for folder in spec.submodule_search_locations or ():
             candidates += sorted(Path(folder).glob("cu*/bin/nvcc")) + sorted(Path(folder).glob("cuda_nvcc/bin/nvcc"))
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))  # where it is installed, and often not on PATH
     return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
 
 

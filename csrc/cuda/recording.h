@@ -79,7 +79,7 @@ struct ReduceWait {
 };
 
 constexpr int kMaxStreams = 64;
-constexpr int kMaxEvents = 4096;
+constexpr int kMaxEvents = 1 << 16;
 
 // Every method throws std::invalid_argument for what can be seen to be wrong before there are bases, and records
 // nothing then.

@@ -56,6 +56,9 @@ __device__ __forceinline__ void wait_in_warp(const WaitTask& task, int lane) {
     std::uint32_t code = lane == 0 ? verdict(task, begin, next_look) : kGoOn;
     code = __shfl_sync(kWholeWarp, code, 0);
     if (code != kGoOn) {
+      // A peer may have signalled and ended in order between the two looks.
+      const std::uint32_t again = mine ? load_acquire_system(task.words[lane]) : 0;
+      if (__ballot_sync(kWholeWarp, mine && !reached(again, expected)) == 0) return;
       if (code != kDrain && lane == __ffs(missing) - 1) {
         give_up(task, code, task.first_index + lane, expected, seen);
       }

@@ -89,13 +89,18 @@ class CollectiveTransport(Transport):
         with self._errors(call):
             run = _Run(self, call, self._begin(call))
             self._handshake(call, ", prefetched" if run.adopt(self._take_ahead(call)) else "")
-            ahead = run.steps()
-            if not call.keeps_ahead:
+            ahead = run.steps(sends_ahead=not self._capturing)
+            if not (call.keeps_ahead or self._capturing):
                 self._ahead = ahead
+
+    @property
+    def _capturing(self) -> bool:
+        """A graph neither waits for what lies outside of it nor leaves anything under way."""
+        return self._handshakes is not None and torch.cuda.is_current_stream_capturing()
 
     def _take_ahead(self, call: Call) -> _Ahead | None:
         """What was sent ahead for this call; it has arrived then, even if this call will not use it."""
-        if self._ahead is None or call.keeps_ahead:
+        if self._ahead is None or call.keeps_ahead or self._capturing:
             return None
         ahead, self._ahead = self._ahead, None
         self._wait(call, ahead.work)
@@ -141,7 +146,7 @@ class CollectiveTransport(Transport):
         self._sequence += 1
         signature = call.signature + extra
         if self._handshakes is not None:
-            if torch.cuda.is_current_stream_capturing():
+            if self._capturing:
                 return  # what a capture repeats was compared when it ran before
             timeout_s = call.config.timeout_s
             self._handshakes.compare(self._group, signature, self._sequence, timeout_s, lambda: self._look(call))
@@ -256,10 +261,10 @@ class _Run:
         self._work[Task.ALL_GATHER, 0] = ahead.work
         return True
 
-    def steps(self) -> _Ahead | None:
+    def steps(self, *, sends_ahead: bool) -> _Ahead | None:
         """Runs the schedule; returns what was sent ahead meanwhile for the next call."""
         ahead = None
-        prefetch = self._call.gather.prefetch if self._call.gather else None
+        prefetch = self._call.gather.prefetch if self._call.gather and sends_ahead else None
         schedule = collective_schedule(
             self._call.program,
             self._world,

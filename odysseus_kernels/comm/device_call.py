@@ -14,7 +14,11 @@ from .lowering import Block, Operations, Places, Plan
 from .schedule import SHARD, Region, Step, Task
 from .transport import Call, Gather, Scatter, TileGather, TileScatter
 
-__all__ = ["Device", "Scratch", "check_sums", "check_tiles", "describe_wait", "tile_callback"]
+__all__ = ["Device", "Scratch", "WarmUpNeededError", "check_sums", "check_tiles", "describe_wait", "tile_callback"]
+
+
+class WarmUpNeededError(RuntimeError):
+    """A call is captured into a graph before what it needs exists; nothing was sent."""
 
 
 class Device(Places, Protocol):
@@ -69,6 +73,9 @@ class Device(Places, Protocol):
 
     def begin(self, call: Call, extra: str) -> None:
         """Says what this rank calls next.  CommunicationError if a peer is known to call something else or is gone."""
+
+    def give_up(self, error: BaseException) -> None:
+        """Ends this rank's waits, and tells its peers why it will not do what they wait for."""
 
     def failure(self) -> CommunicationError | None:
         """What made a wait on the device give up, if one did."""

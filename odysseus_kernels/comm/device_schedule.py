@@ -155,6 +155,9 @@ class _Gather(_Builder):
         self._consumed: list[int | None] = []
         if not published:
             self.publish(pieces)
+            if words:
+                # A copy within a device may be a kernel, for which one that spins leaves no room: it goes first.
+                self.depend(COMPUTE, self.record(PUBLISH_STREAM))
         for _ in range(self._slots):
             self._fetch()
 

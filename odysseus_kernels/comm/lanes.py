@@ -117,6 +117,8 @@ class StreamLane:
             self.check()
 
     def check(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return  # asking for an event would end the capture
         while self._flights and self._flights[0].event.query():
             self._flights.popleft()
         if self._flights and time.monotonic() > self._flights[0].deadline:
@@ -141,10 +143,11 @@ def _communicator(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGro
         return None
     options = nccl.Options(is_high_priority_stream=True)
     options.config.max_ctas = _MOST_BLOCKS
+    options._timeout = timeout = datetime.timedelta(seconds=min(timeout_s, _LONGEST_S))
     return dist.new_group(
         dist.get_process_group_ranks(group),
         backend="nccl",
-        timeout=datetime.timedelta(seconds=min(timeout_s, _LONGEST_S)),
+        timeout=timeout,
         pg_options=options,
         use_local_synchronization=True,
     )

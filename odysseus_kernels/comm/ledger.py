@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from ..errors import RankMismatchError
 from .peers import Peers
 from .transport import Call
 
@@ -65,7 +66,10 @@ class Ledger(Peers):
             for peer in self._others:
                 status, rank = self._host.wait_posted(peer, self._sequence + 1, 0.0)
                 if status == "failed":
-                    return f"rank {rank} gave up: {self._host.reason(rank).partition(chr(10))[2] or 'no reason given'}"
+                    kind, _, message = self._host.reason(rank).partition("\n")
+                    if kind == RankMismatchError.__name__:  # the peer was the first to compare
+                        raise RankMismatchError(message)
+                    return f"rank {rank} gave up: {message or 'no reason given'}"
                 if status == "lost":
                     return f"the process of rank {rank} is gone"
         finally:

@@ -20,7 +20,7 @@ from .transport import Transport
 
 __all__ = ["Phase", "Selection"]
 
-_PIECES = ("/2", "/4", "/8")
+_PIECES = ("/1", "/2", "/4", "/8")
 Run = Callable[[Transport, OverlapConfig], None]
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..errors import CommunicationError, PeerLostError, SignalTimeoutError
+from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
 from .ledger import Ledger
 
 __all__ = ["Control", "Supervisor"]
@@ -90,7 +90,10 @@ class Supervisor:
 
     def _run(self) -> None:
         while not self._stop.wait(_LOOK_S):
-            self.look()
+            try:
+                self.look()
+            except RuntimeError:  # closed meanwhile
+                return
 
     def look(self) -> None:
         """One look; the thread's work."""
@@ -101,17 +104,20 @@ class Supervisor:
         try:
             reason = self._ledger.look()
         except CommunicationError as error:
-            self._end(error, _DIFFERS)
+            self.end(error)
             return
         if reason:
-            self._end(PeerLostError(reason), _LOST)
+            # A wait whose signal is there goes on: only those that would wait for ever see this.
+            self._reason = PeerLostError(reason)
+            self._control.abort(_LOST)
         else:
             self.failure()
 
-    def _end(self, reason: CommunicationError, code: int) -> None:
-        self._reason = reason
-        # A wait whose signal is there goes on: only those that would wait for ever see this.
-        self._control.abort(code)
-        if code == _DIFFERS and self._ledger is not None:
+    def end(self, reason: CommunicationError) -> None:
+        """Ends this rank's waits and tells its peers why."""
+        if self._reason is None:
+            self._reason = reason
             logger.error("%s", reason)
+        self._control.abort(_DIFFERS if isinstance(reason, RankMismatchError) else _LOST)
+        if self._ledger is not None:
             self._ledger.give_up(reason)

@@ -1,7 +1,7 @@
 """GPUs whose memory ranks map into one another, by torch's symmetric memory: the device behind the symmetric transport.
 
 Everything that differs between versions of torch's symmetric memory is here: allocation, rendezvous, peers' addresses.
-Supported are torch 2.9 and later.  Concurrency and memory: ``comm/symmetric_device.py``.
+Supported are torch 2.10 and later.  Concurrency and memory: ``comm/symmetric_device.py``.
 
 A rank has one stream of high priority for each stream of a schedule, besides the caller's.  Words lie in symmetric
 memory of their own; what ranks call, and whether they are alive, is exchanged between hosts' processes in shared memory
@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import _ext
 from ..config import shared_memory_directory
 from ..errors import CommunicationError
+from .device_call import WarmUpNeededError
 from .device_schedule import COMPUTE, RECEIVE, STREAMS
 from .ledger import Ledger
 from .lowering import WINDOWS, WORDS, Operations, word_index
@@ -35,7 +36,13 @@ __all__ = ["CudaDevice", "PeerMemory", "TorchSymmetricMemory", "connect", "devic
 
 _KINDS = (SHARD, RECEIVE)
 _HIGH_PRIORITY = -1
-_LOST, _CLOSED = 2, 4  # codes of ``Control.abort``
+_CLOSED = 4  # a code of ``Control.abort``; the others are the supervisor's
+_MOST_RANKS = 16  # sources that one sum adds
+# Buffers take turns, so that the first run alone does not make all of them.
+_WARM_UP = (
+    "{}: expected its buffers to exist before a CUDA graph is captured; run it at least three times with these shapes "
+    "on all ranks before the capture"
+)
 _CLOSE_S = 10.0
 _GRANULARITY = 2 << 20  # what a driver allocates at once
 _Window = tuple[str, int]
@@ -80,11 +87,19 @@ class TorchSymmetricMemory:
         # A handle owns the mappings of peers' memory.
         self._windows: dict[_Window, tuple[Tensor, list[int], Any]] = {}
         self._retained: list[Any] = []
-        words = self._empty(4 * len(_KINDS) * WINDOWS * WORDS * self._world).view(torch.int32)
-        words.zero_()
-        torch.cuda.synchronize(device)
-        self._words = words
-        self._word_addresses, self._word_handle = self._meet(words.view(torch.uint8))
+        failure, words = "", None
+        try:
+            words = self._empty(4 * len(_KINDS) * WINDOWS * WORDS * self._world).zero_()
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            failure = short_text(error, 200)
+        # Before the rendezvous, in which a rank that comes alone would wait long.
+        for rank, text in enumerate(exchange(failure)):
+            if text:
+                raise OSError(f"rank {rank}: {text}")
+        assert words is not None
+        self._words: Tensor | None = words.view(torch.int32)
+        self._word_addresses, self._word_handle = self._meet(words)
 
     def _empty(self, nbytes: int) -> Tensor:
         from torch._C._distributed_c10d import _SymmetricMemory
@@ -104,6 +119,7 @@ class TorchSymmetricMemory:
         return self._word_addresses[rank]
 
     def own_words(self) -> Tensor:
+        assert self._words is not None
         return self._words
 
     def window(self, rank: int, place: _Window) -> int:
@@ -120,6 +136,8 @@ class TorchSymmetricMemory:
         try:
             for place, nbytes in sizes.items():
                 made[place] = self._empty(-(-nbytes // _GRANULARITY) * _GRANULARITY)
+            # An allocator may clear new memory in its own time: before a peer writes there.
+            torch.cuda.synchronize(self._device)
         except RuntimeError as error:  # torch.OutOfMemoryError is one, a driver's refusal another
             failure = short_text(error, 200)
         failures = {rank: text for rank, text in enumerate(self._exchange(failure)) if text}
@@ -130,12 +148,15 @@ class TorchSymmetricMemory:
         for place, memory in made.items():
             if self.retain and place in self._windows:
                 self._retained.append(self._windows[place])
-            self._windows[place] = (memory, *self._meet(memory))
+            try:
+                self._windows[place] = (memory, *self._meet(memory))
+            except RuntimeError as error:
+                raise CommunicationError(f"ranks could not map one another's memory: {short_text(error)}") from error
 
     def close(self) -> None:
         self._windows.clear()
         self._retained.clear()
-        self._word_handle = None
+        self._words = self._word_handle = None
 
 
 class CudaDevice:
@@ -205,7 +226,8 @@ class CudaDevice:
     def addresses(self, values: Sequence[int]) -> Tensor:
         key = tuple(values)
         if key not in self._tables:
-            assert not self.capturing(), "address tables are made by the first call, before a capture"
+            if self.capturing():
+                raise WarmUpNeededError(_WARM_UP.format("an operator"))
             self._tables[key] = torch.tensor(key, dtype=torch.int64).to(self.device)
         return self._tables[key]
 
@@ -217,10 +239,7 @@ class CudaDevice:
 
     def grow(self, call: Call, sizes: dict[_Window, int]) -> None:
         if self.capturing():
-            raise RuntimeError(
-                f"{call.name}: expected its buffers to exist before a CUDA graph is captured; run it once with these "
-                f"shapes on all ranks before the capture"
-            )
+            raise WarmUpNeededError(_WARM_UP.format(call.name))
         if self._ledger is not None:
             self._ledger.settle(call)
         self._memory.grow(sizes)
@@ -255,12 +274,11 @@ class CudaDevice:
         self._supervisor.timeout_s = call.config.timeout_s
         self._supervisor.check()
         if self._ledger is not None:
-            try:
-                self._ledger.post(call, extra)
-            except CommunicationError as error:
-                self._ledger.give_up(error)
-                self._control.abort(_LOST)
-                raise
+            self._ledger.post(call, extra)
+
+    def give_up(self, error: BaseException) -> None:
+        reason = error if isinstance(error, CommunicationError) else CommunicationError(short_text(error))
+        self._supervisor.end(reason)
 
     def failure(self) -> CommunicationError | None:
         return self._supervisor.failure()
@@ -325,6 +343,8 @@ def connect(
     answer: dict[str, str]
     try:
         reason = _ext.load().cuda.why_unavailable()
+        if world > _MOST_RANKS:
+            raise OSError(f"it serves at most {_MOST_RANKS} ranks, got {world}")
         missing = unreachable(device, peers)
         if missing:
             reason = reason or f"no peer-to-peer access from {device} to {', '.join(missing)}"

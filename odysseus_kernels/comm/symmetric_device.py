@@ -10,13 +10,15 @@ products leave.
 Memory.  A rank's windows hold its published shard and what it receives (two sets of pieces, one from each peer); slots
 and stages are scratch memory of the call.  Windows grow with the first call that needs more, by agreement of all ranks.
 
-Errors.  A wait on the device is bounded (``config.timeout_s``).  One that gives up says so in memory that the host
+Errors.  After one, results of the calls that were in progress are worth nothing on any rank: copies of a rank that gave
+up still run.  A wait on the device is bounded (``config.timeout_s``).  One that gives up says so in memory that the host
 reads: at the next call, in :meth:`SymmetricDeviceTransport.synchronize`, or by the supervisor (``comm/supervisor.py``),
 which also ends waits for peers that are gone or make other calls.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -24,12 +26,12 @@ from collections.abc import Hashable, Sequence
 from torch import Tensor
 
 from ..errors import CommunicationError
-from .device_call import Device, Scratch, check_sums, check_tiles, describe_wait, tile_callback
+from .device_call import Device, Scratch, WarmUpNeededError, check_sums, check_tiles, describe_wait, tile_callback
 from .device_schedule import AHEAD, MAX_PIECES, RECEIVE, device_schedule, drop_schedule, tile_schedule
 from .leases import Lease, LeaseTable
 from .lowering import WINDOWS, Block, Layout, Plan, lower, receive_bytes
 from .schedule import SHARD, Schedule, Step, Task
-from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces
+from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces, short_text
 
 __all__ = ["SymmetricDeviceTransport"]
 
@@ -123,11 +125,25 @@ class SymmetricDeviceTransport(Transport):
 
     def _run(self, call: Call, scratch: Scratch) -> None:
         self._raise_failure()
+        if self.broken:
+            raise CommunicationError(f"{call.name}: the transport cannot be used any more ({self.broken})")
         try:
             plan, ended = self._prepare(call, scratch)
-            self._enqueue(call, plan, scratch)
         except CommunicationError as error:
-            self.broken = str(error)
+            self.broken = short_text(error)
+            self._device.give_up(error)
+            raise
+        try:
+            self._enqueue(call, plan, scratch)
+        except BaseException as error:
+            # In the middle of a call: peers must not wait for the rest, and its copies still use its memory.
+            self.broken = short_text(error)
+            self._device.give_up(error)
+            with contextlib.suppress(RuntimeError):
+                self._device.synchronize()
+            if isinstance(error, ValueError) and not isinstance(error, CommunicationError):
+                # A ValueError would promise that nothing was sent.
+                raise CommunicationError(f"{call.name}: {self.broken}") from error
             raise
         for kind, lease in ended:
             self._leases[kind].give_back(lease, (), ())
@@ -153,7 +169,8 @@ class SymmetricDeviceTransport(Transport):
         taken, ahead = None, self._ahead
         if gather is not None:
             scratch.shard = Block.of(gather.shard, self._gather_pieces(call, gather.shard))
-            taken = None if tiles or whole else self._take_ahead(call, scratch.shard.pieces)
+        taken = self._take_ahead(call, 0 if scratch.shard is None or tiles or whole else scratch.shard.pieces)
+        if gather is not None and scratch.shard is not None:
             leases[SHARD] = taken or self._leases[SHARD].lease()
             sizes[SHARD, leases[SHARD].window] = scratch.shard.nbytes
             ended.append((SHARD, leases[SHARD]))
@@ -174,7 +191,7 @@ class SymmetricDeviceTransport(Transport):
         if grown:
             try:
                 self._device.grow(call, grown)
-            except CapacityExceededError:
+            except (CapacityExceededError, WarmUpNeededError):
                 self._undo(leases, taken, ahead)
                 raise
             self._forget(set(grown))
@@ -194,7 +211,7 @@ class SymmetricDeviceTransport(Transport):
         for name, lease in reversed(leases.items()):
             if lease is not taken:
                 self._leases[RECEIVE if name == RECEIVE else SHARD].restore(lease)
-        self._ahead = ahead if taken is not None else None
+        self._ahead = ahead if taken is not None or ahead is self._ahead else None
 
     def _schedule(self, call: Call, scratch: Scratch, *, published: bool) -> Schedule:
         shard, out, ahead = scratch.blocks
@@ -266,7 +283,10 @@ class SymmetricDeviceTransport(Transport):
     # ---- a shard that was sent ahead ---------------------------------------------------------------------------------
 
     def _take_ahead(self, call: Call, pieces: int) -> Lease | None:
-        """The window that already holds the call's shard; anything else that was sent ahead is dropped."""
+        """The window that already holds the call's shard; anything else that was sent ahead is dropped.
+
+        ``pieces`` is 0 for a call that cannot use it.
+        """
         if self._ahead is None or call.keeps_ahead or self._device.capturing():
             return None
         (sent, lease), self._ahead = self._ahead, None

@@ -30,7 +30,7 @@ def can_serve(layout: Layout, weights: Sequence[Tensor]) -> bool:
     """Whether the kernels can do it: chunks that are plain matrices, up to three projections laid out alike."""
     if not _installed():
         return False
-    if layout.batch != 1 or layout.inner_size != 1 or len(weights) > _MOST_PROJECTIONS:
+    if layout.batch != 1 or layout.inner_size != 1 or layout.rows < 1 or len(weights) > _MOST_PROJECTIONS:
         return False
     by_rows, by_columns = (all(weight.stride(dim) == 1 for weight in weights) for dim in (1, 0))
     return weights[0].dtype in _DTYPES and (by_rows or by_columns)

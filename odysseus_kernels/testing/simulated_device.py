@@ -213,6 +213,9 @@ class SimulatedDevice:
     def begin(self, call: Call, extra: str) -> None:
         pass
 
+    def give_up(self, error: BaseException) -> None:
+        self.aborted.fill_(1)
+
     def failure(self) -> CommunicationError | None:
         if self.error is None:
             return None

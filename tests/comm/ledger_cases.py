@@ -114,6 +114,30 @@ def supervisor_sees_a_difference(rank: int, world: int) -> tuple[list[int], tupl
     return result
 
 
+def first_to_compare(rank: int, world: int) -> tuple[str, str]:
+    """A peer has compared and left before this rank's supervisor looks: still a difference, not a loss."""
+    ledger = _ledger(rank, world, 17)
+    control = FakeControl()
+    if rank == 0:
+        ledger.post(_call(), "")
+    dist.barrier()
+    if rank == 1:
+        result = _attempt(lambda: ledger.post(_call(rows=5), ""))
+        ledger.give_up(ody.RankMismatchError(result[1]))
+        dist.barrier()
+    else:
+        dist.barrier()
+        supervisor = Supervisor(control, ledger, WAITS)
+        begin = time.monotonic()
+        while not control.codes and time.monotonic() < begin + 5:
+            time.sleep(0.01)
+        result = _attempt(supervisor.check)
+        supervisor.close()
+    dist.barrier()
+    ledger.close()
+    return result
+
+
 def lagging_peer(rank: int, world: int) -> tuple[str, str]:
     """A host that is far ahead of a peer waits for it, within the time limit."""
     ledger = _ledger(rank, world, 14)

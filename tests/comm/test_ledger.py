@@ -29,6 +29,11 @@ def test_the_supervisor_ends_waits_of_ranks_that_differ(ranks: Any) -> None:
         assert kind == "RankMismatchError" and "rank 2 differs in call number 1" in message
 
 
+def test_a_peer_that_was_first_to_compare_is_no_lost_peer(ranks: Any) -> None:
+    for kind, message in ranks(2).run(ledger_cases.first_to_compare):
+        assert kind == "RankMismatchError" and "ranks differ in call number 1" in message
+
+
 def test_a_host_far_ahead_waits_and_says_for_whom(ranks: Any) -> None:
     (kind, message), _ = ranks(2).run(ledger_cases.lagging_peer)
     assert kind == "SignalTimeoutError"

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import random
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from torch import Tensor
 
 from odysseus_kernels.comm.schedule import piece_bounds
 from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
-from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter
+from odysseus_kernels.comm.transport import (
+    Call,
+    CapacityExceededError,
+    Gather,
+    Scatter,
+    TileGather,
+    TileScatter,
+)
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError, SignalTimeoutError
 from odysseus_kernels.testing.simulated_device import SimulatedMachine
@@ -201,6 +209,73 @@ def test_a_shard_sent_ahead_serves_the_next_call_or_none(seed: int) -> None:
         group.enqueue(gathers, None, CONFIG)
         group.checks.append(check)
     group.run(seed)
+
+
+@pytest.mark.parametrize("between", ("unfused", "scatter", "tiles"))
+def test_any_other_call_drops_what_was_sent_ahead(between: str) -> None:
+    """An optimizer may change the shard after it, without a trace in the tensor that was sent."""
+    group = Group(3)
+    first, second = ([group.random(1, 4, WIDTH) for _ in range(3)] for _ in range(2))
+    gathers, check = group.gather_of(first, prefetch=second)
+    group.enqueue(gathers, None, CONFIG)
+    group.checks.append(check)
+    if between == "scatter":
+        scatters, check = group.scatter_part(1, 4)
+        group.enqueue(None, scatters, CONFIG)
+        group.checks.append(check)
+    for rank, transport in enumerate(group.transports if between != "scatter" else ()):
+        if between == "unfused":
+            whole = torch.empty(3, 1, 4, WIDTH, dtype=torch.float64)
+            transport.all_gather(Call("operator", "forward", CONFIG, Gather(first[rank], lambda *_: None)), whole)
+        else:
+            gather = Gather(first[rank], lambda *_: None, tiles=lambda found: None)
+            transport.execute(Call("operator", "forward", OverlapConfig(mode="tiles"), gather))
+    group.run(0)
+    for shard in second:
+        shard.detach().numpy()[:] *= 2  # the version does not change
+    gathers, check = group.gather_of(second)
+    group.enqueue(gathers, None, CONFIG)
+    group.checks.append(check)
+    group.run(1)
+
+
+@pytest.mark.parametrize("error", (MemoryError("no memory for the product"), ValueError("bad block")))
+def test_an_error_in_the_middle_of_a_call_ends_the_transport(error: Exception) -> None:
+    """Peers are told instead of waiting; a ValueError would promise that nothing was sent."""
+    group = Group(2)
+    gathers, _ = group.gather_part(1, 4)
+
+    device = group.machine.devices[0]
+    call = Call("operator", "forward", CONFIG, gathers[0])
+    with mock.patch.object(device, "call", side_effect=error), mock.patch.object(device, "give_up") as told:
+        expected = CommunicationError if isinstance(error, ValueError) else MemoryError
+        with pytest.raises(expected, match=str(error)):
+            group.transports[0].execute(call)
+    told.assert_called_once_with(error)
+    with pytest.raises(CommunicationError, match="cannot be used any more"):
+        group.transports[0].execute(call)
+
+
+def test_a_call_that_does_not_fit_leaves_everything_as_it_was() -> None:
+    group = Group(2)
+    small, second = ([group.random(1, 2, WIDTH) for _ in range(2)] for _ in range(2))
+    gathers, check = group.gather_of(small, prefetch=second)
+    group.enqueue(gathers, None, CONFIG)
+    group.checks.append(check)
+    for _ in range(12):  # more often than there are windows
+        large, _ = group.gather_part(1, 50)
+        for rank, transport in enumerate(group.transports):
+            grow = mock.patch.object(
+                group.machine.devices[rank], "grow", side_effect=CapacityExceededError("too large")
+            )
+            with grow, pytest.raises(CapacityExceededError):
+                transport.execute(Call("operator", "forward", CONFIG, large[rank]))
+    group.run(0)
+    for _ in range(10):
+        gathers, check = group.gather_part(1, 2)
+        group.enqueue(gathers, None, CONFIG)
+        group.checks.append(check)
+    group.run(1)
 
 
 def test_a_captured_call_can_be_replayed() -> None:
