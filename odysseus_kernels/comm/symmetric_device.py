@@ -10,10 +10,10 @@ products leave.
 Memory.  A rank's windows hold its published shard and what it receives (two sets of pieces, one from each peer); slots
 and stages are scratch memory of the call.  Windows grow with the first call that needs more, by agreement of all ranks.
 
-Errors.  After one, results of the calls that were in progress are worth nothing on any rank: copies of a rank that gave
-up still run.  A wait on the device is bounded (``config.timeout_s``).  One that gives up says so in memory that the host
+Errors.  A wait on the device is bounded (``config.timeout_s``).  One that gives up says so in memory that the host
 reads: at the next call, in :meth:`SymmetricDeviceTransport.synchronize`, or by the supervisor (``comm/supervisor.py``),
-which also ends waits for peers that are gone or make other calls.
+which also ends waits for peers that are gone or make other calls.  Copies of a rank that gave up still run, so results
+of calls that were in progress are then worth nothing on any rank.
 """
 
 from __future__ import annotations

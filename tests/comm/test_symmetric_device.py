@@ -225,7 +225,7 @@ def test_any_other_call_drops_what_was_sent_ahead(between: str) -> None:
         group.checks.append(check)
     for rank, transport in enumerate(group.transports if between != "scatter" else ()):
         if between == "unfused":
-            whole = torch.empty(3, 1, 4, WIDTH, dtype=torch.float64)
+            whole = group.machine.keep(torch.empty(3, 1, 4, WIDTH, dtype=torch.float64))
             transport.all_gather(Call("operator", "forward", CONFIG, Gather(first[rank], lambda *_: None)), whole)
         else:
             gather = Gather(first[rank], lambda *_: None, tiles=lambda found: None)
