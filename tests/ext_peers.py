@@ -92,6 +92,8 @@ class Actions:
 
 def serve(extension: str, connection: Connection, arguments: tuple[Any, ...]) -> None:
     host = load_extension(extension).SymmetricHost(*arguments)
+    # Not inherited: a shell starts background jobs with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     actions = Actions(host)
     connection.send(host.path)
     while True:

@@ -32,8 +32,12 @@ from .tiles import accumulate, await_word, described, described_weight, visited_
 __all__ = ["gather_matmul", "gather_matmul_kernel"]
 
 
-# Ranks run one binary: these are not compiled in.
-@triton.jit(do_not_specialize=["rank", "world", "pieces"])
+# Ranks run one binary: the numbers are not compiled in, nor whether an address of words, which differs from window to
+# window, is a multiple of 16.
+@triton.jit(
+    do_not_specialize=["rank", "world", "pieces"],
+    do_not_specialize_on_alignment=["words", "epoch", "aborted"],
+)
 def gather_matmul_kernel(
     outs,
     local,

@@ -34,8 +34,12 @@ from .tiles import accumulate, await_word, described, described_weight, visited_
 __all__ = ["matmul_scatter", "matmul_scatter_kernel"]
 
 
-# Ranks run one binary: these are not compiled in.
-@triton.jit(do_not_specialize=["rank", "world", "credit_value", "arrived_value"])
+# Ranks run one binary: the numbers are not compiled in, nor whether an address of words, which differs from window to
+# window, is a multiple of 16.
+@triton.jit(
+    do_not_specialize=["rank", "world", "credit_value", "arrived_value"],
+    do_not_specialize_on_alignment=["epoch", "aborted", "counters"],
+)
 def matmul_scatter_kernel(
     own,
     xs,

@@ -20,8 +20,12 @@ from .tiles import await_word, described, load_tile, multiply, visited_chunk, vi
 __all__ = ["weight_gradient", "weight_gradient_kernel"]
 
 
-# Ranks run one binary: these are not compiled in.
-@triton.jit(do_not_specialize=["rank", "world", "pieces"])
+# Ranks run one binary: the numbers are not compiled in, nor whether an address of words, which differs from window to
+# window, is a multiple of 16.
+@triton.jit(
+    do_not_specialize=["rank", "world", "pieces"],
+    do_not_specialize_on_alignment=["words", "epoch", "aborted"],
+)
 def weight_gradient_kernel(
     out,
     grads,

@@ -22,7 +22,7 @@ from odysseus_kernels.testing.virtual_devices import virtual_transports
 
 WIDTH = 24
 MOST_ROWS = 64
-CONFIG = OverlapConfig(mode="fused", timeout_s=20.0)
+CONFIG = OverlapConfig(mode="fused", timeout_s=5.0)
 Check = Callable[[], None]
 
 
