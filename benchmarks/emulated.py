@@ -10,6 +10,7 @@ operators, the kernels are compared with the library.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -93,16 +94,11 @@ def measure_case(
     """
     work = EmulatedWorkload(case, emulation, seed=seed, **options)
     calls = work.calls()
-    host_s = {}
-    for name, call in calls.items():
-        begin = time.perf_counter()
-        call()
-        host_s[name] = time.perf_counter() - begin
-        synchronize()
+    host_s = kernels.host_seconds(calls, synchronize)
+    work.fill()
     if isinstance(timed, EventTimer):
         timed.stay_ahead(max(host_s.values()))
     calls, pieces = _with_best_pieces(calls, timed, synchronize)
-    work.fill()
     errors: dict[str, dict[str, float]] = {}
     for name in MODES:
         if name in calls:
@@ -189,7 +185,7 @@ class _Run:
                         with emulate(self.device, group, link, left) as emulation:
                             while left and self._one(left.pop(0), emulation, timer):
                                 pass
-                    except RuntimeError as error:
+                    except Exception as error:  # noqa: BLE001  # whatever failed, other links may do better
                         text = f"the link could not be emulated: {error}"
                         self.failed += [{"name": case.name, "failed": text} for case in left]
                         left.clear()
@@ -207,12 +203,13 @@ class _Run:
         try:
             row = measure_case(case, emulation, rounds=self.rounds, timed=timer, synchronize=synchronize)
             emulation.transport.synchronize()
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  # Triton's errors have no other base; the next row may do better
             self.failed.append({"name": case.name, "failed": f"{type(error).__name__}: {error}"})
             print(f"{case.name}: {error}", file=sys.stderr, flush=True)
             return False
         self.rows.append(emulated_report.summarize(row))
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # the device may be what failed; the next row will say so
+            torch.cuda.empty_cache()
         print(f"{case.name} ({time.monotonic() - begin:.1f} s)", file=sys.stderr, flush=True)
         return True
 
@@ -276,6 +273,12 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _how_copies_ran() -> str:
+    """Whether copy engines made the copies; known once some were tried."""
+    reason = _ext.load().cuda.why_no_batch_copies()
+    return f"Copies do not run on copy engines: {reason}" if reason else "Copies run on copy engines."
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Measures, prints, writes; 0, 1 if a result was wrong or a row failed, 2 if nothing can be measured."""
     try:
@@ -292,14 +295,23 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     rounds = arguments.repeats or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     done = _Run(device, rounds, time.monotonic() + arguments.budget)
-    measured = kernels.measure(device, rounds=rounds, quick=arguments.quick, deadline=done.deadline)
-    done.measure(cases)
+    measured, interrupted = kernels.Measured(), False
+    try:
+        kernels.measure(device, rounds=rounds, quick=arguments.quick, deadline=done.deadline, measured=measured)
+        done.measure(cases)
+    except KeyboardInterrupt:
+        interrupted = True
+        named = {row["name"] for row in (*done.rows, *done.failed)} | set(done.not_run)
+        done.not_run += [case.name for case in cases if case.name not in named]
+        measured.notes.append("INTERRUPTED: these are the rows that were there.")
+        print("interrupted: what was measured so far is kept", file=sys.stderr, flush=True)
+    measured.notes.append(_how_copies_ran())
     document = make_document(arguments, done, measured)
     emulated_report.print_document(document)
     paths = write(document, arguments.output or _RESULTS / machine.machine_tag("cuda"))
     print("\n" + "\n".join(f"wrote {path}" for path in paths))
     wrong = any(row["wrong"] for row in document["rows"]) or any(row["share"] is None for row in document["kernels"])
-    return int(bool(wrong or document["failed"]))
+    return int(bool(interrupted or wrong or document["failed"]))
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""From measured rows of one GPU with emulated links to figures, verdicts and tables; needs nothing but torch.
+"""From measured rows of one GPU with emulated links to figures, verdicts and tables; needs no GPU.
 
 Tables are Markdown, which a terminal shows well enough; with rich installed they get its layout.
 """
@@ -11,12 +11,27 @@ from typing import Any
 
 from benchmarks.emulated_cases import JUDGED_ROWS, KERNEL_TARGETS, TARGETS, EmulatedTarget
 from benchmarks.measure import hidden_share, interquartile_spread, median
+from odysseus_kernels.testing.virtual_devices import link_of
 
 __all__ = ["draw", "judge", "judge_kernels", "markdown", "print_document", "summarize"]
 
 Row = dict[str, Any]
 
-COLUMNS = ("GEMM ms", "link ms", "serial ms", "fused ms", "tiles ms", "limit ms", "fused/limit", "hidden", "error")
+COLUMNS = (
+    "GEMM ms",
+    "link ms",
+    "link GB/s",
+    "serial ms",
+    "fused ms",
+    "tiles ms",
+    "limit ms",
+    "fused/limit",
+    "hidden",
+    "host ms",
+    "error",
+)
+_LEAST_OF_NOMINAL = 0.9
+"""Share of a paced link's nominal rate below which its rows are marked."""
 
 FOOTER = (
     "One rank of {world} on one GPU; its peers are silent and the links are EMULATED: paced:<GB/s> copies within the "
@@ -24,7 +39,9 @@ FOOTER = (
     "speed. GEMM: the operator's products on whole operands by torch.mm (cuBLAS). link: the operator's copies, waits "
     "and sums with no products. serial: unfused on the same transport. limit: max(GEMM, link). hidden: (serial - "
     "fused) / min(GEMM, link). fused and tiles: with the number of pieces in a chunk that was fastest beforehand, as "
-    'mode="auto" chooses it. '
+    'mode="auto" chooses it. serial in the backward pass of all_gather_linear makes a product for each chunk. '
+    "link GB/s: all bytes over the link's time; a paced link that reached less than 0.9 of its rate is marked. host "
+    "ms: what the host takes to enqueue the fused call. "
     "Medians of {repeats} rounds by CUDA events, caches cold, the host ahead of the device; "
     "± is the distance of the quartiles over the median. error: largest relative Frobenius error of any variant."
 )
@@ -45,7 +62,16 @@ def summarize(row: Row) -> Row:
             figures["hidden"] = hidden_share(
                 unfused=medians["serial"], fused=medians["fused"], gemm=gemm, communication=link
             )
-    return {**row, "medians_s": medians, "spreads": spreads, "limit_s": limit, "figures": figures}
+    rate = None if link is None else row["link_bytes"] / link
+    return {
+        **row,
+        "medians_s": medians,
+        "spreads": spreads,
+        "limit_s": limit,
+        "figures": figures,
+        "link_bytes_per_s": rate,
+        "link_slow": rate is not None and rate < _LEAST_OF_NOMINAL * link_of(row["link"])[1],
+    }
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
@@ -107,18 +133,25 @@ def judge_kernels(rows: Sequence[Row]) -> list[Row]:
 
 
 def _cells(row: Row) -> list[str]:
-    times = [_time(row, name) for name in ("gemm", "link", "serial", "fused", "tiles")]
+    times = {name: _time(row, name) for name in ("gemm", "link", "serial", "fused", "tiles")}
+    rate = "" if row["link_bytes_per_s"] is None else f"{row['link_bytes_per_s'] / 1e9:.4g}"
     figures = row["figures"]
     ratio = figures["fused / limit"]
     hidden = figures["hidden"]
     return [
         f"{row['operator']} {row['phase']}",
         f"{row['label']} {row['shape']}",
-        row["link"],
-        *times,
+        f"{row['link']} reached {rate}" if row["link_slow"] else row["link"],
+        times["gemm"],
+        times["link"],
+        rate,
+        times["serial"],
+        times["fused"],
+        times["tiles"],
         "" if row["limit_s"] is None else f"{row['limit_s'] * 1e3:.3f}",
         "" if ratio is None else f"{ratio:.3f}",
         "" if hidden is None else f"{hidden:.0%}",
+        _host_ms(row["host_s"], _variant(row, "fused")),
         _error(row),
     ]
 
@@ -131,6 +164,16 @@ def _time(row: Row, name: str) -> str:
     return f"{row['medians_s'][name] * 1e3:.3f}±{row['spreads'][name]:.0%}"
 
 
+def _variant(row: Row, mode: str) -> str:
+    """Name of the call that was timed for ``mode``, see ``EmulatedWorkload.calls``."""
+    pieces = row["pieces"].get(mode, "auto")
+    return mode if pieces == "auto" else f"{mode}/{pieces}"
+
+
+def _host_ms(host_s: dict[str, float], name: str) -> str:
+    return f"{host_s[name] * 1e3:.3f}" if name in host_s else ""
+
+
 def _error(row: Row) -> str:
     errors = [error for found in row["errors"].values() for error in found.values()]
     return f"{max(errors, key=lambda e: (e != e, e)):.1e}" if errors else ""  # a NaN is the worst
@@ -138,7 +181,7 @@ def _error(row: Row) -> str:
 
 def _kernel_cells(row: Row) -> list[str]:
     share = "WRONG" if row["share"] is None else f"{row['share']:.3f}"
-    return [row["kernel"], row["shape"], row["speed"], row["library"], share]
+    return [row["kernel"], row["shape"], row["speed"], row["library"], share, _host_ms(row["host_s"], "kernel")]
 
 
 def _target_cells(verdict: Row) -> list[str]:
@@ -154,7 +197,7 @@ def _tables(document: Row) -> Iterable[tuple[str, list[str], list[list[str]]]]:
         names = ["operator", "shape", "emulated link", *COLUMNS]
         yield "Operators over emulated links", names, [_cells(row) for row in document["rows"]]
     if document["kernels"]:
-        names = ["kernel", "shape", "kernel's", "library's", "kernel/library"]
+        names = ["kernel", "shape", "kernel's", "library's", "kernel/library", "host ms"]
         yield "Kernels", names, [_kernel_cells(row) for row in document["kernels"]]
     if document["targets"]:
         names = ["must reach (worst row)", "limit", "measured", "outcome", "worst row"]

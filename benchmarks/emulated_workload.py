@@ -34,7 +34,7 @@ __all__ = ["MODES", "PIECES", "EmulatedWorkload", "Emulation", "emulate", "fake_
 MODES = {"serial": "unfused", "fused": "fused", "tiles": "tiles"}
 """Variants that run the operator, and the mode each runs it in; beside them are ``"gemm"`` and ``"link"``."""
 
-PIECES = (2, 4, 8)
+PIECES = (1, 2, 4, 8)
 """Pieces of a chunk that are tried beside the transport's own choice, as ``mode="auto"`` tries them."""
 
 _SAMPLES = 256
@@ -148,10 +148,10 @@ class EmulatedWorkload:
                     call = self._operator(mode, pieces)
                     call()
                     calls[name if pieces == "auto" else f"{name}/{pieces}"] = call
-            except (ValueError, ImportError) as error:
+            except Exception as error:  # Triton's errors, such as too little shared memory, have no other base
                 if mode != "tiles":
                     raise
-                self.impossible[name] = str(error)
+                self.impossible[name] = str(error) or type(error).__name__
         return calls
 
     def _operator(self, mode: str, pieces: int | str) -> Callable[[], tuple[Tensor, ...]]:

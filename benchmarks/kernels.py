@@ -10,13 +10,14 @@ Results are checked before they are timed.  ``benchmarks/emulated.py`` runs this
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from odysseus_kernels import _ext
 from odysseus_kernels.testing.compare import relative_error, rounding_tolerance
 from odysseus_kernels.testing.virtual_devices import SATISFIED
 
-__all__ = ["Measured", "gather_problem", "measure", "reduce_problem"]
+__all__ = ["Measured", "gather_problem", "host_seconds", "measure", "reduce_problem"]
 
 _SAMPLES = 256
 _REDUCE_SOURCES = (2, 8)
@@ -160,19 +161,41 @@ def _problems(device: torch.device, quick: bool) -> Iterator[tuple[str, Callable
             yield f"gather_matmul {label}, {rows} rows", functools.partial(gather_problem, device, rows, depth, width)
 
 
-def measure(device: torch.device, *, rounds: int, quick: bool = False, deadline: float = math.inf) -> Measured:
-    """All rows that begin before ``deadline`` (of ``time.monotonic``)."""
-    measured, timer = Measured(), EventTimer(device)
+def host_seconds(
+    calls: Mapping[str, Callable[[], Any]], synchronize: Callable[[], None], attempts: int = 2
+) -> dict[str, float]:
+    """Seconds in which the host enqueues each call, at the last attempt: the first one compiles and loads."""
+    seconds = {}
+    for _ in range(attempts):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            seconds[name] = time.perf_counter() - begin
+            synchronize()
+    return seconds
+
+
+def measure(
+    device: torch.device,
+    *,
+    rounds: int,
+    quick: bool = False,
+    deadline: float = math.inf,
+    measured: Measured | None = None,
+) -> Measured:
+    """All rows that begin before ``deadline`` (of ``time.monotonic``), added to ``measured`` one by one."""
+    measured, timer = measured or Measured(), EventTimer(device)
     for name, make in _problems(device, quick):
         if time.monotonic() > deadline:
             measured.not_run.append(name)
             continue
         try:
             measured.rows.append(measure_problem(make(), timer, rounds, lambda: torch.cuda.synchronize(device)))
-        except (RuntimeError, ValueError, ImportError) as error:
+        except Exception as error:  # noqa: BLE001  # Triton's errors have no other base; the next row may do better
             measured.failed.append({"name": name, "failed": f"{type(error).__name__}: {error}"})
             print(f"{name}: {error}", file=sys.stderr, flush=True)
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # the device may be what failed; the next row will say so
+            torch.cuda.empty_cache()
     supported = _ext.load().cuda.multimem_supported(device.index)
     what = "needs several GPUs behind a switch to be measured" if supported else "is not supported by this device"
     measured.notes.append(f"multimem_reduce: not measured; it {what}.")
@@ -181,15 +204,9 @@ def measure(device: torch.device, *, rounds: int, quick: bool = False, deadline:
 
 def measure_problem(problem: Problem, timed: Any, rounds: int, synchronize: Callable[[], None]) -> dict[str, Any]:
     """Samples of both calls of a row; the share of the library's speed is None where the result is wrong."""
-    host_s = 0.0
-    for _ in range(2):
-        for call in problem.calls.values():
-            begin = time.perf_counter()
-            call()
-            host_s = time.perf_counter() - begin
-            synchronize()
+    host_s = host_seconds(problem.calls, synchronize)
     if isinstance(timed, EventTimer):
-        timed.stay_ahead(host_s)
+        timed.stay_ahead(max(host_s.values()))
     samples = take_turns(problem.calls, rounds=rounds, barrier=lambda: None, synchronize=synchronize, timed=timed)
     error = problem.error()
     right = error <= problem.tolerance
@@ -201,6 +218,7 @@ def measure_problem(problem: Problem, timed: Any, rounds: int, synchronize: Call
         "shape": problem.shape,
         "error": error,
         "tolerance": problem.tolerance,
+        "host_s": host_s,
         "samples_s": samples if right else {"library": samples["library"]},
         "speed": f"{speed / scale:.3g} {unit}" if right else "WRONG",
         "library": f"{library / scale:.3g} {unit}",

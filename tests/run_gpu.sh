@@ -63,7 +63,8 @@ fi
 export OUT="$folder"
 # What earlier runs measured for mode="auto" must not decide here.
 ODYSSEUS_CACHE_DIR="$(mktemp -d)"
-export ODYSSEUS_CACHE_DIR
+GROUP_FILE="$ODYSSEUS_CACHE_DIR/group"
+export ODYSSEUS_CACHE_DIR GROUP_FILE
 trap 'rm -rf "$ODYSSEUS_CACHE_DIR"' EXIT
 
 NOT_RUN=77 # a part's exit status when its tool is not installed
@@ -98,39 +99,121 @@ from odysseus_kernels import _ext
 
 reason = _ext.why_no_cuda() or _ext.load().cuda.why_unavailable()
 print(reason or f"built for {torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-print("copies run on copy engines" if not reason and not _ext.load().cuda.why_no_batch_copies() else "")
 sys.exit(bool(reason))
 PY
 }
 
-part_tests() {
-  local files options=(-p no:cacheprovider -o addopts= -ra --durations=15 -m gpu "--junitxml=$OUT/tests.xml")
-  mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
-  # Not installed everywhere; without it, only the whole part has a limit.
-  if "$PYTHON" -c 'import pytest_timeout' 2>/dev/null; then options+=(--timeout=100); fi
-  rm -f "$OUT/tests.xml"
-  if ((${#files[@]} == 0)); then
-    echo "no file below tests has tests marked gpu"
-    return 1
+# test_file NAME SECONDS ARGUMENTS...: pytest within its limit and what the part has left.  Its report, log and outcome
+# are $OUT/tests-NAME.xml, .log and a line of tests.outcomes.
+test_file() {
+  local name="$1" limit="$2" left=$((PART_SECONDS - SECONDS - 8)) begin=$SECONDS status=1 result
+  shift 2
+  ((limit <= left)) || limit=$left
+  if ((limit < 10)); then
+    result="no time left"
+  else
+    timeout --foreground --signal=INT --kill-after=5 "$limit" "$PYTHON" -m pytest "${options[@]}" \
+      "--junitxml=$OUT/tests-$name.xml" "$@" </dev/null >"$OUT/tests-$name.log" 2>&1
+    status=$?
+    case $status in
+      0) result="passed" ;;
+      5) result="no tests here" ;; # all skipped before they were collected; whether any test passed is asked at the end
+      124 | 137) result="timed out after $limit s" ;;
+      *) result="failed" ;;
+    esac
   fi
-  "$PYTHON" -m pytest "${options[@]}" "${files[@]}" || return 1
-  "$PYTHON" - <<'PY' # tests that were all skipped have shown nothing
-import os, sys
+  printf '%s\t%s\t%s\n' "$name" "$result" "$((SECONDS - begin))" >>"$OUT/tests.outcomes"
+  echo "== $name: $result ($((SECONDS - begin)) s)"
+  if [[ -e "$OUT/tests-$name.log" ]]; then cat "$OUT/tests-$name.log"; fi
+  ((status == 0 || status == 5))
+}
+
+# test_kernels FILE SECONDS: the file in shards side by side, because compiling takes the time, and one core.
+test_kernels() {
+  local shard rest="" pids=() number=0 status=0
+  local shards=(
+    "weight_gradient and torch.bfloat16 and written-straight"
+    "weight_gradient and torch.bfloat16 and written-swapped"
+    "weight_gradient and torch.bfloat16 and added-straight"
+    "weight_gradient and torch.bfloat16 and added-swapped"
+    "test_gather_matmul and torch.bfloat16 and (small or padded)"
+    "test_gather_matmul and torch.bfloat16 and (deep or exact-out)"
+    "test_gather_matmul and torch.bfloat16 and (one-row or one-rank or unaligned)"
+    "test_matmul_scatter and torch.bfloat16 and (small or padded)"
+    "test_matmul_scatter and torch.bfloat16 and (deep or exact-out)"
+    "test_matmul_scatter and torch.bfloat16 and (one-row or one-rank or unaligned)"
+    "gather_matmul_of_three and torch.bfloat16"
+    "gather_matmul_of_three and not torch.bfloat16"
+    "matmul_scatter_of_three"
+    "weight_gradient and torch.float16"
+    "(test_gather_matmul or test_matmul_scatter) and torch.float16 and not three"
+  )
+  for shard in "${shards[@]}"; do rest="${rest:+$rest and }not ($shard)"; done
+  for shard in "${shards[@]}" "$rest"; do
+    number=$((number + 1))
+    test_file "kernels-$number" "$2" "$1" -k "$shard" &
+    pids+=($!)
+  done
+  for shard in "${pids[@]}"; do wait "$shard" || status=1; done
+  return $status
+}
+
+part_tests() {
+  local file name status=0 sanitized="tests/gpu/test_native_cuda_data.py::test_all_kernels_by_themselves"
+  local options=(-p no:cacheprovider -o addopts= -o faulthandler_timeout=40 -ra --durations=15 -m gpu --maxfail=5)
+  options+=(--continue-on-collection-errors "--deselect=$sanitized[memcheck]" "--deselect=$sanitized[racecheck]")
+  # Not installed everywhere; without it, only the whole file has a limit.
+  if "$PYTHON" -c 'import pytest_timeout' 2>/dev/null; then options+=(--timeout=100); fi
+  rm -f "$OUT"/tests-*.xml "$OUT"/tests-*.log "$OUT/tests.outcomes"
+  # The most telling first.
+  local plan=(
+    tests/gpu/test_native_cuda.py:30
+    tests/gpu/test_native_cuda_data.py:40
+    tests/gpu/test_emulated_links.py:30
+    tests/gpu/test_virtual_ranks.py:45
+    tests/kernels/test_gpu_kernels.py:90
+    tests/gpu/test_cuda_operators.py:30
+    tests/gpu/test_cuda_graphs.py:20
+    tests/gpu/test_cuda_faults.py:30
+    tests/gpu/test_nccl.py:30
+    tests/gpu/test_choice_timer.py:15
+  )
+  while read -r file; do
+    if [[ " ${plan[*]}" != *" $file:"* ]]; then plan+=("$file:30"); fi
+  done < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
+  for file in "${plan[@]}"; do
+    name="$(basename "${file%%:*}" .py)"
+    if [[ "$name" == test_gpu_kernels ]]; then
+      test_kernels "${file%%:*}" "${file##*:}" || status=1
+    else
+      test_file "${name#test_}" "${file##*:}" "${file%%:*}" || status=1
+    fi
+  done
+  echo "== all"
+  cat "$OUT/tests.outcomes"
+  "$PYTHON" - <<'PY' || status=1 # tests that were all skipped have shown nothing
+import glob, os, sys
 import xml.etree.ElementTree as xml
 
-suite = xml.parse(os.path.join(os.environ["OUT"], "tests.xml")).getroot().find("testsuite")
-passed = int(suite.get("tests")) - sum(int(suite.get(name)) for name in ("errors", "failures", "skipped"))
+passed = 0
+for path in glob.glob(os.path.join(glob.escape(os.environ["OUT"]), "tests-*.xml")):
+    suite = xml.parse(path).getroot().find("testsuite")
+    passed += int(suite.get("tests")) - sum(int(suite.get(name)) for name in ("errors", "failures", "skipped"))
 print(f"{passed} passed")
-sys.exit(passed == 0)
+sys.exit(passed <= 0)
 PY
+  return $status
 }
 
 part_bench() {
   local gpus
+  rm -f "$OUT"/emulated-*.json "$OUT"/emulated-*.md "$OUT"/emulated-*.png
   gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
   if ((gpus > 1)); then
     "$PYTHON" benchmarks/overlap.py --device cuda --dtype bfloat16 --quick --ranks "$gpus" --output "$OUT"
   else
+    # As many hardware queues as there are: with few, streams wait for one another.
+    export CUDA_DEVICE_MAX_CONNECTIONS=32
     "$PYTHON" benchmarks/overlap.py --device cuda --budget "$BENCH_BUDGET" --output "$OUT"
   fi
 }
@@ -147,25 +230,29 @@ part_sanitize() {
   done
   return $status
 }
-export -f part_build part_tests part_bench part_sanitize
+export -f part_build test_file test_kernels part_tests part_bench part_sanitize
 export NOT_RUN
 
 commit=$("$PYTHON" -c 'from benchmarks import machine; print(machine.commit())')
-deadline=$((SECONDS + ${ODYSSEUS_GPU_SECONDS:-480}))
+# SECONDS counts from the start of this script; at the end, something is left to stop the last part and to sum up.
+deadline=$((${ODYSSEUS_GPU_SECONDS:-480} - 10))
 failed=0
 
-# run_part NAME SECONDS: runs a part within its limit and what is left of the whole run's, and notes how it ended.
+# run_part NAME RESERVED: runs a part within what is left of the whole run's time but for RESERVED seconds, which later
+# parts need, and notes how it ended.
 run_part() {
-  local name="$1" limit="$2" left=$((deadline - SECONDS)) begin=$SECONDS status result
-  ((limit <= left)) || limit=$left
+  local name="$1" limit=$((deadline - SECONDS - $2)) begin=$SECONDS status result
   if ((limit < 15)); then
     result="not run: no time left"
     failed=1
   else
     echo "$name: running, at most $limit s; log in $OUT/$name.log"
-    export BENCH_BUDGET=$((limit > 40 ? limit - 25 : limit / 2))
-    timeout --signal=INT --kill-after=10 "$limit" bash -c "part_$name" </dev/null >"$OUT/$name.log" 2>&1
+    export PART_SECONDS=$limit BENCH_BUDGET=$((limit > 40 ? limit - 25 : limit / 2))
+    timeout --signal=INT --kill-after=5 "$limit" bash -c 'echo $PPID >"$GROUP_FILE"; "$@"' bash "part_$name" \
+      </dev/null >"$OUT/$name.log" 2>&1
     status=$?
+    # timeout leads a process group: whatever a part left behind in it would keep the GPU busy for the next one.
+    kill -KILL -- "-$(cat "$GROUP_FILE")" 2>/dev/null
     case $status in
       0) result="passed" ;;
       "$NOT_RUN") result="not run: $(tail -n 1 "$OUT/$name.log")" ;;
@@ -181,8 +268,14 @@ run_part() {
   fi
 }
 
-for part in build:120 tests:215 bench:170 sanitize:80; do
-  if [[ -z "$only" || "$only" == "${part%%:*}" ]]; then run_part "${part%%:*}" "${part##*:}"; fi
+# Each part and what is kept for later ones, of 470 s: 90 for build, 210 for tests, 120 for bench, 50 for sanitize.
+# What a part does not need, the next one has.
+for part in build:380 tests:170 bench:50 sanitize:0; do
+  if [[ -z "$only" ]]; then
+    run_part "${part%%:*}" $((${part##*:} * deadline / 470))
+  elif [[ "$only" == "${part%%:*}" ]]; then
+    run_part "$only" 0
+  fi
 done
 
 "$PYTHON" - <<'PY'
@@ -196,11 +289,16 @@ for part in ("build", "tests", "bench", "sanitize"):
     path = out / f"{part}.status"
     fields = path.read_text().strip().split("\t") if path.exists() else ["never run", "", "", ""]
     lines.append(f"| {part} | " + " | ".join(fields) + " |")
-report = out / "tests.xml"
-if report.exists():
-    suite = xml.parse(report).getroot().find("testsuite")
-    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+suites = [xml.parse(report).getroot().find("testsuite") for report in sorted(out.glob("tests-*.xml"))]
+if suites:
+    names = ("tests", "failures", "errors", "skipped")
+    counts = {name: sum(int(suite.get(name)) for suite in suites) for name in names}
     lines += ["", "Tests: " + ", ".join(f"{count} {name}" for name, count in counts.items())]
+outcomes = out / "tests.outcomes"
+if outcomes.exists():
+    for name, result, _ in (line.split("\t") for line in outcomes.read_text().splitlines()):
+        if result != "passed":
+            lines.append(f"- {name}: {result}")
 results = sorted(out.glob("emulated-*.json"))
 if results:
     document = json.loads(results[-1].read_text())

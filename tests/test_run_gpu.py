@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +76,99 @@ def test_a_part_that_fails_is_reported_and_the_next_one_runs(tmp_path: Path) -> 
     done = _run(str(results), "--only", "bench", PYTHONPATH=str(tmp_path), ODYSSEUS_GPU_SECONDS="5")
     assert done.returncode == 1
     assert "bench: not run: no time left" in done.stdout
+
+
+# Stands for Python where pytest is run: notes what it was told and reports as many tests as PRETENDED_PASSED; a command
+# line with HANGS in it never ends.
+_PRETENDED_PYTEST = """#!/bin/sh
+if [ "$1 $2" != "-m pytest" ]; then exec "$REAL_PYTHON" "$@"; fi
+case "$*" in *"$HANGS"*) exec sleep 60 ;; esac
+exec "$REAL_PYTHON" -I - "$@" <<'PY'
+import json, os, sys
+with open(os.environ["TOLD"], "a") as told:
+    told.write(json.dumps(sys.argv[1:]) + chr(10))
+report = next(argument for argument in sys.argv if argument.startswith("--junitxml=")).partition("=")[2]
+tests = int(os.environ["PRETENDED_PASSED"])
+counts = f'tests="{tests + 1}" errors="0" failures="0" skipped="1"'
+with open(report, "w") as file:
+    file.write(f"<testsuites><testsuite {counts}></testsuite></testsuites>")
+PY
+"""
+
+
+def _run_pretended_tests(folder: Path, passed: int, hangs: str = "no file") -> tuple[int, list[list[str]]]:
+    """Exit status of the part with the tests, and the command lines that pytest was given."""
+    (folder / "sitecustomize.py").write_text(_PRETENDED_GPU)
+    python, told = folder / "python", folder / "told"
+    python.write_text(_PRETENDED_PYTEST)
+    python.chmod(0o755)
+    told.write_text("")
+    done = _run(
+        *(str(folder / "results"), "--only", "tests"),
+        PYTHONPATH=str(folder),
+        ODYSSEUS_PYTHON=str(python),
+        ODYSSEUS_GPU_SECONDS="100",
+        REAL_PYTHON=sys.executable,
+        TOLD=str(told),
+        PRETENDED_PASSED=str(passed),
+        HANGS=hangs,
+    )
+    return done.returncode, [json.loads(line) for line in told.read_text().splitlines()]
+
+
+_COLLECT = """
+import json, sys
+import pytest
+
+class Collected:
+    def pytest_collection_finish(self, session):
+        self.names = [item.name for item in session.items]
+
+found = []
+for expression in json.loads(sys.argv[1]):
+    plugin = Collected()
+    pytest.main(["--collect-only", "-qq", "-k", expression, "tests/kernels/test_gpu_kernels.py"], plugins=[plugin])
+    found.append(plugin.names)
+print("\\n" + json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_every_gpu_test_is_run_within_the_time(tmp_path: Path) -> None:
+    """All files with GPU tests; of the kernels', every test in exactly one shard; a file that hangs is stopped."""
+    status, told = _run_pretended_tests(tmp_path, passed=2, hangs="test_choice_timer.py")
+    assert status == 1
+    outcomes = dict(line.split("\t")[:2] for line in (tmp_path / "results/tests.outcomes").read_text().splitlines())
+    assert outcomes.pop("choice_timer") == "timed out after 15 s"
+    summary = (tmp_path / "results/summary.md").read_text()
+    assert "- choice_timer: timed out after 15 s" in summary
+    assert f"Tests: {3 * len(told)} tests, 0 failures, 0 errors, {len(told)} skipped" in summary
+    assert set(outcomes.values()) == {"passed"}
+
+    files = {argument for line in told for argument in line if argument.endswith(".py")}
+    wanted = {path for path in (_ROOT / "tests").rglob("test_*.py") if re.search(r"mark\.gpu", path.read_text())}
+    named = {str(path.relative_to(_ROOT)) for path in wanted}
+    assert named - files == {"tests/gpu/test_choice_timer.py"}
+    assert files <= named
+
+    shards = [line[line.index("-k") + 1] for line in told if "-k" in line]
+    done = subprocess.run(
+        [sys.executable, "-c", _COLLECT, json.dumps([*shards, ""])],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    *parts, everything = json.loads(done.stdout.splitlines()[-1])
+    assert all(parts), shards
+    assert sorted(name for part in parts for name in part) == sorted(everything)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tests_that_were_all_skipped_have_shown_nothing(tmp_path: Path) -> None:
+    status, told = _run_pretended_tests(tmp_path, passed=0)
+    assert told
+    assert status == 1
+    assert (tmp_path / "results/tests.log").read_text().endswith("\n0 passed\n")

@@ -128,6 +128,23 @@ def test_a_wrong_result_has_no_time(case: EmulatedCase, monkeypatch: pytest.Monk
     assert emulated_report.summarize(row)["figures"] == {"fused / limit": None, "tiles / limit": None, "hidden": None}
 
 
+def _pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that ``run`` asks of a device, for the rows of this file and no kernels."""
+    monkeypatch.setattr(emulated, "WORLD", _WORLD)
+    monkeypatch.setattr(emulated, "why_unusable", lambda: "")
+    monkeypatch.setattr(emulated, "_how_copies_ran", lambda: "Copies run on copy engines.")
+    monkeypatch.setattr(emulated, "make_emulated_cases", lambda *arguments, **others: list(_CASES))
+    monkeypatch.setattr(kernels, "measure", lambda *arguments, **others: kernels.Measured())
+    for name, value in {"current_device": 0, "device_count": 1, "get_device_name": "GPU", "synchronize": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, value=value: value)
+
+
+def _arguments(output: Path) -> argparse.Namespace:
+    return argparse.Namespace(
+        link=["paced:1"], cases="", quick=False, repeats=2, budget=50.0, output=output, device="cuda"
+    )
+
+
 def test_a_whole_run_goes_on_behind_rows_that_fail_and_stops_at_its_budget(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,20 +176,12 @@ def test_a_whole_run_goes_on_behind_rows_that_fail_and_stops_at_its_budget(
         monotonic = staticmethod(lambda: next(clock))
         perf_counter = staticmethod(time.perf_counter)
 
-    monkeypatch.setattr(emulated, "WORLD", _WORLD)
+    _pretend_a_gpu(monkeypatch)
     monkeypatch.setattr(emulated, "time", Clock)
-    monkeypatch.setattr(emulated, "why_unusable", lambda: "")
     monkeypatch.setattr(emulated, "measure_case", measure)
     monkeypatch.setattr(emulated, "emulate", emulate)
     monkeypatch.setattr(emulated, "EventTimer", Wall)
-    monkeypatch.setattr(emulated, "make_emulated_cases", lambda *arguments, **others: list(_CASES))
-    monkeypatch.setattr(kernels, "measure", lambda *arguments, **others: kernels.Measured())
-    for name, value in {"current_device": 0, "device_count": 1, "get_device_name": "GPU", "synchronize": None}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *arguments, value=value: value)
-    arguments = argparse.Namespace(
-        link=["paced:1"], cases="", quick=False, repeats=2, budget=50.0, output=tmp_path, device="cuda"
-    )
-    assert emulated.run(arguments) == 1
+    assert emulated.run(_arguments(tmp_path)) == 1
     document = json.loads(next(tmp_path.glob("emulated-*.json")).read_text())
     assert opened == ["paced:1", "paced:1"], "a row that failed may have left its emulation broken"
     names = [case.name for case in _CASES]
@@ -180,8 +189,54 @@ def test_a_whole_run_goes_on_behind_rows_that_fail_and_stops_at_its_budget(
     assert document["failed"] == [{"name": names[1], "failed": "RuntimeError: out of memory"}]
     assert document["not_run"] == [names[3]]
     assert document["arguments"]["repeats"] == 2
-    assert "EMULATED" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "EMULATED" in printed
+    assert "Copies run on copy engines." in printed
     assert math.isfinite(document["rows"][0]["figures"]["fused / limit"])
+
+
+def test_an_interrupted_run_keeps_its_rows_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = emulated.measure_case
+
+    def measure(case: EmulatedCase, emulation: Emulation, **others: Any) -> dict[str, Any]:
+        if case == _CASES[2]:
+            raise KeyboardInterrupt
+        if case == _CASES[1]:
+            raise Exception("as errors of Triton are")
+        return right(case, emulation, **{**others, "timed": _wall})
+
+    _pretend_a_gpu(monkeypatch)
+    monkeypatch.setattr(emulated, "measure_case", measure)
+    monkeypatch.setattr(emulated, "emulate", _emulate)
+    monkeypatch.setattr(emulated, "EventTimer", type("Timer", (EventTimer,), {"__init__": lambda self, device: None}))
+    assert emulated.run(_arguments(tmp_path)) == 1
+    document = json.loads(next(tmp_path.glob("emulated-*.json")).read_text())
+    assert [row["name"] for row in document["rows"]] == [_CASES[0].name]
+    assert document["failed"] == [{"name": _CASES[1].name, "failed": "Exception: as errors of Triton are"}]
+    assert document["not_run"] == [_CASES[2].name, _CASES[3].name]
+    assert any("INTERRUPTED" in note for note in document["notes"])
+    assert "interrupted: what was measured so far is kept" in capsys.readouterr().err
+
+
+def test_tiles_that_do_not_compile_are_impossible_and_other_modes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _CASES[0]
+
+    def fail(work: EmulatedWorkload, mode: str, pieces: int | str) -> Callable[[], tuple[Tensor, ...]]:
+        if mode == failing:
+            raise Exception("out of resource: shared memory")
+        return lambda: ()
+
+    monkeypatch.setitem(MODES, "tiles", "tiles")
+    monkeypatch.setattr(EmulatedWorkload, "_operator", fail)
+    with _emulation() as emulation:
+        work, failing = EmulatedWorkload(case, emulation), "tiles"
+        assert set(work.calls()) == {"gemm", "link", "serial", "fused", "fused/2"}
+        assert work.impossible == {"tiles": "out of resource: shared memory"}
+        failing = "fused"
+        with pytest.raises(Exception, match="out of resource"):
+            work.calls()
 
 
 def test_what_was_not_sent_is_noticed() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import emulated, emulated_report, kernels
+from benchmarks import emulated, emulated_report, kernels, machine
 from benchmarks.emulated_cases import TARGETS, WORLD, EmulatedCase, make_emulated_cases
 from odysseus_kernels.testing.virtual_devices import link_of
 
@@ -36,6 +36,9 @@ def _row(
         "shape": case.shape,
         "link": case.link,
         "judged": case.judged,
+        "link_bytes": 1_520_000_000_000,
+        "pieces": {"fused": "4"},
+        "host_s": {"fused": 5e-3, "fused/4": 7e-3},
         "errors": {"serial": {"output": 1e-3}, "fused": {"output": math.nan if wrong else 2e-3}},
         "wrong": list(wrong),
         "impossible": {"tiles": "a reason"},
@@ -81,6 +84,11 @@ def test_figures() -> None:
     assert row["figures"]["hidden"] == pytest.approx(0.9)
     assert row["figures"]["tiles / limit"] is None
     assert row["spreads"]["gemm"] == pytest.approx(0.1)
+    assert row["link_bytes_per_s"] == pytest.approx(380e9)
+    assert row["link_slow"]
+    assert not emulated_report.summarize(_row({"gemm": 2.0, "link": 3.7}))["link_slow"]
+    assert not emulated_report.summarize(_row({"gemm": 2.0, "link": 40.0}, link="pcie"))["link_slow"]
+    assert emulated_report.summarize(_row({"gemm": 2.0}))["link_bytes_per_s"] is None
     wrong = emulated_report.summarize(_row({"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 1.0}, wrong=("fused",)))
     assert wrong["figures"] == {"fused / limit": None, "tiles / limit": None, "hidden": None}
 
@@ -132,8 +140,22 @@ def _document(monkeypatch: pytest.MonkeyPatch, *rows: dict[str, Any]) -> dict[st
     done.rows = [emulated_report.summarize(row) for row in rows]
     done.failed = [{"name": "some row", "failed": "RuntimeError: out of memory"}]
     kernel = {"kernel": "reduce", "shape": "8 x 64", "speed": "4 TB/s", "library": "4.2 TB/s", "share": 0.95}
+    kernel["host_s"] = {"kernel": 0.125e-3, "library": 1.0}
     measured = kernels.Measured([kernel], [], ["another row"], ["multimem_reduce: not measured."])
     return emulated.make_document(arguments, done, measured)
+
+
+@pytest.mark.parametrize("git", ("", "echo dubious ownership >&2; exit 128"))
+def test_a_commit_that_git_does_not_tell_is_unknown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, git: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if git:
+        program = tmp_path / "git"
+        program.write_text(f"#!/bin/sh\n{git}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.commit() == "unknown"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_documents_label_links_as_emulated(
@@ -157,6 +179,9 @@ def test_documents_label_links_as_emulated(
         "another row",
         "tiles -: a reason",
         "reached in all 1",
+        "| paced:450 reached 380 |",
+        "| 7.000 |",  # the host's milliseconds for the call with the pieces that were chosen
+        "| 0.125 |",
     ):
         assert part in text, text
     emulated_report.print_document(document)

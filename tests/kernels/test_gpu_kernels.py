@@ -43,14 +43,9 @@ _CASES = [
 @pytest.fixture(scope="module", autouse=True)
 def _all_kernels_loaded() -> None:
     """A kernel's first launch loads it, which may wait for a kernel of this file that spins until it is launched."""
-    flags = torch.zeros(2, device=_DEVICE)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(1)
-        torch.stack([part.isnan().all() for part in flags.split(1)])
-        torch.ones(4, dtype=torch.int32, device=_DEVICE)[1:2].copy_(torch.zeros(1, dtype=torch.int32, device=_DEVICE))
-        torch.zeros(4, 4, dtype=torch.bfloat16, device=_DEVICE)[:2].copy_(
-            torch.zeros(2, 4, dtype=torch.bfloat16, device=_DEVICE)
-        )
+    parts = torch.zeros(3, 256, 256, dtype=torch.bfloat16, device=_DEVICE)  # type and size choose the kernels
+    torch.cuda._sleep(1)
+    torch.stack([part.isnan().all() for part in parts])
     torch.cuda.synchronize()
 
 
@@ -77,8 +72,16 @@ def test_gather_matmul(dtype: torch.dtype, layout: dict[str, object]) -> None:
             case.check()
 
 
-@pytest.mark.parametrize("order", ["ring", "sequence"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "order"),
+    [
+        (torch.bfloat16, "ring"),
+        (torch.bfloat16, "sequence"),
+        (torch.float16, "ring"),
+        (torch.float32, "sequence"),
+    ],
+    ids=str,
+)
 def test_gather_matmul_of_three_weights(dtype: torch.dtype, order: str) -> None:
     for config in (None, *_configs("gather_matmul", dtype)):
         case = GatherCase(
@@ -125,7 +128,7 @@ def test_matmul_scatter_of_three_pairs(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("swapped", [False, True], ids=("straight", "swapped"))
 @pytest.mark.parametrize("accumulate", [False, True], ids=("written", "added"))
-@pytest.mark.parametrize(("dtype", "layout"), _CASES)
+@pytest.mark.parametrize(("dtype", "layout"), [case for case in _CASES if "bias" not in case.values[1]])
 def test_weight_gradient(dtype: torch.dtype, layout: dict[str, object], accumulate: bool, swapped: bool) -> None:
     for config in (None, *_configs("weight_gradient", dtype)):
         case = GatherCase(device=_DEVICE, dtype=dtype, **layout)  # type: ignore[arg-type]
