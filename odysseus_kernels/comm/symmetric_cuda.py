@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .. import _ext
 from ..config import shared_memory_directory
-from ..errors import CommunicationError
+from ..errors import CapacityWarning, CommunicationError
 from .device_call import WarmUpNeededError
 from .device_schedule import COMPUTE, RECEIVE, STREAMS
 from .ledger import Ledger
@@ -84,6 +85,7 @@ class TorchSymmetricMemory:
         self._group_name, self._device, self._world = group.group_name, device, group.size()
         self._exchange = exchange
         self.retain = False
+        self._refused: int | None = None  # bytes that some rank did not have
         # A handle owns the mappings of peers' memory.
         self._windows: dict[_Window, tuple[Tensor, list[int], Any]] = {}
         self._retained: list[Any] = []
@@ -129,6 +131,9 @@ class TorchSymmetricMemory:
         return self._windows[place][0].numel() if place in self._windows else 0
 
     def grow(self, sizes: dict[_Window, int]) -> None:
+        needed = sum(sizes.values())
+        if self._refused is not None and needed >= self._refused:  # known to all ranks alike
+            raise CapacityExceededError(f"{needed:,} bytes of symmetric memory were refused before")
         # Our own use of what is replaced is over after this, and everybody's after the exchange.
         torch.cuda.synchronize(self._device)
         made: dict[_Window, Tensor] = {}
@@ -143,8 +148,11 @@ class TorchSymmetricMemory:
         failures = {rank: text for rank, text in enumerate(self._exchange(failure)) if text}
         if failures:
             made.clear()
+            self._refused = needed
             told = "; ".join(f"rank {rank}: {text}" for rank, text in failures.items())
-            raise CapacityExceededError(f"{sum(sizes.values()):,} bytes of symmetric memory: {told}")
+            message = f"{needed:,} bytes of symmetric memory cannot be had: {told}"
+            warnings.warn(f"{message}; calls of that size use collectives instead", CapacityWarning, stacklevel=2)
+            raise CapacityExceededError(message)
         for place, memory in made.items():
             if self.retain and place in self._windows:
                 self._retained.append(self._windows[place])
