@@ -121,7 +121,7 @@ def test_operations_are_checked_when_they_are_recorded() -> None:
         (lambda: recording.reduce(*REDUCE, 2, 0, [8]), "got 8 and 16: source_pitches: rows overlap"),
         (lambda: recording.reduce(*REDUCE, epoch=A), "expected all of them or none"),
         (lambda: recording.reduce(*REDUCE, epoch=A, words=[B, B], values=[1, 1]), "each source has one word"),
-        (lambda: recording.record(0, 4096), "got 4096 and 4096: event"),
+        (lambda: recording.record(0, 65536), "got 65536 and 65536: event"),
         (lambda: recording.depend(0, -1), "got -1 and 0: event"),
         (lambda: recording.depend(0, 3), "one that an earlier operation records, got 3"),
     ]
