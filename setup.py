@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = Path("csrc")  # relative to ROOT, as setuptools wants sources to be
+OLDEST_CUDA = 13
 ARCHITECTURES = ("80", "90a", "100a")
 PORTABLE = "90"  # also embedded as PTX, which drivers compile for devices newer than ARCHITECTURES
 
@@ -35,7 +37,17 @@ def find_nvcc() -> Path | None:
         for folder in spec.submodule_search_locations or ():
             candidates += sorted(Path(folder).glob("cu*/bin/nvcc")) + sorted(Path(folder).glob("cuda_nvcc/bin/nvcc"))
     candidates.append(Path("/usr/local/cuda/bin/nvcc"))  # where it is installed, and often not on PATH
-    return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
+    return next((nvcc for nvcc in candidates if nvcc.is_file() and is_new_enough(nvcc)), None)
+
+
+def is_new_enough(nvcc: Path) -> bool:
+    """Whether the toolkit has the declarations that csrc/cuda uses; says so where it has not."""
+    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)", text)
+    if found is not None and int(found[1]) >= OLDEST_CUDA:
+        return True
+    print(f"odysseus_kernels: expected CUDA {OLDEST_CUDA} or newer for {nvcc}, got: {text.strip()}", file=sys.stderr)
+    return False
 
 
 def architectures(nvcc: Path) -> list[str]:
@@ -97,7 +109,7 @@ def describe_cuda(sources: list[str], nvcc: Path | None) -> str:
         return f" with {len(sources)} CUDA files ({nvcc}; {', '.join('sm_' + name for name in architectures(nvcc))})"
     if os.environ.get("ODYSSEUS_BUILD_CUDA") == "0":
         return " without CUDA (ODYSSEUS_BUILD_CUDA=0)"
-    return " without CUDA (no nvcc found)" if cuda_sources() else " (there is no CUDA code)"
+    return f" without CUDA (no nvcc of CUDA {OLDEST_CUDA} or newer found)"
 
 
 def cuda_sources() -> list[str]:
