@@ -33,6 +33,7 @@ def _made_up(rank: int, *, driver: str, reachable: bool) -> Any:
     """Each rank has a GPU, and sees the other's as ``cuda:1``."""
     identities = [(f"GPU of rank {rank}", f"uuid {rank}"), (f"GPU of rank {1 - rank}", f"uuid {1 - rank}")]
     native = mock.Mock(wraps=_ext.load())
+    native.cuda = mock.Mock()  # also where the CUDA part is not built
     native.cuda.why_unavailable.return_value = driver
     return [
         mock.patch.object(_ext, "has_cuda", return_value=True),
