@@ -65,9 +65,13 @@ class CollectiveTransport(Transport):
         """Waits until a GPU has done what was enqueued; raises what went wrong, as the next call would."""
         if self._lane is None or self._handshakes is None:
             return
-        self._handshakes.finish(lambda: None)
-        torch.cuda.synchronize()
-        self._lane.check()
+        try:
+            self._handshakes.finish(lambda: None)
+            torch.cuda.synchronize()
+            self._lane.check()
+        except BaseException as error:
+            self.broken = self.broken or short_text(error)
+            raise
 
     def close(self) -> None:
         super().close()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import _ext
 from ..config import shared_memory_directory
-from ..errors import CapacityWarning, CommunicationError
+from ..errors import CapacityWarning, CommunicationError, FallbackWarning
 from .device_call import WarmUpNeededError
 from .device_schedule import COMPUTE, RECEIVE, STREAMS
 from .ledger import Ledger
@@ -198,6 +198,7 @@ class CudaDevice:
         self._supervisor = Supervisor(self._control, ledger, self.waits)
         self._streams = [torch.cuda.Stream(device, _HIGH_PRIORITY) for name in STREAMS if name != COMPUTE]
         self._caller: torch.cuda.Stream | None = None
+        self._warned = False
         self._tables: dict[tuple[int, ...], Tensor] = {}
 
     # ---- memory ------------------------------------------------------------------------------------------------------
@@ -281,6 +282,9 @@ class CudaDevice:
         self._memory.retain = self._memory.retain or self.capturing()
         self._supervisor.timeout_s = call.config.timeout_s
         self._supervisor.check()
+        if not self._warned and (reason := self._native.why_no_batch_copies()):
+            self._warned = True
+            warnings.warn(f"copies within a GPU take multiprocessors from products: {reason}", FallbackWarning, 2)
         if self._ledger is not None:
             self._ledger.post(call, extra)
 
