@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..config import OverlapConfig
+from .exchange import Exchange
 from .recorder import Traffic, record
 from .schedule import Program
 
@@ -147,6 +148,7 @@ class Call:
         shapes: what the user passed, in the user's words, for the message when ranks disagree.
         keeps_ahead: what was sent ahead stays for the call after this one; any other call takes it or drops it.
         collective: name to record instead of ``all_gather`` and ``reduce_scatter`` (``all_reduce`` is both).
+        exchange: visits every rank; instead of ``gather`` and ``scatter``.
     """
 
     operator: str
@@ -157,6 +159,7 @@ class Call:
     shapes: str = ""
     collective: str | None = None
     keeps_ahead: bool = False
+    exchange: Exchange | None = None
 
     @property
     def program(self) -> Program:
@@ -174,6 +177,9 @@ class Call:
                 parts.append(f"sends ahead {_describe(self.gather.prefetch)}")
         if self.scatter is not None:
             parts.append(f"scatters {_describe(self.scatter.out)}")
+        if self.exchange is not None:
+            for name in ("shared", "addressed", "sums", "received"):
+                parts += [f"{name} {_describe(tensor)}" for tensor in getattr(self.exchange, name)]
         parts.append(f"{self.config.mode}, chunks_per_rank={self.config.chunks_per_rank}")
         if self.config.reduce_dtype != torch.float32:
             parts.append(f"reduce_dtype={self.config.reduce_dtype}")
@@ -261,8 +267,45 @@ class Transport(abc.ABC):
                 f"the symmetric transport, this is the {self.name} one"
             )
         with self._lock:
-            self._execute(call)
+            if call.exchange is not None and self.name != "local":
+                self._exchange_plainly(call, call.exchange)
+            else:
+                self._execute(call)
         self._count(call)
+
+    def _exchange_plainly(self, call: Call, exchange: Exchange) -> None:
+        """An exchange by gathers and scatters one after another: slow, and everything is held at once."""
+        order = [(self.rank + hop + (1 if exchange.makes else 0)) % self.world for hop in range(self.world)]
+
+        def everyone(tensor: Tensor) -> list[Tensor]:
+            flat = tensor.contiguous().view(1, 1, -1)
+            found = flat.new_empty((self.world, flat.numel()))
+
+            def copy(source: int, start: int, stop: int, block: Tensor) -> None:
+                found[source].copy_(block.reshape(-1))
+
+            one = dataclasses.replace(call.config, chunks_per_rank=1)
+            self._execute(dataclasses.replace(call, config=one, exchange=None, gather=Gather(flat, copy)))
+            return [part.view(tensor.shape) for part in found]
+
+        shared = [everyone(tensor) for tensor in exchange.shared]
+        addressed = [everyone(tensor) for tensor in exchange.addressed]
+        sums = [t.new_empty((self.world, 1, 1, t.numel())) for t in exchange.sums]
+        received = [t.new_empty(t.shape) for t in exchange.received]
+        for rank in order:
+            given = (*(t[rank] for t in shared), *(t[rank][self.rank] for t in addressed))
+            blocks = (t[rank].view(out.shape) for t, out in zip(sums, exchange.sums, strict=True))
+            exchange.visit(rank, given, (*blocks, *(t[rank] for t in received)))
+        for parts, out in zip(sums, exchange.sums, strict=True):
+
+            def copy(target: int, start: int, stop: int, block: Tensor, parts: Tensor = parts) -> None:
+                block.copy_(parts[target, :, start:stop])
+
+            scatter = Scatter(out.view(1, 1, -1), copy)
+            self._execute(dataclasses.replace(call, exchange=None, scatter=scatter))
+        for made, out in zip(received, exchange.received, strict=True):
+            for source, part in enumerate(everyone(made)):
+                out[source].copy_(part[self.rank])
 
     def all_gather(self, call: Call, out: Tensor) -> None:
         """The unfused twin of a gather: ``out[source]`` [batch, rows, width] becomes rank ``source``'s shard.
@@ -304,12 +347,27 @@ class Transport(abc.ABC):
 
     def _count(self, call: Call) -> None:
         peers = self.world - 1
+        if call.exchange is not None and peers:
+            self._count_exchange(call, call.exchange)
         for part, collective in ((call.gather, "all_gather"), (call.scatter, "reduce_scatter")):
             if part is None or peers == 0:
                 continue
             chunk = part.shard if isinstance(part, Gather) else part.out
             traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
             record(traffic, peers * chunk.numel() * chunk.element_size())
+
+
+    def _count_exchange(self, call: Call, exchange: Exchange) -> None:
+        """Each peer is sent all of what is shared and summed, and its part of what is addressed and received."""
+        kinds = (
+            ("all_gather", exchange.shared, self.world - 1),
+            ("reduce_scatter", exchange.sums, self.world - 1),
+            ("all_to_all", (*exchange.addressed, *exchange.received), (self.world - 1) / self.world),
+        )
+        for collective, tensors, share in kinds:
+            if tensors:
+                traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
+                record(traffic, round(share * sum(t.numel() * t.element_size() for t in tensors)))
 
 
 class LocalTransport(Transport):
@@ -326,6 +384,8 @@ class LocalTransport(Transport):
             call.scatter.produce(0, 0, call.scatter.out.shape[1], call.scatter.out)
         if call.gather is not None:
             call.gather.consume(0, 0, call.gather.shard.shape[1], call.gather.shard)
+        if call.exchange is not None:
+            call.exchange.visit(0, call.exchange.own_given(0), call.exchange.own_made(0))
 
 
 def row_pieces(chunks_per_rank: int | Literal["auto"], rows: int, *, auto: int) -> int:

@@ -10,21 +10,34 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from odysseus_kernels.config import OverlapConfig
 
-__all__ = ["SEQUENCE_DIMENSION", "SequenceGroup"]
+__all__ = ["DATA_DIMENSION", "RING_DIMENSION", "SEQUENCE_DIMENSION", "SequenceGroup"]
 
 SEQUENCE_DIMENSION = "seq"
+RING_DIMENSION = "ring"
+DATA_DIMENSION = "dp"
+# Outermost first; a mesh has "seq" and any of the others, in this order.
+_ORDER = (DATA_DIMENSION, RING_DIMENSION, SEQUENCE_DIMENSION)
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceGroup:
-    """The ``"seq"`` dimension of a mesh as the layers need it.
+    """The dimensions of a mesh over which one sequence is cut, as the layers need them.
+
+    The sequence is cut over ``ring`` first (each ring rank's part is two blocks in zigzag order) and its part over
+    ``seq``.  Ranks that differ in ``"dp"`` alone hold other sequences and are not part of this.
 
     Attributes:
-        mesh: one-dimensional mesh of the ranks that share a sequence; what parameters are distributed over.
-        group: process group of these ranks.
-        rank: this rank within the group.
-        size: number of ranks N.
+        mesh: ``("seq",)`` or ``("ring", "seq")``; what parameters are distributed over.
+        group: process group of the ``"seq"`` dimension.
+        rank: this rank within ``group``.
+        size: number of ranks N in ``group``.
         config: how operators communicate.
+        ring: process group of the ``"ring"`` dimension, or None where the mesh has none.
+        ring_rank: this rank within ``ring``; 0 without.
+        ring_size: number of ranks R in ``ring``; 1 without.
+        everyone: process group of all ranks that share the sequence, R·N of them; ``group`` without a ring.  Its ranks
+            are in the order of ring rank · N + rank.
+        every_rank: this rank within ``everyone``.
     """
 
     mesh: DeviceMesh
@@ -32,26 +45,47 @@ class SequenceGroup:
     rank: int
     size: int
     config: OverlapConfig
+    ring: dist.ProcessGroup | None
+    ring_rank: int
+    ring_size: int
+    everyone: dist.ProcessGroup
+    every_rank: int
+
+    @property
+    def every_size(self) -> int:
+        """Number of ranks that share the sequence."""
+        return self.ring_size * self.size
 
     @staticmethod
     def of(mesh: DeviceMesh, config: OverlapConfig | None = None) -> SequenceGroup:
-        """The sequence group of ``mesh``.
+        """The sequence group of ``mesh``; every rank of the mesh calls this together.
 
         Raises:
-            ValueError: if ``mesh`` is not a DeviceMesh whose only dimension is ``"seq"``.
+            ValueError: if ``mesh`` is not a DeviceMesh with a dimension ``"seq"``, optionally ``"ring"`` outside it and
+                ``"dp"`` outside both.
         """
         if not isinstance(mesh, DeviceMesh):
             raise ValueError(f"mesh: expected a torch DeviceMesh, got {type(mesh).__name__}; {_how()}")
         names = mesh.mesh_dim_names or ()
         if SEQUENCE_DIMENSION not in names:
             raise ValueError(f'mesh: expected a dimension named "seq", got the dimensions {names}; {_how()}')
-        if len(names) > 1:
+        if names != tuple(name for name in _ORDER if name in names):
             raise ValueError(
-                f'mesh: expected "seq" as the only dimension, got {names}: crossing it with other dimensions is not '
-                f'supported in this version; pass mesh["seq"] if the other dimensions have size 1'
+                f'mesh: expected dimensions out of {_ORDER}, outermost first, got {names}: "ring" lies outside of '
+                f'"seq", "dp" outside of both, and other dimensions are not supported'
             )
-        group = mesh.get_group(SEQUENCE_DIMENSION)
-        return SequenceGroup(mesh, group, dist.get_rank(group), dist.get_world_size(group), config or OverlapConfig())
+        settled, group = config or OverlapConfig(), mesh.get_group(SEQUENCE_DIMENSION)
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if RING_DIMENSION not in names:
+            own = mesh if len(names) == 1 else mesh[SEQUENCE_DIMENSION]
+            return SequenceGroup(own, group, rank, size, settled, None, 0, 1, group, rank)
+        own = mesh if len(names) == 2 else mesh[RING_DIMENSION, SEQUENCE_DIMENSION]
+        ring = mesh.get_group(RING_DIMENSION)
+        ring_rank, ring_size = dist.get_rank(ring), dist.get_world_size(ring)
+        everyone = group if ring_size == 1 else ring if size == 1 else own._flatten("ring_seq").get_group()
+        every_rank = ring_rank * size + rank
+        assert dist.get_rank(everyone) == every_rank, "a flattened mesh is in row-major order"
+        return SequenceGroup(own, group, rank, size, settled, ring, ring_rank, ring_size, everyone, every_rank)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceGroup:
         # A copy of a module communicates with the same peers; process groups themselves cannot be copied.

@@ -1,0 +1,58 @@
+"""What a call says that visits every rank once: what is given there, and what is made for it.
+
+Ulysses' projections, Ring attention's backward and losses with a distributed head are all of this shape: for each rank
+r, in ring order, blocks of r arrive, a product uses them, and what it makes for r travels back while the next rank is
+visited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+
+__all__ = ["Exchange", "Visit"]
+
+Visit = Callable[[int, tuple[Tensor, ...], tuple[Tensor, ...]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Visits every rank of the group, this one included.
+
+    ``visit(rank, given, made)`` is called once for each rank.  ``given`` holds that rank's ``shared`` tensors and then
+    the parts of its ``addressed`` tensors that are for this rank; ``made`` holds a block for each of ``sums`` and then
+    of ``received``, which the callback fills, whatever it holds, with what this rank makes for ``rank``.  ``given``
+    must not be written, kept, or read after the callback returns; nor must ``made``.  A visit is in ring order, the
+    own rank first where nothing is made and last where something is.
+
+    Attributes:
+        visit: the callback.
+        shared: this rank's tensors that all others get whole (collective ``all_gather``); any shape, contiguous.
+        addressed: [world, ...], contiguous; part r is for rank r alone (collective ``all_to_all``).
+        sums: receives the sum over all ranks of what they made for this one, added in the accumulator's type in the
+            schedule's order (collective ``reduce_scatter``); contiguous.
+        received: [world, batch, rows, width] with contiguous rows, possibly a strided view; part r becomes what rank r
+            made for this one (collective ``all_to_all``).  Blocks for it in ``made`` are [batch, rows, width] with
+            contiguous rows.
+    """
+
+    visit: Visit
+    shared: tuple[Tensor, ...] = ()
+    addressed: tuple[Tensor, ...] = ()
+    sums: tuple[Tensor, ...] = ()
+    received: tuple[Tensor, ...] = ()
+
+    @property
+    def makes(self) -> bool:
+        """Whether anything travels back."""
+        return bool(self.sums or self.received)
+
+    def own_given(self, rank: int) -> tuple[Tensor, ...]:
+        """What ``visit`` is given for the own rank, where it lies."""
+        return (*self.shared, *(tensor[rank] for tensor in self.addressed))
+
+    def own_made(self, rank: int) -> tuple[Tensor, ...]:
+        """Where ``visit`` puts what it makes for the own rank: the sums themselves hold the own part first."""
+        return (*self.sums, *(tensor[rank] for tensor in self.received))
