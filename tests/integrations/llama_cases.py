@@ -119,8 +119,12 @@ def parallel_step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     rows = model.get_input_embeddings().weight.detach().clone()
     parallelize(model, mesh, config=OverlapConfig(gathered=case.gathered, timeout_s=60))
     batch = shard_sequence(case.whole_batch(), mesh)
-    out = model(**(as_embeddings(model, batch, rows) if case.inputs_embeds else batch))
+    inputs = as_embeddings(model, batch, rows) if case.inputs_embeds else batch
+    out = model(**inputs)
+    assert out.logits is None, "with labels, logits are never made whole"
     out.loss.backward()
+    with torch.no_grad():
+        logits = model(**{name: value for name, value in inputs.items() if "labels" not in name}).logits
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -129,4 +133,4 @@ def parallel_step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
             whole = parameter.grad.full_tensor()
             if rank == 0:
                 gradients[name] = whole
-    return {"loss": out.loss.item(), "logits": out.logits, "gradients": gradients}
+    return {"loss": out.loss.item(), "logits": logits, "gradients": gradients}
