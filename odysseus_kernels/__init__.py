@@ -20,7 +20,16 @@ from .errors import (
     RankMismatchError,
     SignalTimeoutError,
 )
-from .ops import all_gather_linear, linear_reduce_scatter, zero3_linear
+from .ops import (
+    all_gather_linear,
+    all_to_all_linear,
+    column_parallel_linear,
+    linear_all_reduce,
+    linear_all_to_all,
+    linear_reduce_scatter,
+    ulysses_attention,
+    zero3_linear,
+)
 
 if TYPE_CHECKING:
     from .integrations.huggingface import parallelize
@@ -40,12 +49,17 @@ __all__ = [
     "RankMismatchError",
     "SignalTimeoutError",
     "all_gather_linear",
+    "all_to_all_linear",
+    "column_parallel_linear",
     "explain",
+    "linear_all_reduce",
+    "linear_all_to_all",
     "linear_reduce_scatter",
     "parallelize",
     "sequence_loss",
     "shard_sequence",
     "synchronize",
+    "ulysses_attention",
     "zero3_linear",
 ]
 
