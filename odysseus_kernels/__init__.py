@@ -23,6 +23,7 @@ from .errors import (
 from .ops import all_gather_linear, linear_reduce_scatter, zero3_linear
 
 if TYPE_CHECKING:
+    from .attention.ring import ring_attention
     from .integrations.huggingface import parallelize
     from .nn.loss import sequence_loss
     from .nn.sequence import shard_sequence
@@ -43,6 +44,7 @@ __all__ = [
     "explain",
     "linear_reduce_scatter",
     "parallelize",
+    "ring_attention",
     "sequence_loss",
     "shard_sequence",
     "synchronize",
@@ -51,6 +53,7 @@ __all__ = [
 
 _LAZY = {
     "parallelize": "odysseus_kernels.integrations.huggingface",
+    "ring_attention": "odysseus_kernels.attention.ring",
     "sequence_loss": "odysseus_kernels.nn.loss",
     "shard_sequence": "odysseus_kernels.nn.sequence",
 }
