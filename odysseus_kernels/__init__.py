@@ -32,6 +32,7 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
+    from .attention.ring import ring_attention
     from .integrations.huggingface import parallelize
     from .nn.loss import sequence_loss
     from .nn.sequence import shard_sequence
@@ -56,6 +57,7 @@ __all__ = [
     "linear_all_to_all",
     "linear_reduce_scatter",
     "parallelize",
+    "ring_attention",
     "sequence_loss",
     "shard_sequence",
     "synchronize",
@@ -65,6 +67,7 @@ __all__ = [
 
 _LAZY = {
     "parallelize": "odysseus_kernels.integrations.huggingface",
+    "ring_attention": "odysseus_kernels.attention.ring",
     "sequence_loss": "odysseus_kernels.nn.loss",
     "shard_sequence": "odysseus_kernels.nn.sequence",
 }
