@@ -150,8 +150,10 @@ def check_once(
         error = relative_error(gradient, truth)
         assert error <= tolerance, f"{what} of {name}: {error:.2e} above {tolerance:.2e}"
         if what in baseline and gradient.numel() >= 256:
+            # Partial results of ranks travel in 16 bits, a rounding (about u/2 in the mean) that one process lacks.
             limit = 1.5 * relative_error(own_part(what, baseline[what], kind, problem, rank), truth)
-            assert error <= limit, f"{what} of {name}: {error:.2e}, 1.5 times the single process's is {limit:.2e}"
+            limit += unit_roundoff(dtype) / 2
+            assert error <= limit, f"{what} of {name}: {error:.2e}, the single process's allows {limit:.2e}"
     if valid == 0:
         assert value.item() == 0.0
         assert not any(gradient.any() for gradient in gradients.values())
