@@ -12,7 +12,9 @@ from .linear_all_reduce import linear_all_reduce
 from .linear_all_to_all import linear_all_to_all
 from .linear_reduce_scatter import linear_reduce_scatter
 from .ulysses_attention import ulysses_attention
+from .vocab_parallel_linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from .zero3_linear import zero3_linear
+from .zero3_linear_cross_entropy import zero3_linear_cross_entropy
 
 __all__ = [
     "all_gather_linear",
@@ -22,5 +24,7 @@ __all__ = [
     "linear_all_to_all",
     "linear_reduce_scatter",
     "ulysses_attention",
+    "vocab_parallel_linear_cross_entropy",
     "zero3_linear",
+    "zero3_linear_cross_entropy",
 ]

@@ -17,9 +17,9 @@ def group_by_name(name: str) -> torch.distributed.ProcessGroup:
     return torch._C._distributed_c10d._resolve_process_group(cast(Any, name))
 
 
-def check_linear(operator: str, x: Tensor, weight: Tensor, name: str = "weight") -> None:
+def check_linear(operator: str, x: Tensor, weight: Tensor, name: str = "weight", input_name: str = "x") -> None:
     """x [..., K] and weight [n, K]: floating, same dtype, same device, same K."""
-    for what, tensor in (("x", x), (name, weight)):
+    for what, tensor in ((input_name, x), (name, weight)):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{operator}: expected {what} to be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in _DTYPES:
@@ -32,20 +32,22 @@ def check_linear(operator: str, x: Tensor, weight: Tensor, name: str = "weight")
         raise ValueError(f"{operator}: expected {name} with at least one row and column, got {list(weight.shape)}")
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{operator}: expected the last dimension of x to be {name}'s in_features {weight.shape[1]}, "
-            f"got x {list(x.shape)} and {name} {list(weight.shape)}"
+            f"{operator}: expected the last dimension of {input_name} to be {name}'s in_features {weight.shape[1]}, "
+            f"got {input_name} {list(x.shape)} and {name} {list(weight.shape)}"
         )
-    _same(operator, x, weight, name)
+    _same(operator, x, weight, name, input_name)
 
 
-def check_bias(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "bias") -> None:
+def check_bias(
+    operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "bias", input_name: str = "x"
+) -> None:
     """bias [n] beside weight [n, K]."""
     if bias is None:
         return
     if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
         got = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
         raise ValueError(f"{operator}: expected {name} of shape [{weight.shape[0]}], got {got}")
-    _same(operator, x, bias, name)
+    _same(operator, x, bias, name, input_name)
 
 
 def check_dim(operator: str, x: Tensor, dim: int) -> int:
@@ -62,8 +64,8 @@ def check_dim(operator: str, x: Tensor, dim: int) -> int:
     return dim
 
 
-def _same(operator: str, x: Tensor, other: Tensor, name: str) -> None:
+def _same(operator: str, x: Tensor, other: Tensor, name: str, input_name: str) -> None:
     if x.dtype != other.dtype:
-        raise ValueError(f"{operator}: expected {name} of x's dtype {x.dtype}, got {other.dtype}")
+        raise ValueError(f"{operator}: expected {name} of {input_name}'s dtype {x.dtype}, got {other.dtype}")
     if x.device != other.device:
-        raise ValueError(f"{operator}: expected {name} on x's device {x.device}, got {other.device}")
+        raise ValueError(f"{operator}: expected {name} on {input_name}'s device {x.device}, got {other.device}")
