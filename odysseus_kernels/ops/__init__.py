@@ -13,6 +13,7 @@ from .linear_all_to_all import linear_all_to_all
 from .linear_reduce_scatter import linear_reduce_scatter
 from .ulysses_attention import ulysses_attention
 from .vocab_parallel_linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from .zero3_experts import zero3_experts
 from .zero3_linear import zero3_linear
 from .zero3_linear_cross_entropy import zero3_linear_cross_entropy
 
@@ -25,6 +26,7 @@ __all__ = [
     "linear_reduce_scatter",
     "ulysses_attention",
     "vocab_parallel_linear_cross_entropy",
+    "zero3_experts",
     "zero3_linear",
     "zero3_linear_cross_entropy",
 ]

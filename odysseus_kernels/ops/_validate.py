@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-__all__ = ["check_bias", "check_dim", "check_linear", "group_by_name"]
+__all__ = ["check_bias", "check_dim", "check_experts", "check_linear", "group_by_name"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,7 +64,57 @@ def check_dim(operator: str, x: Tensor, dim: int) -> int:
     return dim
 
 
+<<<<<<< HEAD
 def _same(operator: str, x: Tensor, other: Tensor, name: str, input_name: str) -> None:
+=======
+def check_experts(
+    operator: str, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_shard: Tensor, down_shard: Tensor
+) -> None:
+    """x [T, d], index and weights [T, k], gate_up_shard [e, 2i, d] and down_shard [e, d, i], as their names say."""
+    named = {
+        "x": (x, 2),
+        "top_k_index": (top_k_index, 2),
+        "top_k_weights": (top_k_weights, 2),
+        "gate_up_shard": (gate_up_shard, 3),
+        "down_shard": (down_shard, 3),
+    }
+    for name, (tensor, dimensions) in named.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != dimensions:
+            raise ValueError(f"{operator}: expected {name} with {dimensions} dimensions, got {list(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{operator}: expected {name} on x's device {x.device}, got {tensor.device}")
+    if x.dtype not in _DTYPES or top_k_weights.dtype not in _DTYPES:
+        raise ValueError(
+            f"{operator}: expected x and top_k_weights of dtype float32, bfloat16, float16 or float64, got {x.dtype} "
+            f"and {top_k_weights.dtype}"
+        )
+    if top_k_index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{operator}: expected top_k_index of dtype int64 or int32, got {top_k_index.dtype}")
+    for name, chosen in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
+        if chosen.shape != (x.shape[0], top_k_index.shape[1]) or 0 in chosen.shape[1:]:
+            raise ValueError(
+                f"{operator}: expected top_k_index and top_k_weights [{x.shape[0]}, k] for x {list(x.shape)}, got "
+                f"{name} {list(chosen.shape)}"
+            )
+    experts, rows, width = gate_up_shard.shape
+    if rows % 2 or width != x.shape[1] or 0 in gate_up_shard.shape:
+        raise ValueError(
+            f"{operator}: expected gate_up_shard [experts, 2 * intermediate, {x.shape[1]}] for x {list(x.shape)}, got "
+            f"{list(gate_up_shard.shape)}"
+        )
+    if down_shard.shape != (experts, width, rows // 2):
+        raise ValueError(
+            f"{operator}: expected down_shard {[experts, width, rows // 2]} beside gate_up_shard "
+            f"{list(gate_up_shard.shape)}, got {list(down_shard.shape)}"
+        )
+    for name, shard in (("gate_up_shard", gate_up_shard), ("down_shard", down_shard)):
+        _same(operator, x, shard, name)
+
+
+def _same(operator: str, x: Tensor, other: Tensor, name: str) -> None:
+>>>>>>> moe
     if x.dtype != other.dtype:
         raise ValueError(f"{operator}: expected {name} of {input_name}'s dtype {x.dtype}, got {other.dtype}")
     if x.device != other.device:
