@@ -68,7 +68,9 @@ def arguments() -> argparse.Namespace:
         choices=("tp", "tp_sp", "ulysses", "odysseus"),
         help="how ranks share the model (default: %(default)s)",
     )
-    parser.add_argument("--ring", type=int, default=1, help="ring ranks outside of the strategy's (default: 1, no ring)")
+    parser.add_argument(
+        "--ring", type=int, default=1, help="ring ranks outside of the strategy's (default: 1, no ring)"
+    )
     parser.add_argument("--mode", default="auto", choices=("auto", "fused", "unfused"))
     parser.add_argument("--transport", default="auto", choices=("auto", "symmetric", "collective"))
     parser.add_argument("--checkpoint", type=Path, help="folder of checkpoints: one at the end and at each validation")

@@ -19,6 +19,7 @@ from odysseus_kernels.integrations.model import SequenceCausalLM, SequenceModel
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.identity import check_identical
+from odysseus_kernels.nn.moe import ExpertsSpec
 from odysseus_kernels.nn.swap import swap_class
 from odysseus_kernels.strategies import get_strategy
 from odysseus_kernels.strategies.base import ModelShape, Part, apply_strategy
@@ -128,7 +129,7 @@ def _parts(model: PreTrainedModel, family: Family, shape: ModelShape) -> list[Pa
     parts = [_plain("embedding", embedding)]
     for layer in getattr(base, family.layers):
         parts += _attention_parts(getattr(layer, family.attention), family, modeling, spec)
-        parts += _mlp_parts(getattr(layer, family.mlp), family, modeling)
+        parts += _mlp_parts(getattr(layer, family.mlp), family, modeling, model.config.hidden_act)
         parts += [_plain("norm", getattr(layer, name)) for name in family.norms]
     return [*parts, _plain("norm", getattr(base, family.final_norm)), _plain("head", head)]
 
@@ -152,13 +153,17 @@ def _attention_parts(attention: nn.Module, family: Family, modeling: Any, spec: 
     ]
 
 
-def _mlp_parts(mlp: nn.Module, family: Family, modeling: Any) -> list[Part]:
+def _mlp_parts(mlp: nn.Module, family: Family, modeling: Any, activation: str) -> list[Part]:
     names, experts = family.mlp_names, family.expert_names
     if experts is not None and isinstance(mlp, getattr(modeling, experts.block_class)):
         _expect(mlp, getattr(modeling, experts.block_class))
         _expect(getattr(mlp, experts.router), getattr(modeling, experts.router_class))
         _expect(getattr(mlp, experts.experts), getattr(modeling, experts.experts_class))
-        return [_plain("router", getattr(mlp, experts.router)), _plain("experts", getattr(mlp, experts.experts))]
+        module = getattr(mlp, experts.experts)
+        return [
+            _plain("router", getattr(mlp, experts.router)),
+            Part("experts", module, {"experts": module}, ExpertsSpec(activation=activation)),
+        ]
     assert family.mlp_class is not None, "a family without experts has a feed-forward class"
     _expect(mlp, getattr(modeling, family.mlp_class))
     weights: dict[Any, nn.Module] = {"up": getattr(mlp, names.up), "down": getattr(mlp, names.down)}

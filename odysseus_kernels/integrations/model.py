@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -15,8 +16,9 @@ from odysseus_kernels.attention import layout
 from odysseus_kernels.comm.functional import all_gather
 from odysseus_kernels.nn.attention import SequenceMask
 from odysseus_kernels.nn.group import SequenceGroup
-from odysseus_kernels.nn.loss import IGNORE_INDEX, model_loss
+from odysseus_kernels.nn.loss import IGNORE_INDEX, DistributedHead, sequence_loss
 from odysseus_kernels.nn.moe import load_balancing_loss
+from odysseus_kernels.nn.parameters import token_parameter
 from odysseus_kernels.nn.sequence import RING_LAYOUT
 
 __all__ = ["SequenceCausalLM", "SequenceModel"]
@@ -208,25 +210,39 @@ class SequenceCausalLM(nn.Module):
             use_cache=False,
             **kwargs,
         )
-        hidden, head = outputs.last_hidden_state, self.get_output_embeddings()
-        group = self.sequence_group
+        hidden, group = outputs.last_hidden_state, self.sequence_group
         loss = logits = None
         if labels is None:
-            logits = head(hidden)
+            logits = self.get_output_embeddings()(hidden)
         else:
-            loss = model_loss(hidden, shift_labels, group, head, num_items=num_items, ignore_index=ignore_index)
+            loss = self._loss(hidden, shift_labels, num_items=num_items, ignore_index=ignore_index)
         rest = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         if not routed:
             return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         aux_loss = None
         if kwargs["output_router_logits"]:
             aux_loss = load_balancing_loss(
-                outputs.router_logits, self.num_experts_per_tok, group, attention_mask=attention_mask
+                outputs.router_logits,
+                self.num_experts_per_tok,
+                group=group.token_group,
+                attention_mask=attention_mask,
+                config=group.config,
             )
             if loss is not None:
                 loss = loss + self.router_aux_loss_coef * aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss, aux_loss=aux_loss, logits=logits, router_logits=outputs.router_logits, **rest
+        )
+
+    def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, **settings: Any) -> torch.Tensor:
+        """Mean over all ranks' tokens, without their logits."""
+        group, head = self.sequence_group, self.get_output_embeddings()
+        if not isinstance(head, DistributedHead):
+            # Once for all chunks: the gradient is added over the ranks once, too.
+            weight, bias = token_parameter(head.weight, group), token_parameter(head.bias, group)
+            head = functools.partial(nn.functional.linear, weight=weight, bias=bias)
+        return sequence_loss(
+            hidden, targets, group.mesh, head=head, tokens=group.tokens, config=group.config, **settings
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:

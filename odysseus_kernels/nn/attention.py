@@ -199,6 +199,7 @@ class _SequenceAttention(nn.Module):
                 dropout=dropout,
                 dropout_seed=seed,
                 first_head=first,
+                kernel=self.config._attn_implementation,
                 config=group.config,
             )
             return out.transpose(1, 2), None
@@ -284,7 +285,7 @@ class UlyssesAttention(_SequenceAttention):
         spec, group, layers = self.attention_spec, self.sequence_group, self._layers()
         weights = tuple(local_parameter(layer.weight) for layer in layers)
         biases = tuple(local_parameter(layer.bias) for layer in layers)
-        query, key, value = ops.linear_to_heads(
+        query, key, value = ops.linear_all_to_all(
             hidden_states,
             weights,
             None if all(bias is None for bias in biases) else biases,
@@ -297,7 +298,7 @@ class UlyssesAttention(_SequenceAttention):
 
     def _output(self, out: torch.Tensor) -> torch.Tensor:
         group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
-        return ops.heads_to_linear(
+        return ops.all_to_all_linear(
             out,
             local_parameter(layer.weight),
             local_parameter(layer.bias),

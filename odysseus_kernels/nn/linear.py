@@ -15,7 +15,7 @@ from torch import nn
 from odysseus_kernels import ops
 from odysseus_kernels.comm.functional import all_gather, all_reduce
 from odysseus_kernels.nn.group import SequenceGroup
-from odysseus_kernels.nn.parameters import local_parameter
+from odysseus_kernels.nn.parameters import local_parameter, sharded_parameter
 
 __all__ = ["VocabParallelLinear", "Zero3Linear"]
 
@@ -23,7 +23,8 @@ __all__ = ["VocabParallelLinear", "Zero3Linear"]
 class Zero3Linear(nn.Module):
     """``nn.Linear`` with ZeRO-3 weights: rows are gathered as they are multiplied, the weight is never whole.
 
-    Shapes: input [..., K], weight [n, K] and bias [n] as DTensors with placement Shard(0), output [..., n].
+    Shapes: input [..., K], weight [n, K] and bias [n] as DTensors cut into rows over all
+    ranks that share the sequence, output [..., n].
 
     Attributes:
         tokens: every rank has tokens of its own.
@@ -38,7 +39,7 @@ class Zero3Linear(nn.Module):
         """Applies the layer to this rank's tokens."""
         weight, bias = local_parameter(self.weight), local_parameter(self.bias)
         group = self.sequence_group
-        return ops.zero3_linear(input, weight, bias, group=group.group, config=group.config)
+        return ops.zero3_linear(input, weight, bias, group=group.everyone, config=group.config)
 
     def cross_entropy_sum(
         self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int, chunk_rows: int
@@ -50,7 +51,7 @@ class Zero3Linear(nn.Module):
             targets,
             local_parameter(self.weight),
             local_parameter(self.bias),
-            group=group.group,
+            group=group.everyone,
             ignore_index=ignore_index,
             chunk_rows=chunk_rows,
             config=group.config,
@@ -72,10 +73,15 @@ class VocabParallelLinear(nn.Module):
     bias: torch.Tensor | None
     tokens: Literal["sharded", "replicated"] = "sharded"
 
+    def setup_sequence(self) -> None:
+        """Learns which tokens the strategy has."""
+        self.tokens = self.sequence_group.tokens
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Logits over the whole vocabulary, for callers that want more than a loss."""
-        weight, bias = local_parameter(self.weight), local_parameter(self.bias)
         group = self.sequence_group
+        weight, bias = sharded_parameter(self.weight, group), sharded_parameter(self.bias, group)
+        assert weight is not None
         if self.tokens == "sharded":
             # The weight comes to the tokens: gathering tokens to the weight would send all logits back, L/N * V.
             return ops.zero3_linear(input, weight, bias, group=group.group, config=group.config)
@@ -90,11 +96,13 @@ class VocabParallelLinear(nn.Module):
         hidden [R, K] and targets [R]; logits never exist whole.
         """
         group = self.sequence_group
+        weight, bias = sharded_parameter(self.weight, group), sharded_parameter(self.bias, group)
+        assert weight is not None
         return ops.vocab_parallel_linear_cross_entropy(
             hidden,
             targets,
-            local_parameter(self.weight),
-            local_parameter(self.bias),
+            weight,
+            bias,
             group=group.group,
             tokens=self.tokens,
             ignore_index=ignore_index,

@@ -107,9 +107,7 @@ class SequenceParallelMLP(_MLP):
         """Applies the network to the tokens of all ranks."""
         group, down = self.sequence_group, getattr(self, self.mlp_spec.down)
         weights, biases = self._inner()
-        hidden = self._activated(
-            ops.all_gather_linear(x, weights, biases, group=group.group, config=group.config)
-        )
+        hidden = self._activated(ops.all_gather_linear(x, weights, biases, group=group.group, config=group.config))
         weight, bias = sharded_parameter(down.weight, group), sharded_parameter(down.bias, group)
         assert weight is not None
         return self._dropped(ops.linear_reduce_scatter(hidden, weight, bias, group=group.group, config=group.config))
@@ -125,9 +123,7 @@ class TensorParallelMLP(_MLP):
         """Applies the network to the tokens that all ranks have."""
         group, down = self.sequence_group, getattr(self, self.mlp_spec.down)
         weights, biases = self._inner()
-        hidden = self._activated(
-            ops.column_parallel_linear(x, weights, biases, group=group.group, config=group.config)
-        )
+        hidden = self._activated(ops.column_parallel_linear(x, weights, biases, group=group.group, config=group.config))
         weight, bias = sharded_parameter(down.weight, group), token_parameter(down.bias, group)
         assert weight is not None
         return self._dropped(ops.linear_all_reduce(hidden, weight, bias, group=group.group, config=group.config))

@@ -158,7 +158,5 @@ class SummedParameter(torch.autograd.Function):
         total = all_reduce(
             grad.contiguous(), ctx.over, operator="replicated_parameter", phase="backward", config=ctx.config
         )
-        total = DTensor.from_local(
-            total, ctx.mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride
-        )
+        total = DTensor.from_local(total, ctx.mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride)
         return total, None, None, None

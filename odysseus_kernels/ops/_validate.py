@@ -64,9 +64,6 @@ def check_dim(operator: str, x: Tensor, dim: int) -> int:
     return dim
 
 
-<<<<<<< HEAD
-def _same(operator: str, x: Tensor, other: Tensor, name: str, input_name: str) -> None:
-=======
 def check_experts(
     operator: str, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_shard: Tensor, down_shard: Tensor
 ) -> None:
@@ -113,8 +110,7 @@ def check_experts(
         _same(operator, x, shard, name)
 
 
-def _same(operator: str, x: Tensor, other: Tensor, name: str) -> None:
->>>>>>> moe
+def _same(operator: str, x: Tensor, other: Tensor, name: str, input_name: str = "x") -> None:
     if x.dtype != other.dtype:
         raise ValueError(f"{operator}: expected {name} of {input_name}'s dtype {x.dtype}, got {other.dtype}")
     if x.device != other.device:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.mlp import MLPSpec
+from odysseus_kernels.nn.moe import ExpertsSpec
 from odysseus_kernels.nn.parameters import Cut, distribute_parameter
 from odysseus_kernels.nn.swap import swap_class
 
@@ -19,7 +20,19 @@ __all__ = ["LayerRole", "ModelShape", "ModuleRole", "Part", "PlacementRule", "St
 
 ModuleRole = Literal["attention", "mlp", "experts", "router", "embedding", "norm", "head_norm", "head"]
 LayerRole = Literal[
-    "query", "key", "value", "output", "gate", "up", "down", "experts", "router", "embedding", "norm", "head_norm", "head"
+    "query",
+    "key",
+    "value",
+    "output",
+    "gate",
+    "up",
+    "down",
+    "experts",
+    "router",
+    "embedding",
+    "norm",
+    "head_norm",
+    "head",
 ]
 
 
@@ -98,7 +111,7 @@ class Part:
     role: ModuleRole
     module: nn.Module
     layers: Mapping[LayerRole, nn.Module]
-    spec: AttentionSpec | MLPSpec | None = None
+    spec: AttentionSpec | MLPSpec | ExpertsSpec | None = None
 
 
 def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part], group: SequenceGroup) -> None:
@@ -125,5 +138,7 @@ def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part],
             module.attention_spec = part.spec
         elif isinstance(part.spec, MLPSpec):
             module.mlp_spec = part.spec
+        elif isinstance(part.spec, ExpertsSpec):
+            module.experts_spec = part.spec
         if hasattr(module, "setup_sequence"):
             module.setup_sequence()

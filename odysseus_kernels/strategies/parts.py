@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from torch import nn
 
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.linear import VocabParallelLinear, Zero3Linear
-from odysseus_kernels.nn.moe import Zero3Experts
+from odysseus_kernels.nn.moe import SplitTokensExperts, Zero3Experts, check_experts
 from odysseus_kernels.nn.parameters import Cut
 from odysseus_kernels.nn.replicated import Replicated, ReplicatedHeadNorm
 from odysseus_kernels.strategies.base import LayerRole, ModelShape, ModuleRole, PlacementRule
@@ -61,17 +62,10 @@ def check_divides(name: str, rows: int, ranks: int, what: str) -> None:
         )
 
 
-def check_experts(shape: ModelShape, ranks: int) -> None:
-    """ValueError where ``ranks`` do not divide the experts."""
-    if shape.experts and shape.experts % ranks:
-        raise ValueError(
-            f"expected experts that {ranks} ranks divide, got {shape.experts}: use {_divisors(shape.experts)} ranks"
-        )
-
-
 def check_zero3_mlp(shape: ModelShape, group: SequenceGroup) -> None:
     """ValueError where all ranks cannot share the rows of a feed-forward network, or its experts."""
-    check_experts(shape, group.every_size)
+    if shape.experts:
+        check_experts(shape.experts, group.every_size)
     what = "rows of the ZeRO-3 feed-forward weights"
     if not shape.experts:
         check_divides("intermediate size", shape.intermediate, group.every_size, what)
@@ -81,7 +75,8 @@ def check_zero3_mlp(shape: ModelShape, group: SequenceGroup) -> None:
 def check_tensor_parallel(shape: ModelShape, group: SequenceGroup) -> None:
     """ValueError where the ranks of seq cannot share heads and the intermediate size."""
     check_heads(shape, group.size)
-    check_experts(shape, group.every_size)
+    if shape.experts:
+        check_experts(shape.experts, group.every_size)
     if not shape.experts:
         check_divides("intermediate size", shape.intermediate, group.size, "cut over tensor-parallel ranks")
 
@@ -109,10 +104,12 @@ def common_placements(head: PlacementRule) -> dict[LayerRole, PlacementRule]:
     }
 
 
-def common_modules(head: type[nn.Module]) -> Mapping[ModuleRole, type[nn.Module]]:
+def common_modules(
+    head: type[nn.Module], tokens: Literal["sharded", "replicated"] = "sharded"
+) -> Mapping[ModuleRole, type[nn.Module]]:
     """Classes of the same parts."""
     return {
-        "experts": Zero3Experts,
+        "experts": Zero3Experts if tokens == "sharded" else SplitTokensExperts,
         "router": Replicated,
         "embedding": Replicated,
         "norm": Replicated,

@@ -35,7 +35,7 @@ def _placements(shape: ModelShape, group: SequenceGroup) -> Mapping[LayerRole, P
 
 def _modules(shape: ModelShape, group: SequenceGroup) -> Mapping[ModuleRole, type[nn.Module]]:
     _, head = parts.vocabulary_head(shape, group)
-    return {**parts.common_modules(head), "attention": TensorParallelAttention, "mlp": TensorParallelMLP}
+    return {**parts.common_modules(head, "replicated"), "attention": TensorParallelAttention, "mlp": TensorParallelMLP}
 
 
 TP = Strategy("tp", "replicated", parts.check_tensor_parallel, _placements, _modules)

@@ -7,11 +7,8 @@ it is given, in each visit, and all that comes out.  Values are small integers: 
 from __future__ import annotations
 
 import dataclasses
-import time
-import warnings
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,11 +16,9 @@ from torch import Tensor
 
 import odysseus_kernels as ody
 from odysseus_kernels.comm.exchange import Exchange
-from odysseus_kernels.comm.functional import all_gather, all_to_all
-from odysseus_kernels.comm.groups import dispatch, group_transports
+from odysseus_kernels.comm.groups import group_transports
 from odysseus_kernels.comm.transport import Call, Transport
 from odysseus_kernels.testing.compare import nan_empty
-from odysseus_kernels.testing.faults import Jitter, kill_self
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 

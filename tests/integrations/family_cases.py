@@ -199,7 +199,9 @@ def logits_pair(rank: int, world_size: int, case: Case, other: Case, strategy: s
 def assemble(results: list[dict[str, Any]], name: str, length: int) -> torch.Tensor:
     """[B, L, ...] from what ranks have of it."""
     first = results[0][name]
-    out = first.new_full((first.shape[0], int(max(r["where"].max() for r in results)) + 1, *first.shape[2:]), float("nan"))
+    out = first.new_full(
+        (first.shape[0], int(max(r["where"].max() for r in results)) + 1, *first.shape[2:]), float("nan")
+    )
     for result in results:
         out[:, result["where"]] = result[name]
     return out[:, :length]

@@ -42,7 +42,9 @@ def check(ranks, case, strategy, world_size, ring, settings=None):
         # What padding computes counts nowhere.
         real = case.whole_batch()["attention_mask"].bool()
         logits, truth = logits[real], truth[real]
-    torch.testing.assert_close(logits, truth, rtol=LOGITS_TOLERANCE, atol=LOGITS_TOLERANCE, msg=lambda m: f"{where}: {m}")
+    torch.testing.assert_close(
+        logits, truth, rtol=LOGITS_TOLERANCE, atol=LOGITS_TOLERANCE, msg=lambda m: f"{where}: {m}"
+    )
     gradients = results[0]["gradients"]
     assert gradients.keys() == expected["gradients"].keys(), where
     for name, gradient in expected["gradients"].items():

@@ -81,7 +81,7 @@ def test_head(strategy, changes, size, cut):
         ("odysseus", {"intermediate": 14340}, 4, 2, "an intermediate size that 8 ranks divide .* is 14344"),
         ("ulysses", {"hidden": 4098}, 4, 1, "a hidden size that 4 ranks divide .* got 4098: the next one is 4100"),
         ("ulysses", {"kv_heads": 1, "head_dim": 10}, 4, 1, "a key/value projection that 4 ranks divide .* got 10"),
-        ("odysseus", {"experts": 6}, 4, 1, "experts that 4 ranks divide, got 6: use 1, 2, 3 or 6 ranks"),
+        ("odysseus", {"experts": 6}, 4, 1, "experts that 4 ranks divide .* got 6: use 1, 2, 3 or 6 ranks"),
     ],
 )
 def test_check(strategy, changes, size, ring, match):
@@ -95,4 +95,4 @@ def test_unknown_strategy():
 
 
 def test_batches_are_cut_as_strategies_hold_tokens():
-    assert sequence._TOKENS == {name: strategy.tokens for name, strategy in STRATEGIES.items()}
+    assert {name: strategy.tokens for name, strategy in STRATEGIES.items()} == sequence._TOKENS
