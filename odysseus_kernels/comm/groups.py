@@ -144,9 +144,7 @@ class GroupTransports:
             self._unserved.add(_kind(phase))
         if config.transport == "symmetric" and not self._warned_unserved:
             self._warned_unserved = True
-            warnings.warn(
-                f"{error}; such operators use the process group's collectives", FallbackWarning, stacklevel=3
-            )
+            warnings.warn(f"{error}; such operators use the process group's collectives", FallbackWarning, stacklevel=3)
 
     def collective(self, config: OverlapConfig, device: torch.device) -> CollectiveTransport:
         """The collective transport.
@@ -316,8 +314,9 @@ def dispatch(
     """Calls ``run`` with the transport that ``config`` asks for, and with ``config``, its mode settled.
 
     If the transport finds, on all ranks alike and before anything was sent, that its buffers do not fit, or that it
-    serves no such call, ``run`` is called again with the collective transport.  ``run`` must leave the same behind however often it is called: where
-    the mode is chosen by timing, it is called many times.  ``phase`` says what for; without it there is no choice.
+    serves no such call, ``run`` is called again with the collective transport.  ``run`` must leave the same behind
+    however often it is called: where the mode is chosen by timing, it is called many times.  ``phase`` says what for;
+    without it there is no choice.
     """
     transports = group_transports(group)
     transport = transports.choose(config, device, phase)

@@ -198,6 +198,16 @@ class Call:
     def name(self) -> str:
         return f"{self.operator} ({self.phase})"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie that are communicated."""
+        if self.exchange is not None:
+            return (*self.exchange.own_given(0), *self.exchange.own_made(0))[0].device
+        if self.gather is not None:
+            return self.gather.shard.device
+        assert self.scatter is not None
+        return self.scatter.out.device
+
 
 def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
@@ -324,7 +334,9 @@ class Transport(abc.ABC):
         def copy(source: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
             out[source].copy_(given[0])
 
-        return dataclasses.replace(call, gather=None, scatter=None, exchange=Exchange(copy, addressed=(full,)))
+        exchange = Exchange(copy, addressed=(full,))
+        exchange.check(call.name, self.world)
+        return dataclasses.replace(call, gather=None, scatter=None, exchange=exchange)
 
     def close(self) -> None:
         """Gives back what the transport holds; it cannot be used afterwards."""
