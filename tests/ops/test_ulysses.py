@@ -68,13 +68,14 @@ def test_references(ranks: RankPools, world: int, problem: dict[str, Any]) -> No
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("mode", ("fused", "unfused"))
 def test_bytes_equal_the_formula(ranks: RankPools, mode: str, transport: str, world: int) -> None:
-    """Weights f·Pa forward, 2·f·Pa backward; activations 2·f·(L/N)·(d + κ) each way, κ = N·head_dim for shared heads."""
+    """Weights f·Pa forward, 2·f·Pa backward; activations 2·f·(L/N)·(d + κ) each way.
+
+    κ is N·head_dim where there are fewer key and value heads than ranks.
+    """
     tokens, head_dim, features = 12, 12, 24
     for rings, dtype in ((1, "float32"), (1, "bfloat16"), (2, "float32")):
         size = world // rings
-        for kv_heads in {1, size} - {0}:
-            if size == 0:
-                continue
+        for kv_heads in {1, size} if size else ():
             share = (world - 1) / world * getattr(torch, dtype).itemsize
             inside = (size - 1) / size * getattr(torch, dtype).itemsize
             d, kappa = 2 * size * head_dim, max(size, kv_heads) * head_dim
