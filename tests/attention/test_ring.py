@@ -24,7 +24,7 @@ ODD_PROBLEMS = [
     {"rows": 10, "width": 7},
     {"rows": 7, "layout": "contiguous"},
     {"rows": 1, "layout": "contiguous", "causal": False},
-    {"rows": 2, "window": 1},
+    {"rows": 2, "window": 2},  # with 1 all but the value gradient would be zero
     {"rows": 14, "documents": "scattered"},
     {"rows": 13, "documents": "packed", "causal": False, "layout": "contiguous"},
     {"rows": 22, "documents": "packed", "window": 5},
@@ -55,11 +55,11 @@ def test_odd_shapes(ranks: RankPools, world: int) -> None:
     batch=st.integers(1, 2),
     kv_heads=st.integers(1, 2),
     shared=st.integers(1, 3),
-    half=st.integers(1, 12),
+    half=st.integers(3, 12),
     width=st.integers(4, 17),
     layout=st.sampled_from(("zigzag", "contiguous")),
     documents=st.sampled_from((None, "packed", "scattered")),
-    window=st.one_of(st.none(), st.integers(1, 60)),
+    window=st.one_of(st.none(), st.integers(2, 60)),
     seed=st.integers(0, 2**16),
 )
 def test_any_shape(
