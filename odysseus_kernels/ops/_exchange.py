@@ -17,7 +17,7 @@ __all__ = ["execute_exchange"]
 
 
 def execute_exchange(transport: Transport, call: Call) -> None:
-    """``transport.execute(call)`` for a call with an exchange whose ``addressed`` is empty; unfused where that is asked.
+    """``transport.execute(call)`` of an exchange without ``addressed``, or its unfused twin where the mode asks for it.
 
     Raises:
         CommunicationError: as ``execute`` does.
