@@ -33,6 +33,7 @@ from ._cross_entropy import (
     new_statistics,
     sum_of_losses,
 )
+from ._exchange import execute_exchange
 from ._validate import group_by_name
 
 __all__ = ["Tokens", "vocab_parallel_linear_cross_entropy"]
@@ -128,7 +129,7 @@ def _forward(
 
         def run(transport: Transport, settled: OverlapConfig) -> None:
             exchange = Exchange(visit, shared=shared, received=(statistics,))
-            transport.execute(Call(_NAME, "forward", settled, exchange=exchange))
+            execute_exchange(transport, Call(_NAME, "forward", settled, exchange=exchange))
 
         phase = loss_phase(_NAME, "forward", hidden.shape[0] * world, weight, hidden.nbytes, 0)
         dispatch(group, config, hidden.device, run, phase)
@@ -218,7 +219,7 @@ def _backward(
             dweight.zero_()
             dbias.zero_()
             exchange = Exchange(visit, shared=shared, sums=sums)
-            transport.execute(Call(_NAME, "backward", settled, exchange=exchange))
+            execute_exchange(transport, Call(_NAME, "backward", settled, exchange=exchange))
 
         rows = hidden.shape[0] * group.size()
         phase = loss_phase(_NAME, "backward", rows, weight, hidden.nbytes, dhidden.nbytes)

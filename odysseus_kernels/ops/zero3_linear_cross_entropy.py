@@ -30,6 +30,7 @@ from ._cross_entropy import (
     new_statistics,
     sum_of_losses,
 )
+from ._exchange import execute_exchange
 from ._validate import group_by_name
 
 __all__ = ["zero3_linear_cross_entropy"]
@@ -120,7 +121,7 @@ def _forward(
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         statistics.fill_(-torch.inf)
-        transport.execute(Call(_NAME, "forward", settled, exchange=Exchange(visit, shared=shared)))
+        execute_exchange(transport, Call(_NAME, "forward", settled, exchange=Exchange(visit, shared=shared)))
 
     phase = loss_phase(_NAME, "forward", hidden.shape[0] * group.size(), weight_shard, weight_shard.nbytes, 0)
     dispatch(group, config, hidden.device, run, phase)
@@ -202,7 +203,9 @@ def _backward(
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         dhidden.zero_()
-        transport.execute(Call(_NAME, "backward", settled, exchange=Exchange(visit, shared=shared, sums=sums)))
+        execute_exchange(
+            transport, Call(_NAME, "backward", settled, exchange=Exchange(visit, shared=shared, sums=sums))
+        )
 
     nbytes = sum(part.nbytes for part in sums)
     phase = loss_phase(_NAME, "backward", hidden.shape[0] * group.size(), weight_shard, weight_shard.nbytes, nbytes)

@@ -78,7 +78,7 @@ def test_bytes_equal_the_formula(ranks: RankPools, kind: str, world: int) -> Non
         ("collective", "unfused", "float32", False),
     ):
         size = getattr(torch, dtype).itemsize
-        for counted in ranks(world).run(cases.traffic, kind, transport if world > 1 else "local", mode, dtype, bias):
+        for counted in ranks(world).run(cases.traffic, kind, transport, mode, dtype, bias):
             assert counted == (formula(kind, world, size, bias) if world > 1 else {})
 
 
