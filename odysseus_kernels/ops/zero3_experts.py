@@ -45,7 +45,8 @@ def zero3_experts(
     N ranks, each with its own T tokens of width d; E experts of width i, of which rank r holds those from r·E/N on;
     each token goes to k of them.  With gate and up the halves of expert e's rows of gate_up:
 
-    forward:           h = act(x @ gate[e].T) · (x @ up[e].T);  y [T, d] = sum over a token's e of weight · h @ down[e].T
+    hidden state:      h = act(x @ gate[e].T) · (x @ up[e].T) of a token and each of its experts e
+    forward:           y [T, d] = sum over a token's experts e of weight · h @ down[e].T
     input gradient:    dx [T, d], with all experts visited again
     weight gradients:  dgate_up, ddown = RS(of each rank's tokens), added in fp32; zero for an expert without tokens
     routing gradient:  dweights [T, k]
@@ -206,9 +207,8 @@ def _backward(
     routing = Routing.of(top_k_index, top_k_weights, held * world, wide)
     dx = x.new_empty(x.shape, dtype=wide) if input_needed else None
     dweight = x.new_empty(top_k_index.numel(), dtype=wide) if routing_needed else None
-    empty = x.new_empty(0)
-    dgate_up = gate_up_shard.new_empty(gate_up_shard.shape) if gate_up_needed else empty
-    ddown = down_shard.new_empty(down_shard.shape) if down_needed else empty
+    dgate_up = gate_up_shard.new_empty(gate_up_shard.shape if gate_up_needed else (0,))
+    ddown = down_shard.new_empty(down_shard.shape if down_needed else (0,))
     # What nobody's product needs does not travel.
     gathers_gate_up, gathers_down = input_needed, input_needed or routing_needed or gate_up_needed
     shared = tuple(
@@ -248,11 +248,11 @@ def _backward(
 
     flops = 2 * top_k_index.numel() * sum(shard[0].numel() for shard in (*shared, *sums))
     dispatch(group, config, x.device, run, _phase("backward", x.dtype, flops, shared, sums))
-    drouting = empty
+    drouting = top_k_weights.new_empty(0)
     if dweight is not None:
         drouting = torch.empty_like(dweight).index_copy_(0, routing.pair, dweight)
         drouting = drouting.to(top_k_weights.dtype).view(top_k_weights.shape)
-    return [empty if dx is None else dx.to(x.dtype), drouting, dgate_up, ddown]
+    return [x.new_empty(0) if dx is None else dx.to(x.dtype), drouting, dgate_up, ddown]
 
 
 @_backward.register_fake
