@@ -10,6 +10,7 @@ One global tensor of S elements costs each of the ranks P that share it
 ``all_gather, reduce_scatter``   (P - 1) / P * S
 ``all_reduce``                   2 * (P - 1) * ceil(S / P): it is padded to a multiple of P
 ``all_to_all``                   (P - 1) / P * S / P
+``send_recv``                    (P - 1) / P * S: each rank's part to every other one, one after another
 ================================ ==================================================================================
 
 Where they come from, all activations over seq:
@@ -204,15 +205,15 @@ def _attention(
     if strategy == "ulysses":
         for phase in ("forward", "backward"):
             # Each rank sends each other one its heads of this rank's tokens, and gets back tokens of its own heads.
-            ledger.shard(phase, "linear_to_heads", "all_to_all", world, own * (shape.query + 2 * used) // world)
-            ledger.shard(phase, "heads_to_linear", "all_to_all", world, own * shape.query // world)
+            ledger.shard(phase, "linear_all_to_all", "all_to_all", world, own * (shape.query + 2 * used) // world)
+            ledger.shard(phase, "all_to_all_linear", "all_to_all", world, own * shape.query // world)
         for width in widths:
-            ledger.zero3("linear_to_heads", everyone, width * d)
+            ledger.zero3("linear_all_to_all", everyone, width * d)
             if shape.qkv_bias:
-                ledger.zero3_bias("linear_to_heads", everyone, width)
-        ledger.zero3("heads_to_linear", everyone, shape.query * d)
+                ledger.zero3_bias("linear_all_to_all", everyone, width)
+        ledger.zero3("all_to_all_linear", everyone, shape.query * d)
         if shape.out_bias:
-            ledger.zero3_bias("heads_to_linear", everyone, d)
+            ledger.zero3_bias("all_to_all_linear", everyone, d)
     else:
         _gathered(ledger, strategy, world, own * d, gathered)
         _scattered(ledger, strategy, world, own * d)
@@ -227,9 +228,8 @@ def _attention(
         if shape.out_bias:
             ledger.replicated(ring, d)
     keys_and_values = 2 * (tokens // ring) * used // world
-    ledger.shard("forward", "ring_attention", "all_gather", ring, keys_and_values)
-    ledger.shard("backward", "ring_attention", "all_gather", ring, keys_and_values)
-    ledger.shard("backward", "ring_attention", "reduce_scatter", ring, keys_and_values)
+    ledger.shard("forward", "ring_attention", "send_recv", ring, keys_and_values)
+    ledger.shard("backward", "ring_attention", "send_recv", ring, 2 * keys_and_values)  # and their gradients
 
 
 def _gathered(ledger: _Ledger, strategy: str, world: int, shard: int, gathered: str) -> None:
@@ -274,9 +274,7 @@ def _feed_forward(
         ledger.replicated(ring, d)
 
 
-def replicated_traffic(
-    elements: int, strategy: str, world: int, *, ring: int = 1, element_size: int = 4
-) -> Traffic:
+def replicated_traffic(elements: int, strategy: str, world: int, *, ring: int = 1, element_size: int = 4) -> Traffic:
     """Bytes for the gradient of a parameter that every rank holds whole and uses for its own tokens.
 
     That is an embedding, or the norm behind the last layer.
@@ -286,9 +284,7 @@ def replicated_traffic(
     return ledger.result()
 
 
-def head_traffic(
-    vocabulary: int, hidden: int, world: int, *, ring: int = 1, element_size: int = 4
-) -> Traffic:
+def head_traffic(vocabulary: int, hidden: int, world: int, *, ring: int = 1, element_size: int = 4) -> Traffic:
     """Bytes for a ZeRO-3 head [vocabulary, hidden] on each rank's tokens (``"ulysses"`` and ``"odysseus"``)."""
     ledger = _Ledger(element_size)
     ledger.zero3("zero3_linear", ring * world, vocabulary * hidden)
