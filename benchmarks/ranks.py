@@ -21,7 +21,7 @@ from benchmarks.measure import slowest_rank, take_turns
 from benchmarks.memory import measure_memory
 from benchmarks.workload import TRANSPORTS, Workload
 
-__all__ = ["Settings", "run_rows"]
+__all__ = ["Settings", "run_rows", "with_progress"]
 
 WARM_UP_ROUNDS = 2
 
@@ -47,7 +47,7 @@ def run_rows(rank: int, world_size: int, settings: Settings) -> list[dict[str, A
     else:
         torch.cuda.set_device(device)
     measure = measure_memory if settings.memory else measure_time
-    return [measure(case, settings, device) for case in _with_progress(settings.rows, visible=rank == 0)]
+    return [measure(case, settings, device) for case in with_progress(settings.rows, visible=rank == 0)]
 
 
 def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _worst_rank(errors: dict[str, dict[str, float]]) -> dict[str, dict[str, floa
     return result
 
 
-def _with_progress(rows: Sequence[Case], *, visible: bool) -> Iterator[Case]:
+def with_progress(rows: Sequence[Row], *, visible: bool) -> Iterator[Row]:
     """The rows, with a bar on a terminal and a line for each row elsewhere."""
     console = Console(file=sys.stderr)
     if visible and console.is_terminal:

@@ -338,7 +338,7 @@ def saved(
     beyond = {"tp": 4 * (rows - own) * d, "ulysses": own * shape.query}.get(strategy, 0)
     if gathered == "save":
         beyond += {"tp_sp": 2, "odysseus": 1}.get(strategy, 0) * (world - 1) * own * d
-    # In fp32 the normalised input.  In other types that and the input in fp32, which is then kept in place of the input.
+    # In fp32 the normalised input; in other types that, and the input in fp32 in place of the input.
     norms = 2 * rows * 4 * (d + 1) if stock_norms else 0
     return {
         "activations": activations * element_size,
