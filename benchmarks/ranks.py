@@ -9,7 +9,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,14 @@ from benchmarks.workload import TRANSPORTS, Workload
 __all__ = ["Settings", "run_rows", "with_progress"]
 
 WARM_UP_ROUNDS = 2
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=_Named)
 
 
 @dataclasses.dataclass(frozen=True)
