@@ -5,6 +5,9 @@ Starts its own ranks, or is one when torchrun started it.  Every row has the ope
 communication alone, and the operator unfused and fused on each transport, beside a twin of raw torch collectives.  A
 result that is wrong has no time.  Writes all samples to benchmarks/results/<machine>/ and a plot beside them.
 
+``--level layer`` and ``--level model`` measure a decoder layer, or a small whole model, under every strategy, beside
+its compute without communication and what a user would pick instead (``layers.py``).
+
 With ``--device cuda`` and a single GPU, one rank of eight is measured against emulated links instead, in bfloat16
 (``emulated.py``): --ranks, --threads, --dtype, --transports and --full are for real ranks.
 """
@@ -27,12 +30,13 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the script runs from a checkout, installed or not
 
 # What draws and prints is imported where it is used: a run on one GPU does without rich and matplotlib.
-from benchmarks import emulated, machine
+from benchmarks import emulated, layer_run, machine
 from benchmarks.cases import Size, make_cases
 from benchmarks.workload import TRANSPORTS
 from odysseus_kernels.testing.spawn import RankPool, RanksFailedError
 
 if TYPE_CHECKING:
+    from benchmarks.layer_ranks import LayerSettings
     from benchmarks.ranks import Settings
 
 SCHEMA = 1
@@ -57,12 +61,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
     parser.add_argument("--output", type=Path, help="folder of the results (default benchmarks/results/<machine>)")
     emulated.add_options(parser)
+    layer_run.add_options(parser)
     parser.set_defaults(load_before=os.getloadavg()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="short shapes, fewer rounds: under a minute on two cores")
     size.add_argument("--full", action="store_true", help="the models' true widths: long, and gigabytes for each rank")
     parsed = parser.parse_args(arguments)
     parsed.size = "quick" if parsed.quick else "full" if parsed.full else "default"
+    layer_run.check_options(parser, parsed)
     alone = parsed.device == "cuda" and "RANK" not in os.environ and torch.cuda.device_count() < 2
     parsed.emulated = alone and not parsed.memory
     if parsed.repeats is None and not parsed.emulated:
@@ -74,8 +80,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
-def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings:
+def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings | LayerSettings:
     """What ranks are told.  ValueError if no row is left."""
+    if arguments.level != "operator":
+        return layer_run.make_layer_settings(arguments, world_size)
     from benchmarks.ranks import Settings
 
     size: Size = arguments.size
@@ -93,14 +101,9 @@ def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence
     """Everything that is written to the JSON file."""
     from benchmarks import report
 
-    if arguments.memory:
-        rows, verdicts = list(rows), report.judge_memory(rows)
-    else:
-        rows = [report.summarize(row) for row in rows]
-        verdicts = report.judge(rows)
     names = ("threads", "dtype", "repeats", "cases", "transports", "device", "size")
     given = {"ranks": world_size, **{name: getattr(arguments, name) for name in names}}
-    return {
+    common = {
         "schema": SCHEMA,
         "kind": "memory" if arguments.memory else "overlap",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -109,9 +112,15 @@ def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence
         "versions": machine.versions(),
         "commit": machine.commit(),
         "arguments": given,
-        "rows": rows,
-        "targets": verdicts,
     }
+    if arguments.level != "operator":
+        return layer_run.make_layer_document(arguments, rows, common)
+    if arguments.memory:
+        rows, verdicts = list(rows), report.judge_memory(rows)
+    else:
+        rows = [report.summarize(row) for row in rows]
+        verdicts = report.judge(rows)
+    return {**common, "rows": rows, "targets": verdicts}
 
 
 def print_document(document: dict[str, Any]) -> None:
@@ -130,7 +139,7 @@ def print_document(document: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     notes = []
-    if document["kind"] == "overlap":  # limits of memory hold for all shapes and ranks
+    if document["kind"] != "memory":  # limits of memory hold for all shapes and ranks
         if given["size"] == "quick":
             notes.append("quick: shapes are shorter than the contract's")
         if (given["ranks"], given["threads"], given["dtype"]) != (2, 1, "float32"):
@@ -145,6 +154,9 @@ def print_document(document: dict[str, Any]) -> None:
         return
     contract = (given["ranks"], given["threads"], given["dtype"]) == (2, 1, "float32")
     judged = contract and given["size"] != "quick"
+    if document["kind"] != "overlap":
+        layer_run.print_document(console, document, note=note, judged=judged)
+        return
     report.print_time(console, document["rows"], document["targets"], note=note, judged=judged)
 
 
@@ -156,11 +168,23 @@ def write(document: dict[str, Any], folder: Path) -> list[Path]:
     path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
     if document["kind"] == "memory":
         return [path]
-    from benchmarks import plot
+    from benchmarks import layer_plot, plot
 
     image = path.with_suffix(".png")
-    plot.draw(document, image)
+    draw = plot.draw if document["kind"] == "overlap" else layer_plot.draw
+    draw(document, image)
     return [path, image]
+
+
+def measure_rows(rank: int, world_size: int, settings: Settings | LayerSettings) -> list[dict[str, Any]]:
+    """What each rank runs."""
+    from benchmarks.ranks import Settings, run_rows
+
+    if isinstance(settings, Settings):
+        return run_rows(rank, world_size, settings)
+    from benchmarks.layer_ranks import run_layer_rows
+
+    return run_layer_rows(rank, world_size, settings)
 
 
 def _finite(value: Any) -> Any:
@@ -183,13 +207,11 @@ def finish(arguments: argparse.Namespace, world_size: int, rows: Sequence[dict[s
 
 def run_under_torchrun(arguments: argparse.Namespace) -> int:
     """This process is one rank."""
-    from benchmarks.ranks import run_rows
-
     torch.set_num_threads(arguments.threads)
     dist.init_process_group("gloo" if arguments.device == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        rows = run_rows(rank, world_size, make_settings(arguments, world_size))
+        rows = measure_rows(rank, world_size, make_settings(arguments, world_size))
         return finish(arguments, world_size, rows) if rank == 0 else 0
     finally:
         dist.destroy_process_group()
@@ -205,8 +227,6 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is false", file=sys.stderr)
         return 2
-    from benchmarks.ranks import run_rows
-
     try:
         settings = make_settings(arguments, arguments.ranks)
     except ValueError as error:
@@ -215,13 +235,17 @@ def main() -> int:
     count = len(settings.rows)
     print(f"{count} rows on {arguments.ranks} ranks; {arguments.size} shapes", file=sys.stderr, flush=True)
     backend = "gloo" if arguments.device == "cpu" else "cpu:gloo,cuda:nccl"
-    environment = {"KINETO_LOG_LEVEL": "99"} if arguments.memory else {}  # else the profiler greets for each call
+    # Else the profiler, which counts memory, greets for each call.
+    environment = {"KINETO_LOG_LEVEL": "99"} if arguments.memory or arguments.level != "operator" else {}
+    # Ranks import what they run by its module's name, which this file has not while it is the program.
+    from benchmarks.overlap import measure_rows as run
+
     pool = RankPool(
         arguments.ranks, threads=arguments.threads, timeout=RUN_LIMIT_S, backend=backend, environment=environment
     )
     with pool:
         try:
-            rows = pool.run(run_rows, settings)[0]
+            rows = pool.run(run, settings)[0]
         except RanksFailedError as error:
             print(error, file=sys.stderr)
             return 1

@@ -9,7 +9,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,17 @@ from benchmarks.measure import slowest_rank, take_turns
 from benchmarks.memory import measure_memory
 from benchmarks.workload import TRANSPORTS, Workload
 
-__all__ = ["Settings", "run_rows"]
+__all__ = ["Settings", "run_rows", "with_progress"]
 
 WARM_UP_ROUNDS = 2
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=_Named)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +55,7 @@ def run_rows(rank: int, world_size: int, settings: Settings) -> list[dict[str, A
     else:
         torch.cuda.set_device(device)
     measure = measure_memory if settings.memory else measure_time
-    return [measure(case, settings, device) for case in _with_progress(settings.rows, visible=rank == 0)]
+    return [measure(case, settings, device) for case in with_progress(settings.rows, visible=rank == 0)]
 
 
 def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[str, Any]:
@@ -110,7 +118,7 @@ def _worst_rank(errors: dict[str, dict[str, float]]) -> dict[str, dict[str, floa
     return result
 
 
-def _with_progress(rows: Sequence[Case], *, visible: bool) -> Iterator[Case]:
+def with_progress(rows: Sequence[Row], *, visible: bool) -> Iterator[Row]:
     """The rows, with a bar on a terminal and a line for each row elsewhere."""
     console = Console(file=sys.stderr)
     if visible and console.is_terminal:

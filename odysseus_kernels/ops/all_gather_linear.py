@@ -347,7 +347,8 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, biases, has_bias, ctx.group_name, ctx.dim, ctx.config_key, keep = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[-1] if keep else None, *weights)
+    # What was gathered holds x.
+    ctx.save_for_backward(None if keep else x, output[-1] if keep else None, *weights)
     ctx.shapes = [one.shape for one in output[:-1]]
     ctx.weights_needed = [one.requires_grad for one in weights]
     needed = iter([one.requires_grad for one in biases])
@@ -357,6 +358,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     x, gathered, *weights = ctx.saved_tensors
+    if x is None:
+        group = group_by_name(ctx.group_name)
+        rows = gathered.shape[ctx.dim] // group.size()
+        x = gathered.narrow(ctx.dim, group.rank() * rows, rows)
     incoming = [x.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=False)]
     dx, *rest = torch.ops.odysseus.all_gather_linear_backward(
         incoming,

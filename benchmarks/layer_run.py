@@ -1,0 +1,112 @@
+"""``--level layer`` and ``--level model`` of overlap.py: options, settings, document, output."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.layers import Variant, make_layer_cases, make_variants
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from benchmarks.layer_ranks import LayerSettings
+
+__all__ = ["LEVELS", "add_options", "check_options", "make_layer_document", "make_layer_settings", "print_document"]
+
+LEVELS = ("operator", "layer", "model")
+_REPEATS = {"quick": 3, "default": 5, "full": 5}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of these levels."""
+    group = parser.add_argument_group("levels of layers and models (CPU ranks)")
+    group.add_argument(
+        "--level",
+        choices=LEVELS,
+        default="operator",
+        help="operators alone, one decoder layer under each strategy beside what a user would pick instead, or a small "
+        "whole model",
+    )
+    group.add_argument("--strategies", nargs="+", metavar="NAME", help="of those that the package has (default: all)")
+    group.add_argument("--ring", type=int, default=1, metavar="R", help="also each strategy across R ring ranks")
+    group.add_argument(
+        "--gathered", nargs="+", choices=("regather", "save"), default=["regather"], help="what backward keeps"
+    )
+    group.add_argument("--no-peers", action="store_true", help="leave out torch's own parallelism")
+
+
+def check_options(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
+    """Ends the program with usage where options do not go together; sets the default number of rounds."""
+    if parsed.level == "operator":
+        if parsed.ring != 1 or parsed.strategies or parsed.no_peers:
+            parser.error("--ring, --strategies and --no-peers: expected --level layer or model beside them")
+        return
+    if parsed.device != "cpu":
+        parser.error(f"--level {parsed.level}: expected --device cpu, got {parsed.device}")
+    if parsed.memory:
+        parser.error(f"--level {parsed.level}: shows memory beside the times; leave out --memory")
+    ranks = int(os.environ.get("WORLD_SIZE", parsed.ranks))
+    if parsed.ring < 1 or ranks % parsed.ring:
+        parser.error(f"--ring: expected a number that divides the {ranks} ranks, got {parsed.ring}")
+    if parsed.repeats is None:
+        parsed.repeats = _REPEATS[parsed.size]
+
+
+def _known() -> list[str]:
+    from odysseus_kernels.strategies import STRATEGIES
+
+    return list(STRATEGIES)
+
+
+def make_layer_settings(arguments: argparse.Namespace, world_size: int) -> LayerSettings:
+    """What ranks are told.
+
+    Raises:
+        ValueError: no case is left, or a strategy that the package does not have.
+    """
+    from benchmarks import peers
+    from benchmarks.layer_ranks import LayerSettings
+
+    known = _known()
+    strategies = arguments.strategies or known
+    for name in strategies:
+        if name not in known:
+            raise ValueError(f"--strategies: expected some of {known}, got {name!r}")
+    present = [] if arguments.no_peers else peers.present_peers(arguments.level)
+    variants: list[Variant] = make_variants(
+        strategies, arguments.transports, ring=arguments.ring, gathered=arguments.gathered, peers=present
+    )
+    cases = make_layer_cases(arguments.level, world_size, arguments.size, arguments.cases, ring=arguments.ring)
+    return LayerSettings(tuple(cases), tuple(variants), arguments.dtype, arguments.repeats)
+
+
+def make_layer_document(
+    arguments: argparse.Namespace, rows: Sequence[dict[str, Any]], common: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that is written to the JSON file; ``common`` says where and when."""
+    from benchmarks import layer_report, peers
+
+    summarized = [layer_report.summarize_layer({**row, "dtype": arguments.dtype}) for row in rows]
+    names = ("level", "ring", "gathered", "strategies")
+    given = {**common["arguments"], **{name: getattr(arguments, name) for name in names}}
+    return {
+        **common,
+        "kind": arguments.level,
+        "arguments": given,
+        "absent": {} if arguments.no_peers else peers.absent_peers(arguments.level),
+        "all_to_all": None if arguments.no_peers else peers.describe_ulysses(),
+        "rows": summarized,
+        "targets": layer_report.judge_layers(summarized),
+    }
+
+
+def print_document(console: Console, document: dict[str, Any], *, note: str, judged: bool) -> None:
+    """The tables."""
+    from benchmarks import layer_report
+
+    if document["all_to_all"]:
+        console.print(f"FSDP2 + Ulysses: the all-to-all is that of {document['all_to_all']}", soft_wrap=True)
+    layer_report.print_layers(console, document, note=note, judged=judged)

@@ -1,0 +1,348 @@
+"""What one decoder layer sends and keeps on each rank, in whole bytes: COMMUNICATION formulas, operator by operator.
+
+L tokens of the whole sequence times batch, R ring ranks outside of N seq ranks, W = R * N ranks in all, s = L / W
+tokens of each rank, T = L / R tokens of each ring rank.  d hidden size, q and k widths of all query and key/value heads
+together, i intermediate size, m = 3 matrices in a gated feed-forward network and 2 in a plain one.
+
+One global tensor of S elements costs each of the ranks P that share it
+
+================================ ==================================================================================
+``all_gather, reduce_scatter``   (P - 1) / P * S
+``all_reduce``                   2 * (P - 1) * ceil(S / P): it is padded to a multiple of P
+``all_to_all``                   (P - 1) / P * S / P
+``send_recv``                    (P - 1) / P * S: each rank's part to every other one, one after another
+================================ ==================================================================================
+
+Where they come from, all activations over seq:
+
+============= ============================================ =======================================================
+strategy      forward                                      backward
+============= ============================================ =======================================================
+tp            2 all_reduce of [T, d]                       2 all_reduce of [T, d]
+tp_sp         2 all_gather, 2 reduce_scatter of [T, d]     the same, and 2 all_gather more with ``"regather"``
+odysseus      1 all_gather, 1 reduce_scatter of [T, d];    the same, and 1 all_gather more with ``"regather"``;
+              all_gather of m*d*i                          all_gather and reduce_scatter of m*d*i
+ulysses       all_to_all of [T, 2q + 2k];                  all_to_all of [T, 2q + 2k];
+              all_gather of all weights                    all_gather and reduce_scatter of all weights
+============= ============================================ =======================================================
+
+ZeRO-3 weights are cut over all W ranks.  Weights that are cut over seq have copies on the ring, whose gradients are
+all-reduced over it; those of norms, over the ranks that hold different tokens.  Ring attention sends k and v to R - 1
+peers forward, and again in backward, where their partial gradients return.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Literal
+
+__all__ = ["STRATEGIES", "LayerShape", "Traffic", "head_traffic", "replicated_traffic", "saved", "traffic"]
+
+STRATEGIES = ("tp", "tp_sp", "ulysses", "odysseus")
+"""Strategies that have formulas."""
+
+Traffic = dict[tuple[str, str, str], int]
+"""Bytes that one rank sends by (phase, operator, collective), as :class:`~odysseus_kernels.CommRecorder` names them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one decoder layer with two norms.
+
+    Attributes:
+        hidden: width of the residual stream, d.
+        intermediate: width inside the feed-forward network, i.
+        heads, kv_heads, head_dim: of attention.
+        gated: whether the feed-forward network has a gate (m = 3).
+        qkv_bias, out_bias, mlp_bias: which projections have biases.
+        norm_bias: whether norms have a bias.
+        qk_norm: whether queries and keys have norms over ``head_dim``.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    gated: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    norm_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def query(self) -> int:
+        """Width of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_value(self) -> int:
+        """Width of all key heads, and of all value heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def inner(self) -> int:
+        """Number of projections to the intermediate size."""
+        return 2 if self.gated else 1
+
+    def used_key_value(self, world: int) -> int:
+        """Width of all ranks' key heads together: more than ``key_value`` where ranks share a head."""
+        return max(self.kv_heads, world) * self.head_dim
+
+
+def _check(shape: LayerShape, strategy: str, world: int, ring: int, tokens: int, gathered: str) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {STRATEGIES}, got {strategy!r}")
+    if gathered not in ("regather", "save"):
+        raise ValueError(f'gathered: expected "regather" or "save", got {gathered!r}')
+    if min(world, ring, tokens) < 1:
+        raise ValueError(f"expected world, ring and tokens of at least 1, got {world}, {ring} and {tokens}")
+    if tokens % (world * ring):
+        raise ValueError(f"tokens: expected a multiple of {ring} x {world} ranks (padding included), got {tokens}")
+    if shape.heads % world or (shape.kv_heads % world and world % shape.kv_heads):
+        raise ValueError(
+            f"world: expected ranks that divide {shape.heads} query heads, and divide {shape.kv_heads} key/value heads "
+            f"or are a multiple of them, got {world}"
+        )
+
+
+class _Ledger:
+    """Adds up bytes; ``size`` is the bytes of an element."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.bytes: Counter[tuple[str, str, str]] = Counter()
+
+    def shard(self, phase: str, operator: str, collective: str, ranks: int, elements: int) -> None:
+        """``elements`` of one rank's part, sent to each of the others or received from them."""
+        if ranks > 1:
+            self.bytes[phase, operator, collective] += (ranks - 1) * elements * self.size
+
+    def all_reduce(self, phase: str, operator: str, ranks: int, elements: int) -> None:
+        self.shard(phase, operator, "all_reduce", ranks, 2 * -(-elements // ranks))
+
+    def replicated(self, ranks: int, elements: int) -> None:
+        """The gradient of a parameter of which ``ranks`` ranks hold the same part."""
+        self.all_reduce("backward", "replicated_parameter", ranks, elements)
+
+    def zero3(self, operator: str, ranks: int, elements: int) -> None:
+        """A weight of ``elements`` cut over ``ranks``: gathered twice, its gradient reduced once."""
+        rows = _part(elements, ranks)
+        self.shard("forward", operator, "all_gather", ranks, rows)
+        self.shard("backward", operator, "all_gather", ranks, rows)
+        self.shard("backward", operator, "reduce_scatter", ranks, rows)
+
+    def zero3_bias(self, operator: str, ranks: int, elements: int) -> None:
+        """A bias that is cut like its ZeRO-3 weight: gathered once; its gradient travels in the accumulator's type."""
+        rows = _part(elements, ranks)
+        self.shard("forward", operator, "all_gather", ranks, rows)
+        if ranks > 1:
+            self.bytes["backward", operator, "reduce_scatter"] += (ranks - 1) * rows * max(self.size, 4)
+
+    def result(self) -> Traffic:
+        return dict(self.bytes)
+
+
+def _part(elements: int, ranks: int) -> int:
+    if elements % ranks:
+        raise ValueError(f"expected a parameter whose {elements} elements {ranks} ranks divide")
+    return elements // ranks
+
+
+def traffic(
+    shape: LayerShape,
+    strategy: str,
+    world: int,
+    *,
+    tokens: int,
+    ring: int = 1,
+    gathered: Literal["regather", "save"] = "regather",
+    element_size: int = 4,
+    checkpointing: bool = False,
+) -> Traffic:
+    """Bytes that each rank sends for forward and backward of one decoder layer, all gradients included.
+
+    Args:
+        shape: the layer.
+        strategy: one of :data:`STRATEGIES`.
+        world: ranks N of seq.
+        tokens: L, batch and padding included.
+        ring: ranks R of ring.
+        gathered: as in :class:`~odysseus_kernels.OverlapConfig`.
+        element_size: bytes of an element of activations and parameters.
+        checkpointing: whether the whole layer is recomputed in backward: its forward then counts twice.
+
+    Returns:
+        Only what is not zero.
+
+    Raises:
+        ValueError: sizes that the ranks do not divide, or an unknown strategy.
+    """
+    _check(shape, strategy, world, ring, tokens, gathered)
+    ledger = _Ledger(element_size)
+    _attention(ledger, shape, strategy, world, ring, tokens, gathered)
+    _feed_forward(ledger, shape, strategy, world, ring, tokens, gathered)
+    different = ring * (1 if strategy == "tp" else world)  # ranks that hold different tokens
+    for elements in (shape.hidden, shape.hidden) * (2 if shape.norm_bias else 1):
+        ledger.replicated(different, elements)
+    if shape.qk_norm:
+        for _ in range(2):
+            ledger.replicated(ring * world, shape.head_dim)
+    if checkpointing:
+        ledger.bytes.update({key: count for key, count in ledger.bytes.items() if key[0] == "forward"})
+    return ledger.result()
+
+
+def _attention(
+    ledger: _Ledger, shape: LayerShape, strategy: str, world: int, ring: int, tokens: int, gathered: str
+) -> None:
+    d, everyone = shape.hidden, ring * world
+    own = tokens // everyone
+    used = shape.used_key_value(world)
+    widths = (shape.query, shape.key_value, shape.key_value)
+    if strategy == "ulysses":
+        for phase in ("forward", "backward"):
+            # Each rank sends each other one its heads of this rank's tokens, and gets back tokens of its own heads.
+            ledger.shard(phase, "linear_all_to_all", "all_to_all", world, own * (shape.query + 2 * used) // world)
+            ledger.shard(phase, "all_to_all_linear", "all_to_all", world, own * shape.query // world)
+        for width in widths:
+            ledger.zero3("linear_all_to_all", everyone, width * d)
+            if shape.qkv_bias:
+                ledger.zero3_bias("linear_all_to_all", everyone, width)
+        ledger.zero3("all_to_all_linear", everyone, shape.query * d)
+        if shape.out_bias:
+            ledger.zero3_bias("all_to_all_linear", everyone, d)
+    else:
+        _gathered(ledger, strategy, world, own * d, gathered)
+        _scattered(ledger, strategy, world, own * d)
+        shares_heads = shape.kv_heads % world != 0  # then every rank holds key and value weights whole
+        for width, whole in zip(widths, (False, shares_heads, shares_heads), strict=True):
+            for elements in (width * d, width) if shape.qkv_bias else (width * d,):
+                if whole:
+                    ledger.replicated(everyone, elements)
+                else:
+                    ledger.replicated(ring, elements // world)
+        ledger.replicated(ring, shape.query * d // world)
+        if shape.out_bias:
+            ledger.replicated(ring, d)
+    keys_and_values = 2 * (tokens // ring) * used // world
+    ledger.shard("forward", "ring_attention", "send_recv", ring, keys_and_values)
+    ledger.shard("backward", "ring_attention", "send_recv", ring, 2 * keys_and_values)  # and their gradients
+
+
+def _gathered(ledger: _Ledger, strategy: str, world: int, shard: int, gathered: str) -> None:
+    """Column-parallel projections of an input of ``shard`` elements on each rank."""
+    if strategy == "tp":
+        ledger.all_reduce("backward", "column_parallel_linear", world, shard * world)
+        return
+    ledger.shard("forward", "all_gather_linear", "all_gather", world, shard)
+    ledger.shard("backward", "all_gather_linear", "reduce_scatter", world, shard)
+    if gathered == "regather":
+        ledger.shard("backward", "all_gather_linear", "all_gather", world, shard)
+
+
+def _scattered(ledger: _Ledger, strategy: str, world: int, shard: int) -> None:
+    """A row-parallel projection with an output of ``shard`` elements on each rank."""
+    if strategy == "tp":
+        ledger.all_reduce("forward", "linear_all_reduce", world, shard * world)
+        return
+    ledger.shard("forward", "linear_reduce_scatter", "reduce_scatter", world, shard)
+    ledger.shard("backward", "linear_reduce_scatter", "all_gather", world, shard)
+
+
+def _feed_forward(
+    ledger: _Ledger, shape: LayerShape, strategy: str, world: int, ring: int, tokens: int, gathered: str
+) -> None:
+    d, i, everyone = shape.hidden, shape.intermediate, ring * world
+    widths = [i] * shape.inner
+    if strategy in ("ulysses", "odysseus"):
+        for width in (*widths, d):
+            ledger.zero3("zero3_linear", everyone, d * i)
+            if shape.mlp_bias:
+                ledger.zero3_bias("zero3_linear", everyone, width)
+        return
+    own = tokens // everyone
+    _gathered(ledger, strategy, world, own * d, gathered)
+    _scattered(ledger, strategy, world, own * d)
+    for width in widths:
+        for elements in (width * d, width) if shape.mlp_bias else (width * d,):
+            ledger.replicated(ring, _part(elements, world))
+    ledger.replicated(ring, _part(i * d, world))
+    if shape.mlp_bias:
+        ledger.replicated(ring, d)
+
+
+def replicated_traffic(elements: int, strategy: str, world: int, *, ring: int = 1, element_size: int = 4) -> Traffic:
+    """Bytes for the gradient of a parameter that every rank holds whole and uses for its own tokens.
+
+    That is an embedding, or the norm behind the last layer.
+    """
+    ledger = _Ledger(element_size)
+    ledger.replicated(ring * (1 if strategy == "tp" else world), elements)
+    return ledger.result()
+
+
+def head_traffic(vocabulary: int, hidden: int, world: int, *, ring: int = 1, element_size: int = 4) -> Traffic:
+    """Bytes for a ZeRO-3 head [vocabulary, hidden] on each rank's tokens (``"ulysses"`` and ``"odysseus"``)."""
+    ledger = _Ledger(element_size)
+    ledger.zero3("zero3_linear", ring * world, vocabulary * hidden)
+    return ledger.result()
+
+
+def saved(
+    shape: LayerShape,
+    strategy: str,
+    world: int,
+    *,
+    tokens: int,
+    ring: int = 1,
+    gathered: Literal["regather", "save"] = "regather",
+    element_size: int = 4,
+    fused_activation: bool = False,
+    stock_norms: bool = True,
+    checkpointing: bool = False,
+) -> dict[str, int]:
+    """Bytes that each rank keeps for the backward of one decoder layer, by what they are; parameters are not counted.
+
+    The formula's part is s * (6d + 2dk + 3i): inputs and outputs of both norms, queries, attention's output, keys and
+    values, and what the feed-forward network keeps, of which an activation that is no kernel of its own makes 4i (in a
+    plain network 2i).  What strategies keep beyond: Ulysses attention's output in both layouts (s * d), TP its input
+    whole four times (4(N - 1) s * d), and with ``"save"`` each gathered input ((N - 1) s * d).
+
+    Args:
+        shape, strategy, world, tokens, ring, gathered, element_size: as in :func:`traffic`.
+        fused_activation: whether activation and gate are one operator that recomputes.
+        stock_norms: norms are chains of operators, as in transformers: each keeps the normalised input as well, one
+            number in fp32 for each token, and its input in fp32 where that is another tensor.
+        checkpointing: whether the whole layer is recomputed: its input is all that is kept.
+
+    Returns:
+        Bytes of ``"activations"``, ``"log-sum-exp"``, ``"strategy"`` and ``"norms"``; their sum is the layer's.
+
+    Raises:
+        ValueError: as :func:`traffic` does, and for ``qk_norm``.
+    """
+    _check(shape, strategy, world, ring, tokens, gathered)
+    if shape.qk_norm:
+        raise ValueError("qk_norm: expected a layer without norms of queries and keys: no formula says what they keep")
+    own = tokens // (ring * world)
+    rows = tokens // ring if strategy == "tp" else own  # tokens outside of attention
+    d, i = shape.hidden, shape.intermediate
+    if checkpointing:
+        return {"activations": rows * d * element_size, "log-sum-exp": 0, "strategy": 0, "norms": 0}
+    inner = (3 if fused_activation else 4) if shape.gated else 2
+    attention = own * (2 * shape.query + 2 * shape.used_key_value(world))
+    activations = own * (4 * d + inner * i) + attention
+    beyond = {"tp": 4 * (rows - own) * d, "ulysses": own * shape.query}.get(strategy, 0)
+    if gathered == "save":
+        beyond += {"tp_sp": 2, "odysseus": 1}.get(strategy, 0) * (world - 1) * own * d
+    # In fp32 the normalised input; in other types that, and the input in fp32 in place of the input.
+    norms = 2 * rows * 4 * (d + 1) if stock_norms else 0
+    return {
+        "activations": activations * element_size,
+        "log-sum-exp": tokens // ring * (shape.heads // world) * max(4, element_size),
+        "strategy": beyond * element_size,
+        "norms": norms,
+    }

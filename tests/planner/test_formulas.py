@@ -1,0 +1,184 @@
+"""Bytes and memory of strategies against the table of COMMUNICATION formulas, with numbers worked out by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from odysseus_kernels.planner.formulas import (
+    STRATEGIES,
+    LayerShape,
+    Traffic,
+    head_traffic,
+    replicated_traffic,
+    saved,
+    traffic,
+)
+
+# d = 64, q = 64, dk = 64, i = 96: Ld = 4096 at L = 64; Pf = 3 * 64 * 96 = 18432; Pa = 4 * 64 * 64 = 16384.
+MHA = LayerShape(hidden=64, intermediate=96, heads=8, kv_heads=8, head_dim=8)
+# dk = 16: Pa = 2 * 64 * (64 + 16) = 10240.
+GQA = LayerShape(hidden=64, intermediate=96, heads=8, kv_heads=2, head_dim=8)
+# m = 2: Pf = 12288.
+PLAIN = LayerShape(hidden=64, intermediate=96, heads=8, kv_heads=8, head_dim=8, gated=False)
+L = 64
+
+
+def elements(sent: Traffic, *phases: str) -> int:
+    """Elements sent in ``phases`` for everything but norms, which the table leaves out."""
+    return sum(n for (phase, operator, _), n in sent.items() if phase in phases and operator != "replicated_parameter")
+
+
+def of(shape: LayerShape, strategy: str, world: int, **others: object) -> Traffic:
+    return traffic(shape, strategy, world, tokens=L, element_size=1, **others)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shape", "strategy", "gathered", "forward", "backward"),
+    [
+        # f = 3/4: 4Ld = 16384 -> 12288; 6Ld -> 18432; 2Ld -> 6144; 3Ld -> 9216; Pf -> 13824; Pa -> 12288.
+        (MHA, "tp", "regather", 12288, 12288),
+        (MHA, "tp_sp", "save", 12288, 12288),
+        (MHA, "tp_sp", "regather", 12288, 18432),
+        (MHA, "odysseus", "save", 6144 + 13824, 6144 + 2 * 13824),
+        (MHA, "odysseus", "regather", 6144 + 13824, 9216 + 2 * 13824),
+        # 2(L/N)(d + k) f = 2 * 16 * 128 * 3/4 = 3072.
+        (MHA, "ulysses", "regather", 3072 + 12288 + 13824, 3072 + 2 * (12288 + 13824)),
+        # Two heads on four ranks: k = N * head_dim = 32; 2 * 16 * 96 * 3/4 = 2304; Pa f = 7680.
+        (GQA, "ulysses", "regather", 2304 + 7680 + 13824, 2304 + 2 * (7680 + 13824)),
+        (GQA, "tp_sp", "regather", 12288, 18432),
+        # Plain: Pf f = 9216.
+        (PLAIN, "odysseus", "regather", 6144 + 9216, 9216 + 2 * 9216),
+    ],
+)
+def test_the_table_at_four_ranks(shape: LayerShape, strategy: str, gathered: str, forward: int, backward: int) -> None:
+    sent = of(shape, strategy, 4, gathered=gathered)
+    assert elements(sent, "forward") == forward
+    assert elements(sent, "backward") == backward
+
+
+def test_collectives_of_tp_sp_and_odysseus() -> None:
+    # In all, per layer: TP-SP 6 AG + 4 RS of Ld, Odysseus 3 AG + 2 RS of Ld and 2 AG + 1 RS of Pf.
+    for strategy, gathers, scatters, weights in (("tp_sp", 6, 4, 0), ("odysseus", 3, 2, 1)):
+        sums: Counter[str] = Counter()
+        for (_, operator, collective), count in of(MHA, strategy, 2).items():
+            if operator != "replicated_parameter":
+                sums[collective] += 2 * count  # f = 1/2
+        assert sums["all_gather"] == gathers * 4096 + weights * 2 * 18432
+        assert sums["reduce_scatter"] == scatters * 4096 + weights * 18432
+
+
+def test_ring_with_zero3_weights() -> None:
+    # R = 4 and one rank of seq: 2 L dk f = 2 * 64 * 16 * 3/4 = 1536 forward, 4 L dk f backward.
+    sent = of(GQA, "ulysses", 1, ring=4)
+    assert sent["forward", "ring_attention", "send_recv"] == 1536
+    assert sent["backward", "ring_attention", "send_recv"] == 2 * 1536
+    assert not any(collective == "all_to_all" for _, _, collective in sent)
+    assert elements(sent, "forward") == 1536 + (10240 + 18432) * 3 // 4
+    assert elements(sent, "backward") == 2 * 1536 + 2 * (10240 + 18432) * 3 // 4
+
+
+def test_hybrid_cuts_zero3_over_all_and_sums_other_weights_over_the_ring() -> None:
+    # 2 x 2: T = 32 tokens of each ring rank. AG + RS of T d = 2048 at f = 1/2; Pf at 3/4.
+    sent = of(MHA, "odysseus", 2, ring=2)
+    assert sent["forward", "all_gather_linear", "all_gather"] == 1024
+    assert sent["forward", "zero3_linear", "all_gather"] == 18432 * 3 // 4
+    # k and v of 32 tokens and half of the heads, to one peer.
+    assert sent["forward", "ring_attention", "send_recv"] == 2 * 32 * 32
+    # All-reduce of half of Pa over two ranks, and of two norms over four: 2 * 3 * 16 each.
+    assert sent["backward", "replicated_parameter", "all_reduce"] == 16384 // 2 + 2 * 96
+    tp = of(MHA, "tp", 2, ring=2)
+    # All weights, and norms over the ring: 2 * 1 * 32 each.
+    assert tp["backward", "replicated_parameter", "all_reduce"] == (16384 + 18432) // 2 + 2 * 64
+
+
+def test_norms_biases_and_shared_heads() -> None:
+    assert ("backward", "replicated_parameter", "all_reduce") not in of(MHA, "tp", 4)
+    assert of(MHA, "tp_sp", 4)["backward", "replicated_parameter", "all_reduce"] == 2 * (2 * 3 * 16)
+    # k and v weights [16, 64] whole on every rank: 2 * 3/4 * 1024 each.
+    shared = of(GQA, "tp_sp", 4)["backward", "replicated_parameter", "all_reduce"]
+    assert shared == 2 * (2 * 3 * 16) + 2 * 1536
+    # Padded to a multiple of the ranks: 2 * 2 * ceil(64 / 3).
+    odd = LayerShape(hidden=64, intermediate=96, heads=6, kv_heads=6, head_dim=8)
+    assert replicated_traffic(64, "tp_sp", 3, element_size=1) == {
+        ("backward", "replicated_parameter", "all_reduce"): 88
+    }
+    assert traffic(odd, "tp_sp", 3, tokens=66)["backward", "replicated_parameter", "all_reduce"] == 2 * 88 * 4
+    biased = LayerShape(64, 96, 8, 8, 8, gated=False, qkv_bias=True, out_bias=True, mlp_bias=True, norm_bias=True)
+    plain, more = of(PLAIN, "odysseus", 4), of(biased, "odysseus", 4)
+    difference = {key: more[key] - plain[key] for key in more if more[key] != plain[key]}
+    # Biases of up and down (96 + 64): gathered once, reduced in fp32; biases of norms; those of attention stay here.
+    assert difference == {
+        ("forward", "zero3_linear", "all_gather"): 3 * 40,
+        ("backward", "zero3_linear", "reduce_scatter"): 3 * 40 * 4,
+        ("backward", "replicated_parameter", "all_reduce"): 2 * 96,
+    }
+
+
+def test_one_rank_sends_nothing_and_sizes_scale() -> None:
+    for strategy in STRATEGIES:
+        assert traffic(MHA, strategy, 1, tokens=L) == {}
+        one, four = of(MHA, strategy, 2), traffic(MHA, strategy, 2, tokens=L, element_size=4)
+        assert four == {key: 4 * count for key, count in one.items()}
+
+
+def test_checkpointing_repeats_the_forward() -> None:
+    once, twice = of(MHA, "odysseus", 4), of(MHA, "odysseus", 4, checkpointing=True)
+    assert elements(twice, "forward") == 2 * elements(once, "forward")
+    assert elements(twice, "backward") == elements(once, "backward")
+
+
+def test_head_on_own_tokens() -> None:
+    sent = head_traffic(128, 64, 4, element_size=1)
+    assert sum(sent.values()) == 3 * 128 * 64 * 3 // 4
+
+
+@pytest.mark.parametrize(
+    ("strategy", "gathered", "expected"),
+    [
+        # s = 16: s (6d + 2dk + 3i) = 16 * (384 + 128 + 288) = 12800; and what the strategy keeps beyond.
+        ("tp_sp", "regather", 12800),
+        ("odysseus", "regather", 12800),
+        ("ulysses", "regather", 12800 + 16 * 64),
+        ("tp_sp", "save", 12800 + 2 * 3 * 16 * 64),
+        ("odysseus", "save", 12800 + 3 * 16 * 64),
+        ("tp", "regather", 12800 + 4 * 3 * 16 * 64),
+    ],
+)
+def test_saved_for_backward_at_four_ranks(strategy: str, gathered: str, expected: int) -> None:
+    kept = saved(MHA, strategy, 4, tokens=L, gathered=gathered, fused_activation=True, stock_norms=False)  # type: ignore[arg-type]
+    assert kept.pop("log-sum-exp") == 64 * 2 * 4
+    assert sum(kept.values()) == 4 * expected
+    stock = saved(MHA, strategy, 4, tokens=L, gathered=gathered)  # type: ignore[arg-type]
+    rows = 64 if strategy == "tp" else 16
+    # An unfused SwiGLU keeps one more of i; a stock norm its normalised input and one number for each token.
+    assert sum(stock.values()) - stock["log-sum-exp"] == 4 * (expected + 16 * 96 + 2 * rows * 65)
+
+
+def test_saved_of_a_ring_is_that_of_as_many_ranks() -> None:
+    parts = saved(MHA, "odysseus", 2, tokens=L, ring=2)
+    assert parts == saved(MHA, "odysseus", 4, tokens=L)
+    assert saved(MHA, "tp_sp", 4, tokens=L, checkpointing=True)["activations"] == 16 * 64 * 4
+    # Two key/value heads on four ranks: each keeps one, as if there were four.
+    assert saved(GQA, "tp_sp", 4, tokens=L)["activations"] == 4 * 16 * (6 * 64 + 2 * 32 + 4 * 96)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("other", 2, 64, 1, "regather"), "strategy: expected one of"),
+        (("tp", 3, 66, 1, "regather"), "query heads"),
+        (("tp", 2, 63, 1, "regather"), "tokens: expected a multiple of 1 x 2"),
+        (("tp", 2, 64, 0, "regather"), "at least 1"),
+        (("tp", 2, 64, 1, "keep"), "gathered: expected"),
+    ],
+)
+def test_bad_input(arguments: tuple[str, int, int, int, str], message: str) -> None:
+    strategy, world, tokens, ring, gathered = arguments
+    with pytest.raises(ValueError, match=message):
+        traffic(MHA, strategy, world, tokens=tokens, ring=ring, gathered=gathered)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="norms of queries and keys"):
+        saved(LayerShape(64, 96, 8, 8, 8, qk_norm=True), "tp", 2, tokens=64)
+    with pytest.raises(ValueError, match="3 ranks divide"):
+        traffic(LayerShape(64, 100, 6, 6, 8), "odysseus", 3, tokens=66)
