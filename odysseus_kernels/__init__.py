@@ -23,6 +23,7 @@ from .errors import (
 from .ops import all_gather_linear, linear_reduce_scatter, zero3_linear
 
 if TYPE_CHECKING:
+    from .integrations.checkpoint import load_checkpoint, save_checkpoint
     from .integrations.huggingface import parallelize
     from .nn.loss import sequence_loss
     from .nn.sequence import shard_sequence
@@ -42,7 +43,9 @@ __all__ = [
     "all_gather_linear",
     "explain",
     "linear_reduce_scatter",
+    "load_checkpoint",
     "parallelize",
+    "save_checkpoint",
     "sequence_loss",
     "shard_sequence",
     "synchronize",
@@ -50,6 +53,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "load_checkpoint": "odysseus_kernels.integrations.checkpoint",
+    "save_checkpoint": "odysseus_kernels.integrations.checkpoint",
     "parallelize": "odysseus_kernels.integrations.huggingface",
     "sequence_loss": "odysseus_kernels.nn.loss",
     "shard_sequence": "odysseus_kernels.nn.sequence",

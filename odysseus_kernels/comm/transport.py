@@ -356,7 +356,6 @@ class Transport(abc.ABC):
             traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
             record(traffic, peers * chunk.numel() * chunk.element_size())
 
-
     def _count_exchange(self, call: Call, exchange: Exchange) -> None:
         """Each peer is sent all of what is shared and summed, and its part of what is addressed and received."""
         kinds = (
