@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.integrations import checkpoint_files as files
+from odysseus_kernels.nn.master import MasterWeights
 
 __all__ = ["join_names", "load_checkpoint", "model_tensors", "save_checkpoint"]
 
@@ -222,7 +223,12 @@ def _describe_optimizer(
                 values[key] = {"tensor": True}
                 tensors[_state_name(name, key)] = value
             states[name] = values
-    return {"class": type(optimizer).__name__, "groups": groups, "state": states}
+    return {"class": _kind(optimizer), "groups": groups, "state": states}
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """What must be the same for state and settings to mean the same."""
+    return optimizer.kind if isinstance(optimizer, MasterWeights) else type(optimizer).__name__
 
 
 def _state_name(parameter: str, key: str) -> str:
@@ -239,8 +245,8 @@ def _optimizer_problems(
     described: Mapping[str, Any],
     description: files.Description,
 ) -> list[str]:
-    if type(optimizer).__name__ != described["class"]:
-        return [f"optimizer: expected {type(optimizer).__name__}, got {described['class']}"]
+    if _kind(optimizer) != described["class"]:
+        return [f"optimizer: expected {_kind(optimizer)}, got {described['class']}"]
     own, saved = list(_named_groups(optimizer, names)), described["groups"]
     if len(own) != len(saved):
         return [f"optimizer: expected {len(own)} groups of parameters, got {len(saved)}"]
@@ -249,12 +255,8 @@ def _optimizer_problems(
         lines += _differences(f"group {index} of the optimizer", parameters, group["parameters"])
         for name, parameter in parameters.items():
             keys = set(described["state"].get(name, ()))
-            present = set(optimizer.state.get(parameter, ()))
-            # An optimizer that has not made a step has no state, and takes what it gets.
-            if present and keys:
-                lines += _differences(f"the optimizer's state of {name}", present, keys)
             state = optimizer.state.get(parameter, {})
-            held = {_state_name(name, key): state[key] for key in present & keys}
+            held = {_state_name(name, key): state[key] for key in keys & set(state)}
             lines += _unlike(description, {key: value for key, value in held.items() if key in description.tensors})
     return lines
 

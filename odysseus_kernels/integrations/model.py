@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask
 
 from odysseus_kernels.comm.functional import all_gather
+from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import sequence_loss
 
@@ -147,18 +149,21 @@ class SequenceCausalLM(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses: generation needs a cache and one token at a time, which cannot be cut."""
         raise RuntimeError(
-            "generate() does not work on a parallelized model. Collect its weights on every rank with "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-            "options=StateDictOptions(full_state_dict=True)), load them into a stock model, and generate with that"
+            "generate() does not work on a parallelized model. Export it and generate with a stock one: call "
+            "odysseus_kernels.save_pretrained(model, folder) on every rank, then "
+            "AutoModelForCausalLM.from_pretrained(folder).generate(...)"
         )
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuses: the stock method would write this rank's shards as if they were the model."""
-        raise RuntimeError(
-            "save_pretrained() does not work on a parallelized model. Save it with torch.distributed.checkpoint, or "
-            "collect its weights with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-            "options=StateDictOptions(full_state_dict=True)) and save a stock model that has loaded them"
-        )
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes the stock model; every rank calls it.  See :func:`odysseus_kernels.save_pretrained`.
+
+        Raises:
+            ValueError: for options of the stock method, which would write this rank's shards as if they were the model.
+        """
+        unknown = sorted(set(kwargs) - {"max_shard_bytes"})
+        if unknown:
+            raise ValueError(f"save_pretrained: expected max_shard_bytes or nothing, got {', '.join(unknown)}")
+        save_pretrained(self, save_directory, **kwargs)
 
 
 class SequenceLoss:

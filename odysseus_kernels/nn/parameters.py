@@ -13,7 +13,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from odysseus_kernels.comm.functional import all_reduce
+from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.nn.group import SequenceGroup
+from odysseus_kernels.ops._validate import group_by_name
 
 __all__ = ["distribute_parameter", "local_parameter", "replicated_parameter"]
 
@@ -108,10 +110,25 @@ class ReplicatedParameter(torch.autograd.Function):
             grad = rows.new_zeros(ctx.shape)
             grad.narrow(0, ctx.first, rows.shape[0]).copy_(rows)
         group = ctx.group
-        total = all_reduce(
-            grad.contiguous(), group.group, operator="replicated_parameter", phase="backward", config=group.config
-        )
+        total = torch.ops.odysseus.replicated_parameter_backward(grad, group.group.group_name, group.config.key())
         total = DTensor.from_local(
             total, group.mesh, [Replicate()], run_check=False, shape=ctx.shape, stride=ctx.stride
         )
         return total, None, None, None
+
+
+@torch.library.custom_op("odysseus::replicated_parameter_backward", mutates_args=())
+def _complete(grad: torch.Tensor, group_name: str, config_key: str) -> torch.Tensor:
+    """The sum over the ranks, as one operator, so that a compiled backward has it in its graph."""
+    return all_reduce(
+        grad.contiguous(),
+        group_by_name(group_name),
+        operator="replicated_parameter",
+        phase="backward",
+        config=OverlapConfig.from_key(config_key),
+    )
+
+
+@_complete.register_fake
+def _(grad: torch.Tensor, group_name: str, config_key: str) -> torch.Tensor:
+    return grad.new_empty(grad.shape)
