@@ -105,6 +105,35 @@ def different(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return sorted(odd)
 
 
+def narrow(distribution: str, world_size: int, seed: int) -> tuple[LlamaForCausalLM, ody.MasterWeights]:
+    """A model in bf16 whose optimizer keeps master weights."""
+    model = build(distribution, world_size, Case(kv_heads=4, dtype=torch.bfloat16), seed)
+    return model, ody.MasterWeights(torch.optim.AdamW, model.parameters(), lr=1e-2, foreach=True)
+
+
+def save_masters(rank: int, world_size: int, folder: str) -> dict[str, Any] | None:
+    """Saves after two steps with fp32 gradients; returns the state after a third."""
+    model, optimizer = narrow("odysseus", world_size, 0)
+    for step in range(2):
+        give_gradients(model, step, torch.float32)
+        optimizer.step()
+    ody.save_checkpoint(folder, model, optimizer)
+    give_gradients(model, 2, torch.float32)
+    optimizer.step()
+    found = snapshot(model, optimizer)
+    return found if rank == 0 else None
+
+
+def load_masters(rank: int, world_size: int, folder: str, distribution: str) -> dict[str, Any] | None:
+    """Loads and makes the third step."""
+    model, optimizer = narrow(distribution, world_size, 3)
+    ody.load_checkpoint(folder, model, optimizer)
+    give_gradients(model, 2, torch.float32)
+    optimizer.step()
+    found = snapshot(model, optimizer)
+    return found if rank == 0 else None
+
+
 EXTRA = {"step": 7, "losses": {"1": 0.1}, "random": torch.arange(5, dtype=torch.uint8)}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from llama_cases import Case
-from state_cases import build, different, load, optimizer_of, save, snapshot
+from state_cases import build, different, load, load_masters, optimizer_of, save, save_masters, snapshot
 
 import odysseus_kernels as ody
 
@@ -43,6 +43,15 @@ def test_before_the_first_step(ranks, tmp_path: Path):
     saved = ranks(2).run(save, folder, "odysseus", GQA, 0)[0]
     assert not any("/" in name for name in saved), "saving must not make state"
     assert different(saved, load(0, 1, folder, "stock", GQA)) == []
+
+
+def test_master_weights_go_on_to_the_bit(ranks, tmp_path: Path):
+    folder = str(tmp_path / "masters")
+    third = ranks(2).run(save_masters, folder)[0]
+    assert third["lm_head.weight/master"].dtype == torch.float32
+    assert third["lm_head.weight"].dtype == torch.bfloat16
+    assert different(third, load_masters(0, 1, folder, "stock")) == []
+    assert different(third, ranks(2).run(load_masters, folder, "odysseus")[0]) == []
 
 
 def _refused(match: str, folder: Path, model: Any, optimizer: Any = None) -> str:

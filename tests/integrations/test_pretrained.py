@@ -108,10 +108,6 @@ def failing(rank: int, world_size: int, folder: str) -> None:
     Path(folder, "model.part0.safetensors").mkdir(parents=True, exist_ok=True)  # where the first file would be
     with pytest.raises(Exception, match="directory" if rank == 0 else "first rank could not write"):
         model.save_pretrained(folder)
-    with pytest.raises(ValueError, match="got push_to_hub"):
-        model.save_pretrained(folder, push_to_hub=True)
-    with pytest.raises(RuntimeError, match=r"odysseus_kernels.save_pretrained\(model, folder\) on every rank"):
-        model.generate()
 
 
 def test_failure_of_the_first_rank_is_everyones(ranks, tmp_path: Path):
