@@ -56,6 +56,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: for state that cannot be saved; names it, before anything is written.
+        RuntimeError: on every rank, if one could not write; an earlier checkpoint of this name is kept.
     """
     named = model_tensors(model)
     tensors = {f"model.{name}": tensor for name, tensor in named.items()}
@@ -98,6 +99,7 @@ def load_checkpoint(
     Raises:
         ValueError: if there is no complete checkpoint, or names, shapes or dtypes are not those of the model or the
             optimizer. The message lists them; nothing was loaded.
+        RuntimeError: if a file of the checkpoint cannot be read; the model is then partly loaded.
     """
     description = files.read_description(Path(folder).absolute())
     targets = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}

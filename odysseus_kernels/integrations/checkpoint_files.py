@@ -11,17 +11,19 @@ default process group; reading sends nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -51,6 +53,10 @@ class Description:
 
     def __init__(self, folder: Path, document: Mapping[str, Any]) -> None:
         self.folder = folder
+        files = {chunk[2] for entry in document["tensors"].values() for chunk in entry["chunks"]}
+        outside = [file for file in files if Path(file).name != file]
+        if outside:
+            raise ValueError(f"{folder}: expected names of files within the folder, got {outside[0]!r}")
         self.contents: dict[str, Any] = document["contents"]
         self._tensors: dict[str, dict[str, Any]] = document["tensors"]
         self.tensors = {
@@ -64,8 +70,6 @@ class Description:
         for name, entry in self._tensors.items():
             chunks = []
             for offsets, sizes, file, start, length in entry["chunks"]:
-                if Path(file).name != file:
-                    raise ValueError(f"{self.folder}: expected the name of a file within the folder, got {file!r}")
                 chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
                 storage[MetadataIndex(name, offsets)] = _StorageInfo(file, start, length)
             dtype, shape = self.tensors[name]
@@ -77,10 +81,10 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], contents: Mapping[str,
     """Writes tensors (of DTensors, every rank its part) and ``contents``; every rank calls it.
 
     Raises:
-        CheckpointException: on every rank, if one could not write; a checkpoint that was there before is kept.
+        RuntimeError: on every rank, if one could not write; a checkpoint that was there before is kept.
     """
     alone = not dist.is_initialized()
-    with _without_warning():
+    with _plain_errors(f"could not save {folder}"):
         # Plain tensors are the same on every rank: DCP writes one of them.
         dcp.save(
             dict(tensors),
@@ -112,10 +116,14 @@ def read_description(folder: Path) -> Description:
 
 
 def read_tensors(description: Description, tensors: dict[str, torch.Tensor]) -> None:
-    """Fills tensors in place, of DTensors this rank's part.  Names, shapes and dtypes are those of the description."""
+    """Fills tensors in place, of DTensors this rank's part.  Names, shapes and dtypes are those of the description.
+
+    Raises:
+        RuntimeError: if a file cannot be read; tensors read before it are filled.
+    """
     if not tensors:
         return
-    with _without_warning():
+    with _plain_errors(f"could not load {description.folder}"):
         # Every rank reads for itself: nothing is sent, and ranks need not read at the same time.
         dcp.load(
             dict(tensors),
@@ -188,10 +196,13 @@ def _beside(folder: Path, what: str) -> Path:
     return folder.with_name(f"{folder.name}.{what}")
 
 
-class _without_warning(warnings.catch_warnings):  # noqa: N801  (used like a function)
-    """DCP warns where no other process takes part, which is meant here."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        return entered
+@contextlib.contextmanager
+def _plain_errors(what: str) -> Iterator[None]:
+    """DCP's exception is no Exception, and it warns where no other process takes part, which is meant here."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        reasons = "; ".join(f"rank {rank}: {reason!r}" for rank, (reason, _) in sorted(error.failures.items()))
+        raise RuntimeError(f"{what}: {reasons}") from error

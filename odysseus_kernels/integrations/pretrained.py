@@ -252,6 +252,8 @@ def _load(
         local = target.to_local()
         found = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
         shape, offsets = torch.Size(found[0]), found[1]
+    if local.numel() == 0:
+        return  # more ranks than rows
     window = tuple(slice(start, start + length) for start, length in zip(offsets, shape, strict=True))
     if converter is None:
         local.copy_(headers.slice(sources[0][0])[window or ...])

@@ -47,7 +47,7 @@ class MasterWeights(torch.optim.Optimizer):
         **settings: learning rate and so on.
 
     Raises:
-        ValueError: for a ``grad_dtype`` other than fp32 or None.
+        ValueError: for a ``grad_dtype`` other than fp32 or None, or where this torch has none.
     """
 
     def __init__(
@@ -60,6 +60,10 @@ class MasterWeights(torch.optim.Optimizer):
     ) -> None:
         if grad_dtype not in (torch.float32, None):
             raise ValueError(f"grad_dtype: expected torch.float32 or None, got {grad_dtype}")
+        if grad_dtype is not None and not hasattr(torch.Tensor, "grad_dtype"):
+            raise ValueError(
+                f"grad_dtype: expected None, torch {torch.__version__} adds in the own type"
+            )
         super().__init__(params, {})
         groups, self._masters = [], dict[torch.Tensor, torch.Tensor]()
         for group in self.param_groups:
