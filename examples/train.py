@@ -187,7 +187,7 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None) -> dict[str, Any
             if step == options.steps or (options.eval_every and step % options.eval_every == 0):
                 validation[str(step)] = bits_per_byte(model, text, mesh, options)
                 if options.checkpoint is not None:
-                    save(options.checkpoint, step, losses, model, optimizer, rank)
+                    save(options.checkpoint, step, losses, model, optimizer)
     if not seconds:
         raise SystemExit(f"nothing to do: the checkpoint is of step {done}, and --steps is {options.steps}")
     # The first step also pays for buffers and worker threads.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from transformers.utils import can_return_tuple
 
 from odysseus_kernels.attention import layout
 from odysseus_kernels.comm.functional import all_gather
+from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, DistributedHead, sequence_loss
@@ -37,6 +39,8 @@ class SequenceModel(nn.Module):
 
     sequence_group: SequenceGroup
     get_input_embeddings: Callable[[], nn.Embedding]
+    config: Any
+    layers: Any
 
     def forward(
         self,
@@ -165,6 +169,11 @@ class SequenceCausalLM(nn.Module):
     """
 
     sequence_group: SequenceGroup
+    get_output_embeddings: Callable[[], Any]
+    base_model: Any
+    config: Any
+    router_aux_loss_coef: float
+    num_experts_per_tok: int
 
     @can_return_tuple
     def forward(
@@ -239,7 +248,8 @@ class SequenceCausalLM(nn.Module):
         group, head = self.sequence_group, self.get_output_embeddings()
         if not isinstance(head, DistributedHead):
             # Once for all chunks: the gradient is added over the ranks once, too.
-            weight, bias = token_parameter(head.weight, group), token_parameter(head.bias, group)
+            weight: Any = token_parameter(head.weight, group)
+            bias = token_parameter(head.bias, group)
             head = functools.partial(nn.functional.linear, weight=weight, bias=bias)
         return sequence_loss(
             hidden, targets, group.mesh, head=head, tokens=group.tokens, config=group.config, **settings
@@ -248,15 +258,18 @@ class SequenceCausalLM(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses: generation needs a cache and one token at a time, which cannot be cut."""
         raise RuntimeError(
-            "generate() does not work on a parallelized model. Collect its weights on every rank with "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-            "options=StateDictOptions(full_state_dict=True)), load them into a stock model, and generate with that"
+            "generate() does not work on a parallelized model. Export it and generate with a stock one: call "
+            "odysseus_kernels.save_pretrained(model, folder) on every rank, then "
+            "AutoModelForCausalLM.from_pretrained(folder).generate(...)"
         )
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuses: the stock method would write this rank's shards as if they were the model."""
-        raise RuntimeError(
-            "save_pretrained() does not work on a parallelized model. Save it with torch.distributed.checkpoint, or "
-            "collect its weights with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-            "options=StateDictOptions(full_state_dict=True)) and save a stock model that has loaded them"
-        )
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes the stock model; every rank calls it.  See :func:`odysseus_kernels.save_pretrained`.
+
+        Raises:
+            ValueError: for options of the stock method, which would write this rank's shards as if they were the model.
+        """
+        unknown = sorted(set(kwargs) - {"max_shard_bytes"})
+        if unknown:
+            raise ValueError(f"save_pretrained: expected max_shard_bytes or nothing, got {', '.join(unknown)}")
+        save_pretrained(self, save_directory, **kwargs)

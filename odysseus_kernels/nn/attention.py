@@ -98,6 +98,9 @@ class _SequenceAttention(nn.Module):
 
     sequence_group: SequenceGroup
     attention_spec: AttentionSpec
+    config: Any
+    scaling: float
+    attention_dropout: float
 
     def setup_sequence(self) -> None:
         """Sets what the stock module derives from head counts, for this rank's heads."""
@@ -208,7 +211,7 @@ class _SequenceAttention(nn.Module):
         chosen = mask.masks[self.mask_kind]
         return spec.attend(self, query, key, value, chosen, dropout=dropout, scaling=self.scaling, **kwargs)
 
-    def _layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def _layers(self) -> tuple[Any, Any, Any]:
         spec = self.attention_spec
         return getattr(self, spec.query), getattr(self, spec.key), getattr(self, spec.value)
 

@@ -37,7 +37,8 @@ def check_identical(tensors: Iterable[tuple[str, torch.Tensor]], group: Sequence
     if odd:
         raise RankMismatchError(
             f"expected the same model on every rank, but on rank {_join(odd)} the names, shapes or dtypes of its "
-            f"parameters differ (rank {group.every_rank} has {len(named)} tensors); build it from the same configuration"
+            f"parameters differ (rank {group.every_rank} has {len(named)} tensors); build it from the same "
+            f"configuration"
         )
     if not named:
         return

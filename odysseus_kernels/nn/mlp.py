@@ -1,4 +1,4 @@
-"""Feed-forward networks: on this rank's tokens with ZeRO-3 weights, or with the intermediate size cut over the ranks."""
+"""Feed-forward networks: on own tokens with ZeRO-3 weights, or with the intermediate size cut over the ranks."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from odysseus_kernels.comm.functional import all_reduce
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.nn.group import SequenceGroup
+from odysseus_kernels.ops._validate import group_by_name
 
 __all__ = [
     "Cut",
@@ -123,9 +124,10 @@ def _summed(
 ) -> torch.Tensor | None:
     if parameter is None:
         return None
-    if rows is None and (over is None or over.size() == 1):
+    if over is None or (rows is None and over.size() == 1):
+        assert rows is None, "rows are used by heads, which are added over all ranks"
         return local_parameter(parameter)
-    return SummedParameter.apply(parameter, over, group.config, rows)  # type: ignore[no-any-return]
+    return SummedParameter.apply(parameter, over.group_name, group.config.key(), rows)  # type: ignore[no-any-return]
 
 
 class SummedParameter(torch.autograd.Function):
@@ -139,11 +141,11 @@ class SummedParameter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, parameter: DTensor, over: dist.ProcessGroup, config: OverlapConfig, rows: tuple[int, int] | None
+        ctx: Any, parameter: DTensor, group_name: str, config_key: str, rows: tuple[int, int] | None
     ) -> torch.Tensor:
         """Returns the rows, sharing memory with the parameter."""
         local = parameter.to_local()
-        ctx.over, ctx.config, ctx.rows, ctx.local_shape = over, config, rows, local.shape
+        ctx.over, ctx.rows, ctx.local_shape = (group_name, config_key), rows, local.shape
         ctx.mesh, ctx.placements = parameter.device_mesh, parameter.placements
         ctx.shape, ctx.stride = parameter.shape, parameter.stride()
         return local.view_as(local) if rows is None else local.narrow(0, *rows)
@@ -155,8 +157,23 @@ class SummedParameter(torch.autograd.Function):
         if ctx.rows is not None:
             rows, grad = grad, grad.new_zeros(ctx.local_shape)
             grad.narrow(0, *ctx.rows).copy_(rows)
-        total = all_reduce(
-            grad.contiguous(), ctx.over, operator="replicated_parameter", phase="backward", config=ctx.config
-        )
+        total = torch.ops.odysseus.replicated_parameter_backward(grad, *ctx.over)
         total = DTensor.from_local(total, ctx.mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride)
         return total, None, None, None
+
+
+@torch.library.custom_op("odysseus::replicated_parameter_backward", mutates_args=())
+def _complete(grad: torch.Tensor, group_name: str, config_key: str) -> torch.Tensor:
+    """The sum over the ranks, as one operator, so that a compiled backward has it in its graph."""
+    return all_reduce(
+        grad.contiguous(),
+        group_by_name(group_name),
+        operator="replicated_parameter",
+        phase="backward",
+        config=OverlapConfig.from_key(config_key),
+    )
+
+
+@_complete.register_fake
+def _(grad: torch.Tensor, group_name: str, config_key: str) -> torch.Tensor:
+    return grad.new_empty(grad.shape)

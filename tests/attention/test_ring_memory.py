@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ring_memory_cases as cases
 import pytest
+import ring_memory_cases as cases
 
 from odysseus_kernels.testing.spawn import RankPools
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import exchange_cases as cases
 import pytest
 
-from odysseus_kernels.testing.spawn import RankPools
+from odysseus_kernels.testing.spawn import RankPools, run_ranks
 
 TRANSPORTS = ("symmetric", "collective")
 

@@ -37,6 +37,7 @@ class Case:
     head_dim: int | None = None
     frozen: tuple[str, ...] = ()
     gathered: str = "regather"
+    dtype: torch.dtype = torch.float32
 
     def model(self, seed: int = 0) -> LlamaForCausalLM:
         """A stock model with random weights, biases and norms included."""
@@ -67,7 +68,7 @@ class Case:
                 parameter.requires_grad_(not any(part in name for part in self.frozen))
         if self.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": self.reentrant})
-        return model.train()
+        return model.to(self.dtype).train()
 
     def whole_batch(self) -> dict[str, torch.Tensor]:
         """The batch that every rank has."""
