@@ -62,6 +62,8 @@ def parallelize(
     shape = _shape(model, family)
     if group.ring_size > 1:
         check_attention_kernel(model.config._attn_implementation)
+    if group.tokens == "replicated":
+        _check_nothing_random(model.config, strategy)
     try:
         chosen.check(shape, group)
     except ValueError as error:
@@ -87,6 +89,17 @@ def _family(model: nn.Module) -> Family:
             return family
     supported = ", ".join(family.causal_model for family in FAMILIES)
     raise ValueError(f"model: expected one of the supported classes ({supported}), got {type(model).__name__}")
+
+
+def _check_nothing_random(config: Any, strategy: str) -> None:
+    """Refuses what would draw other numbers for the same tokens on other ranks."""
+    for name in ("residual_dropout", "embedding_dropout", "router_jitter_noise"):
+        if getattr(config, name, 0):
+            raise ValueError(
+                f"{name}: expected 0 with strategy {strategy!r}, whose ranks compute the same tokens and would draw "
+                f"different random numbers for them, got {getattr(config, name)}: set it to 0 in the configuration "
+                f"before building the model, or use another strategy"
+            )
 
 
 def _shape(model: PreTrainedModel, family: Family) -> ModelShape:

@@ -206,6 +206,7 @@ class SequenceCausalLM(nn.Module):
             raise ValueError("logits_to_keep: expected 0: the last tokens of the sequence are on the last rank only")
         shift_labels = kwargs.pop("shift_labels", None)
         num_items, ignore_index = kwargs.pop("num_items_in_batch", None), kwargs.pop("ignore_index", IGNORE_INDEX)
+        counted = kwargs.pop("counted_tokens", attention_mask)
         routed = hasattr(self, "router_aux_loss_coef")
         if routed:
             wanted = kwargs.get("output_router_logits")
@@ -229,12 +230,12 @@ class SequenceCausalLM(nn.Module):
         if not routed:
             return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         aux_loss = None
-        if kwargs["output_router_logits"]:
+        if kwargs["output_router_logits"] and outputs.router_logits:
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 self.num_experts_per_tok,
                 group=group.token_group,
-                attention_mask=attention_mask,
+                attention_mask=counted,
                 config=group.config,
             )
             if loss is not None:

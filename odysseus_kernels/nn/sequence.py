@@ -49,7 +49,8 @@ def shard_sequence(
 
     Returns:
         ``input_ids``, ``position_ids`` and, where they were given, ``attention_mask``, ``labels``, ``shift_labels``,
-        all [B, s]. ``labels`` is the same tensor as ``shift_labels``: shifted already, and required by stock models
+        all [B, s]; where the sequence was padded, also ``counted_tokens``, 0 for padding, which losses over all tokens
+        leave out (that of a mixture's router). ``labels`` is the same tensor as ``shift_labels``: shifted already, and required by stock models
         for computing a loss at all.
 
     Raises:
@@ -80,6 +81,9 @@ def shard_sequence(
     out["position_ids"] = torch.cat((positions, further), dim=1)[:, own].contiguous()
     if "attention_mask" in batch:
         out["attention_mask"] = cut(batch["attention_mask"], 0)
+    if padding:
+        given = batch.get("attention_mask")
+        out["counted_tokens"] = cut(torch.ones_like(batch["input_ids"]) if given is None else given, 0)
     if "labels" in batch:
         shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         out["labels"] = out["shift_labels"] = cut(shifted, IGNORE_INDEX)

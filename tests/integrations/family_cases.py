@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.comm.recorder import CommRecorder
@@ -227,3 +228,17 @@ def optimize(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def data_parallel_step(rank: int, world_size: int, case: Case, strategy: str, sizes: tuple[int, int, int]) -> Any:
+    """Gradients, whole on rank 0, of a step with FSDP2 over ``"dp"``, whose ranks have batches of their own."""
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "ring", "seq"))
+    model = parallel_model(case, strategy, mesh)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    rows = {name: t.chunk(sizes[0])[mesh.get_local_rank("dp")] for name, t in case.whole_batch().items()}
+    loss = model(**shard_sequence(rows, mesh, strategy)).loss
+    loss.backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return {"loss": loss.item(), "gradients": gradients if rank == 0 else None}

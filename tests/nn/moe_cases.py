@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 import odysseus_kernels as ody
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.moe import ExpertsSpec, SplitTokensExperts, Zero3Experts, load_balancing_loss
-from odysseus_kernels.nn.parameters import distribute_parameter
+from odysseus_kernels.nn.parameters import Cut, distribute_parameter
 from odysseus_kernels.nn.replicated import Replicated
 from odysseus_kernels.nn.swap import swap_class
 from odysseus_kernels.testing.compare import assert_close_to_truth, nan_empty, relative_error, rounding_tolerance
@@ -85,12 +85,12 @@ def run(block: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 def distribute(block: nn.Module, group: SequenceGroup, mixin: type[Zero3Experts], *, swap_router: bool) -> None:
     experts: Any = block.experts
     for name in ("gate_up_proj", "down_proj"):
-        setattr(experts, name, distribute_parameter(getattr(experts, name), group, Shard(0)))
+        setattr(experts, name, distribute_parameter(getattr(experts, name), group, Cut(0)))
     swap_class(experts, mixin)
     experts.sequence_group, experts.experts_spec = group, ExpertsSpec()
     if swap_router:
         router: Any = block.gate
-        router.weight = distribute_parameter(router.weight, group, Replicate())
+        router.weight = distribute_parameter(router.weight, group, Cut())
         swap_class(router, Replicated)
         router.sequence_group = group
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.linear import VocabParallelLinear, Zero3Linear
 from odysseus_kernels.nn.loss import ChunkedCrossEntropy, sequence_loss
-from odysseus_kernels.nn.parameters import distribute_parameter
+from odysseus_kernels.nn.parameters import Cut, distribute_parameter
 from odysseus_kernels.nn.swap import swap_class
 from odysseus_kernels.testing.compare import relative_error
 
@@ -148,7 +148,7 @@ def _distributed_head(kind: str, group: SequenceGroup, dtype: torch.dtype) -> An
     for name in ("weight", "bias"):
         full = getattr(head, name)
         if group.ring is None:
-            setattr(head, name, distribute_parameter(full, group, Shard(0)))
+            setattr(head, name, distribute_parameter(full, group, Cut(0)))
         else:
             setattr(head, name, torch.nn.Parameter(full.detach().chunk(group.size)[group.rank].clone()))
     swap_class(head, Zero3Linear if kind == "zero3" else VocabParallelLinear)
