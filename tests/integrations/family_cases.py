@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from typing import Any
 
 import torch
@@ -242,3 +243,21 @@ def data_parallel_step(rank: int, world_size: int, case: Case, strategy: str, si
     loss.backward()
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     return {"loss": loss.item(), "gradients": gradients if rank == 0 else None}
+
+
+def traffic_of_a_layer(
+    rank: int, world_size: int, cases: list[tuple[Case, dict[str, Any]]], strategy: str, ring: int
+) -> list[dict[tuple[str, str, str], int]]:
+    """Bytes that one more decoder layer sends in a step, by phase, operator and collective, for each case."""
+    mesh, found = make_mesh(world_size, ring), []
+    for case, settings in cases:
+        counts = []
+        for layers in (1, 2):
+            deep = dataclasses.replace(case, changes=(*case.changes, ("num_hidden_layers", layers)))
+            model = parallel_model(deep, strategy, mesh, **settings)
+            with CommRecorder() as record:
+                model(**shard_sequence(case.whole_batch(), mesh, strategy)).loss.backward()
+            counts.append(Counter({(r["phase"], r["operator"], r["collective"]): r["bytes"] for r in record.rows()}))
+        counts[1].subtract(counts[0])
+        found.append({key: count for key, count in counts[1].items() if count})
+    return found

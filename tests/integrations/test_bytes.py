@@ -1,0 +1,60 @@
+"""What a decoder layer sends is what the formulas say, to the byte, under every strategy, mode and transport."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from family_cases import Case, traffic_of_a_layer
+
+from odysseus_kernels.planner.formulas import LayerShape, traffic
+from odysseus_kernels.strategies import STRATEGIES
+
+MODES = [(mode, transport) for mode in ("fused", "unfused") for transport in ("symmetric", "collective")]
+EVERYWHERE = [{"mode": mode, "transport": transport} for mode, transport in MODES]
+# Gated and plain networks, biases, head norms, as many key/value heads as query heads, fewer, and fewer than ranks.
+CASES: list[tuple[Case, list[dict]]] = [
+    (Case(), [{}]),
+    (Case(kv_heads=4), EVERYWHERE),
+    (Case(family="qwen2", kv_heads=2), [{}]),
+    (Case(family="qwen3", kv_heads=4, batch=1, dtype=torch.bfloat16), [{}]),
+    (Case(family="starcoder2", kv_heads=1), EVERYWHERE),
+]
+
+
+def shape(case: Case) -> LayerShape:
+    starcoder2 = case.family == "starcoder2"
+    return LayerShape(
+        hidden=96,
+        intermediate=144,
+        heads=12,
+        kv_heads=case.kv_heads,
+        head_dim=8,
+        gated=not starcoder2,
+        qkv_bias=starcoder2 or case.family == "qwen2",
+        out_bias=starcoder2,
+        mlp_bias=starcoder2,
+        norm_bias=starcoder2,
+        qk_norm=case.family == "qwen3",
+    )
+
+
+@pytest.mark.parametrize(("world_size", "ring"), [(2, 1), (3, 1), (4, 1), (4, 2), (2, 2)])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_recorder_equals_formula(ranks, strategy, world_size, ring):
+    runs = [(case, settings) for case, several in CASES for settings in several]
+    if world_size == 3:
+        runs = [(case, settings) for case, settings in runs if case.kv_heads != 4 and case.kv_heads != 2]
+    if strategy in ("tp_sp", "odysseus"):
+        runs.append((Case(), {"gathered": "save"}))
+    for found in ranks(world_size).run(traffic_of_a_layer, runs, strategy, ring):
+        for (case, settings), counts in zip(runs, found, strict=True):
+            expected = traffic(
+                shape(case),
+                strategy,
+                world_size // ring,
+                tokens=case.batch * case.length,
+                ring=ring,
+                gathered=settings.get("gathered", "regather"),
+                element_size=case.dtype.itemsize,
+            )
+            assert counts == expected, f"{case}, {settings}"
