@@ -13,7 +13,7 @@ WORLDS = (1, 2, 3, 4)
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", cases.KINDS)
-@pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16"))
+@pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16", "float16"))
 def test_against_fp64(ranks: RankPools, kind: str, dtype: str, world: int) -> None:
     ranks(world).run(cases.check, kind, dtype, [{}])
 
