@@ -134,7 +134,7 @@ def check(
         baselines = [x[:, :, where] for x in unsharded(case, world, kind)] if kind.itemsize == 2 else None
         for transport in transports:
             for mode in modes:
-                config = ody.OverlapConfig(mode=mode, transport=transport, timeout_s=30)
+                config = ody.OverlapConfig(mode=mode, transport=transport, timeout_s=60)
                 results = ring(case, rank, world, kind, config)
                 _compare(results, truths, baselines, kind, world, case, f"rank {rank}, {transport}, {mode}, {case}")
 
@@ -169,7 +169,7 @@ def _compare(
 def traffic(rank: int, world: int, transport: str, mode: str, dtype: str) -> dict[str, int]:
     """Bytes by phase and collective for k, v [1, 2, 6, 8] on each rank."""
     case = Problem(batch=1, rows=6, width=8)
-    config = ody.OverlapConfig(transport=transport, mode=mode, timeout_s=30)
+    config = ody.OverlapConfig(transport=transport, mode=mode, timeout_s=60)
     with ody.CommRecorder() as record:
         ring(case, rank, world, getattr(torch, dtype), config)
     assert all(row["operator"] == "ring_attention" and row["transport"] == transport for row in record.rows())
@@ -197,7 +197,7 @@ def dropped(rank: int, world: int, length: int, first_head: int, heads: int, lay
         dropout=case.dropout,
         dropout_seed=7,
         first_head=first_head,
-        config=ody.OverlapConfig(timeout_s=30),
+        config=ody.OverlapConfig(timeout_s=60),
     )
     results = gradients(out, inputs, grad[:, some][:, :, where])
     order = inverse(world, length, layout)
@@ -217,7 +217,7 @@ def documents_apart(rank: int, world: int, layout: str) -> None:
     ids[:, 3 * length // 4 :] = 2
     where = positions(rank, world, length, layout)
     others = (ids != 1)[0, where]
-    config = ody.OverlapConfig(timeout_s=30)
+    config = ody.OverlapConfig(timeout_s=60)
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(batch, 4, length, 8, generator=generator) for _ in range(4))
     grad[:, :, ids[0] == 1] = 0  # the loss of the other documents
@@ -284,7 +284,7 @@ def disagreement(rank: int, world: int, transport: str, what: str) -> str:
     }[what]
     group = dist.new_group()
     q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
-    config = ody.OverlapConfig(transport=transport, timeout_s=20)
+    config = ody.OverlapConfig(transport=transport, timeout_s=60)
     try:
         with ody.CommRecorder() as record:
             ody.ring_attention(q, k, k, group=group, config=config, **arguments)

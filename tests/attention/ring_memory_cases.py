@@ -29,7 +29,7 @@ class OneOfMany(Transport):
 
 
 def held(rank: int, world: int, ring: int, window: int | None, backward: bool) -> tuple[float, float]:
-    """(peak, largest block) beside inputs and results on a middle rank of ``ring``, in shards of k [S, dk]."""
+    """(peak, largest block) beside inputs and results on the first rank of ``ring``, in shards of k [S, dk]."""
     q, k, v = (torch.randn(1, HEADS, ROWS, WIDTH, requires_grad=backward) for _ in range(3))
     grad = torch.randn_like(q)
     config = ody.OverlapConfig(mode="fused")
@@ -40,7 +40,7 @@ def held(rank: int, world: int, ring: int, window: int | None, backward: bool) -
         out = ody.ring_attention(q, k, v, group=group, window=window, config=config)
         return torch.autograd.grad(out, (q, k, v), grad) if backward else (out,)
 
-    with use_transport(group, OneOfMany(ring // 2, ring)):
+    with use_transport(group, OneOfMany(0, ring)):
         call()
         results, events = record_allocations(call)
     peak, largest = peak_of_others(events, {result.untyped_storage().data_ptr() for result in results})
