@@ -4,7 +4,8 @@ Concurrency contract.  The backend moves data (Gloo's threads, or NCCL on a stre
 callbacks run on the calling thread and, on a GPU, on its current stream.  At most two pieces are in flight, each with
 its own buffers, and a buffer is written again only after the collective that used it has finished and its blocks were
 consumed; collectives are issued in the order of the schedule, the same on all ranks.  Reduce-scatter travels as
-all-to-all: the same bytes, and the sum is ours, in fp32 and in a fixed order.
+all-to-all: the same bytes, and the sum is ours, in fp32 and in a fixed order.  Exchanges travel around the ring
+(``comm/collective_exchange.py``).
 
 Before the data of a call moves, ranks exchange a hash of what they call (8 bytes each): collectives of different sizes
 would hang or mix data, where an error that names the rank is wanted.  On a GPU they do so beside the calls

@@ -75,17 +75,22 @@ class Exchange:
             raise ValueError(f"{name}: expected an exchange that gives or makes something, got one without tensors")
         for kind in ("shared", "addressed", "sums", "received"):
             for index, tensor in enumerate(getattr(self, kind)):
-                shape = list(tensor.shape)
-                where = f"{name}: {kind}[{index}]"
-                if kind in ("addressed", "received") and (not shape or shape[0] != world):
-                    raise ValueError(f"{where}: expected a part for each of {world} ranks, got shape {shape}")
-                if kind == "sums" and tensor.dtype not in _SUMMED:
-                    raise ValueError(f"{where}: expected a floating dtype to add up, got {tensor.dtype}")
-                if kind != "received":
-                    if not tensor.is_contiguous():
-                        raise ValueError(f"{where}: expected a contiguous tensor, got strides {list(tensor.stride())}")
-                elif tensor.ndim != 4 or (shape[3] > 1 and tensor.stride(3) != 1):
+                expected = _expected(kind, tensor, world)
+                if expected:
                     raise ValueError(
-                        f"{where}: expected [world, batch, rows, width] with contiguous rows, got shape {shape} with "
-                        f"strides {list(tensor.stride())}"
+                        f"{name}: {kind}[{index}]: expected {expected}, got shape {list(tensor.shape)} with strides "
+                        f"{list(tensor.stride())} in {tensor.dtype}"
                     )
+
+
+def _expected(kind: str, tensor: Tensor, world: int) -> str:
+    """What a tensor should be; empty if it is."""
+    if kind in ("addressed", "received") and (tensor.ndim == 0 or tensor.shape[0] != world):
+        return f"a part for each of {world} ranks"
+    if kind == "sums" and tensor.dtype not in _SUMMED:
+        return "a floating dtype to add up"
+    if kind != "received":
+        return "" if tensor.is_contiguous() else "a contiguous tensor"
+    if tensor.ndim != 4 or (tensor.shape[3] > 1 and tensor.stride(3) != 1):
+        return "[world, batch, rows, width] with contiguous rows"
+    return ""

@@ -2,8 +2,8 @@
 
 An operator never names a collective.  It hands over a :class:`Call` with up to two parts: a :class:`Gather`, whose
 ``consume`` is given every rank's shard as it becomes available, and a :class:`Scatter`, whose ``produce`` writes
-partial results for every rank.  The transport decides nothing about the order: it executes the schedule
-(``comm/schedule.py``) of its kind.
+partial results for every rank; or with an :class:`~odysseus_kernels.comm.exchange.Exchange`, which visits every rank.
+The transport decides nothing about the order: it executes the schedule (``comm/schedule.py``) of its kind.
 
 Concurrency: callbacks run on the calling thread, one at a time.  A block given to ``consume`` is a peer's memory or a
 buffer of the transport: it must not be kept, written to, or read after the callback returns.  Calls on one transport

@@ -366,7 +366,7 @@ def bad_exchanges(rank: int, world: int, name: str) -> list[tuple[str, str]]:
         "something": {},
         "contiguous": {"shared": (ok.transpose(0, 1),)},
         "for each of": {"addressed": (torch.ones(world + 1, 2),)},
-        "floating": {"sums": (torch.ones(3, dtype=I64),)},
+        "floating dtype": {"sums": (torch.ones(3, dtype=I64),)},
         "contiguous rows": {"received": (torch.ones(world, 1, 3, 2).mT,)},
         r"[world, batch, rows, width]": {"received": (ok,)},
     }

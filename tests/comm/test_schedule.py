@@ -55,7 +55,7 @@ def test_operator_is_free_of_races_and_deadlocks(operator: str, order: Any, worl
 def test_exchange_is_free_of_races_and_deadlocks(world: int) -> None:
     """Back to back, each kind behind itself and behind each other, and between the programs of operators."""
     between = ("gather", "exchange", "scatter", "exchange:made", "gather+scatter", "exchange:given", "gather")
-    for programs in ((*EXCHANGES, *EXCHANGES), *((program,) * 4 for program in EXCHANGES), between):
+    for programs in ((*EXCHANGES, *EXCHANGES), *((program,) * 3 for program in EXCHANGES), between):
         events = bind(world, [CallSpec(program, 2, 2) for program in programs])
         assert prove(events) > 0
         interleave(events, world)
@@ -178,10 +178,6 @@ def _earlier(steps: list[Step], match: Callable[[Step], bool]) -> list[Step]:
     return done
 
 
-def release_shard_before_visit(steps: list[Step], rank: int) -> list[Step]:
-    return _earlier(steps, releases(SHARD))
-
-
 def signal_made_before_visit(steps: list[Step], rank: int) -> list[Step]:
     return _earlier(steps, lambda s: s.kind is Kind.SIGNAL and s.word is not None and s.word.buffer == PARTIAL)
 
@@ -209,11 +205,24 @@ def take_before_visits(steps: list[Step], rank: int) -> list[Step]:
         pytest.param("scatter", one_cell, "not ordered", id="one cell for two in flight"),
         pytest.param("scatter", release_before_read, "not ordered", id="released too early"),
         pytest.param("scatter", wait_before_own_send, "deadlock", id="wait before send"),
+    ),
+)
+def test_broken_schedules_are_caught(world: int, program: Any, edit: Edit, found: str) -> None:
+    calls = [CallSpec(program, 1, 3)] * 4
+    prove(bind(world, calls))
+    with pytest.raises(ScheduleError, match=found):
+        prove(bind(world, calls, broken(edit)))
+
+
+# Not with three ranks: there no cell is written twice in a call, and between calls every rank's takes order all visits.
+@pytest.mark.parametrize("world", (4, 8))
+@pytest.mark.parametrize(
+    ("program", "edit", "found"),
+    (
         pytest.param("exchange", without(is_credit), "not ordered", id="exchange without credits"),
         pytest.param("exchange", without(is_arrival), "not ordered", id="exchange without waits"),
         pytest.param("exchange", without(releases(SHARD)), "no signal", id="shards never released"),
         pytest.param("exchange", without(releases(PARTIAL)), "no signal", id="what was made never released"),
-        pytest.param("exchange", release_shard_before_visit, "not ordered", id="shard released before the visit"),
         pytest.param("exchange", swap_wait_and_read, "not ordered", id="visit before the shard arrived"),
         pytest.param("exchange", signal_before_data, "not ordered", id="given signalled too early"),
         pytest.param("exchange", signal_made_before_visit, "not ordered", id="made signalled before the visit"),
@@ -223,8 +232,8 @@ def take_before_visits(steps: list[Step], rank: int) -> list[Step]:
         pytest.param("exchange:made", release_before_read, "not ordered", id="nothing given, released too early"),
     ),
 )
-def test_broken_schedules_are_caught(world: int, program: Any, edit: Edit, found: str) -> None:
-    calls = [CallSpec(program, 1, 3)] * 4
+def test_broken_exchanges_are_caught(world: int, program: Any, edit: Edit, found: str) -> None:
+    calls = [CallSpec(program)] * 4
     prove(bind(world, calls))
     with pytest.raises(ScheduleError, match=found):
         prove(bind(world, calls, broken(edit)))
@@ -255,6 +264,17 @@ def test_leases_without_credits_are_caught(monkeypatch: pytest.MonkeyPatch) -> N
     )
     with pytest.raises(ScheduleError, match="not ordered"):
         prove(bind(3, [CallSpec("gather")] * 4))
+
+
+def test_shards_released_before_the_visit_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one window; with two, a rank has heard of its readers' next call before it writes the first one again."""
+    from odysseus_kernels.comm import leases
+
+    calls = [CallSpec("exchange:given")] * 4
+    monkeypatch.setattr(leases, "_ROTATION", 1)
+    prove(bind(3, calls))
+    with pytest.raises(ScheduleError, match="not ordered"):
+        prove(bind(3, calls, broken(release_before_read)))
 
 
 # ---- the schedules themselves ---------------------------------------------------------------------------------------
