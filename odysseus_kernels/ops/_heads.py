@@ -19,7 +19,7 @@ from ..comm.groups import dispatch
 from ..comm.transport import Call, Transport
 from ..config import OverlapConfig
 
-__all__ = ["HeadCut", "all_to_all", "check_head_counts", "check_mode", "fill_call", "tokens_of_ranks"]
+__all__ = ["HeadCut", "all_to_all", "check_head_counts", "check_mode", "exchange_parts", "tokens_of_ranks"]
 
 Phase = Literal["forward", "backward"]
 Fill = Callable[[int, Sequence[Tensor]], None]
@@ -63,18 +63,33 @@ def tokens_of_ranks(tensor: Tensor, world: int) -> Tensor:
     return tensor.view(-1, world, length // world, width).transpose(0, 1)
 
 
-def fill_call(
-    operator: str, phase: Phase, config: OverlapConfig, received: Sequence[Tensor], fill: Fill, shapes: str
-) -> Call:
-    """The call of an all-to-all: ``fill(rank, blocks)`` writes what ``rank`` is to have at this rank's place.
+def exchange_parts(transport: Transport, call: Call, received: Sequence[Tensor], fill: Fill) -> None:
+    """``call`` as an all-to-all with nothing to overlap: ``fill(rank, blocks)`` writes what ``rank`` is to have.
 
-    ``received``, ``fill``'s blocks: as :class:`~odysseus_kernels.comm.exchange.Exchange` has them.
+    ``received`` and the blocks are as :class:`~odysseus_kernels.comm.exchange.Exchange` has them.  Where ranks read one
+    another's memory, what is filled lies where it is read from; a process group is given one packed collective.
     """
+    if transport.name != "collective":
 
-    def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
-        fill(rank, made)
+        def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+            fill(rank, made)
 
-    return Call(operator, phase, config, shapes=shapes, exchange=Exchange(visit, received=tuple(received)))
+        exchange = Exchange(visit, received=tuple(received))
+        transport.execute(dataclasses.replace(call, exchange=exchange))
+        return
+    sizes = [part[0].numel() for part in received]
+    packed = received[0].new_empty((transport.world, sum(sizes)))
+    arrived = torch.empty_like(packed)
+
+    def blocks(rows: Tensor) -> list[Tensor]:
+        return [row.view(part.shape[1:]) for row, part in zip(rows.split(sizes), received, strict=True)]
+
+    for rank in range(transport.world):
+        fill(rank, blocks(packed[rank]))
+    transport.all_to_all(call, packed, arrived)
+    for rank in range(transport.world):
+        for part, block in zip(received, blocks(arrived[rank]), strict=True):
+            part[rank].copy_(block)
 
 
 def all_to_all(
@@ -86,11 +101,11 @@ def all_to_all(
     fill: Fill,
     shapes: str,
 ) -> None:
-    """:func:`fill_call` in ``group``, with nothing else to overlap."""
+    """:func:`exchange_parts` in ``group``."""
     plain = dataclasses.replace(config, mode="unfused")
 
     def run(transport: Transport, _: OverlapConfig) -> None:
-        transport.execute(fill_call(operator, phase, plain, received, fill, shapes))
+        exchange_parts(transport, Call(operator, phase, plain, shapes=shapes), received, fill)
 
     dispatch(group, plain, received[0].device, run)
 

@@ -23,7 +23,7 @@ from ..comm.reduce import accumulator_dtype
 from ..comm.selection import Phase
 from ..comm.transport import Call, Transport
 from ..config import OverlapConfig
-from ._heads import all_to_all, check_mode, fill_call, tokens_of_ranks
+from ._heads import all_to_all, check_mode, exchange_parts, tokens_of_ranks
 from ._products import ProductSum, multiply, multiply_lines
 from ._validate import check_linear, group_by_name
 
@@ -187,7 +187,7 @@ def _forward(
         else:
             if together:
                 received = received if keep else x.new_empty(whole.shape)
-                transport.execute(fill_call(_NAME, "forward", settled, (received,), fill, shapes))
+                exchange_parts(transport, call, (received,), fill)
             weight = functional.all_gather(weight_shard, owners, operator=_NAME, dim=1, config=config)
             total.add(_all_heads(received), weight.t())
         output = total.total(bias)
@@ -289,7 +289,7 @@ def _backward(
             weight = functional.all_gather(weight_shard, owners, operator=_NAME, dim=1, phase="backward", config=config)
             multiply_lines(product, incoming, weight)
         if input_needed and together:
-            transport.execute(fill_call(_NAME, "backward", settled, outgoing, fill, shapes))
+            exchange_parts(transport, call, outgoing, fill)
         if weight_needed:
             assert received is not None
             full = grad.new_empty((features, across * world))

@@ -22,12 +22,12 @@ from ..comm import functional
 from ..comm.exchange import Exchange
 from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
-from ..comm.selection import Phase
 from ..comm.transport import Call, Transport
 from ..config import OverlapConfig
-from ._heads import HeadCut, all_to_all, check_head_counts, check_mode, fill_call, tokens_of_ranks
+from ._heads import all_to_all, check_mode, exchange_parts, tokens_of_ranks
 from ._products import ProductSum, multiply_lines, project
-from ._validate import check_bias, check_linear, group_by_name
+from ._projections import Projections, check_projections
+from ._validate import check_bias, check_linear
 
 __all__ = ["linear_all_to_all"]
 
@@ -120,77 +120,13 @@ def linear_all_to_all(
     check_mode(_NAME, config)
     resolved = resolve_group(group)
     owners = resolved if zero3_group is None else resolve_group(zero3_group)
-    sharers = _sharers(weights, heads, resolved.size(), owners.size())
+    sharers = check_projections(_NAME, weights, heads, resolved.size(), owners.size())
     present = [one for one in biases if one is not None]
     has_bias = [one is not None for one in biases]
     outputs = torch.ops.odysseus.linear_all_to_all(
         x, weights, present, has_bias, sharers, resolved.group_name, owners.group_name, config.key()
     )
     return outputs[0] if single else tuple(outputs)
-
-
-def _sharers(weights: list[Tensor], heads: int | Sequence[int] | None, world: int, owners: int) -> list[int]:
-    """Ranks that share a head, for each projection."""
-    if owners % world:
-        raise ValueError(
-            f"{_NAME}: expected zero3_group to have a multiple of the group's {world} ranks, got {owners} ranks"
-        )
-    if heads is None:
-        return [1] * len(weights)
-    counts = [heads] if isinstance(heads, int) else list(heads)
-    if len(counts) != len(weights):
-        raise ValueError(f"{_NAME}: expected heads for each of {len(weights)} weights, got {tuple(counts)}")
-    sharers = check_head_counts(_NAME, counts, world)
-    for count, weight in zip(counts, weights, strict=True):
-        if weight.shape[0] * owners % count:
-            raise ValueError(
-                f"{_NAME}: expected the {weight.shape[0] * owners} rows of a weight ({owners} shards of "
-                f"{weight.shape[0]}) to divide by its {count} heads"
-            )
-    return sharers
-
-
-class _Sizes:
-    """Groups and sizes of one call.
-
-    Attributes:
-        group, owners: the ranks that exchange, and those that the weights are cut over.
-        together: whether these are the same, so that one exchange does all.
-        cuts: of each projection.
-        split: projections whose shards belong to one rank's heads.
-        whole: the others, whose weights are gathered whole: fewer heads than ranks.
-    """
-
-    def __init__(
-        self, x: Tensor, weights: Sequence[Tensor], sharers: Sequence[int], group_name: str, owners_name: str
-    ) -> None:
-        self.group, self.owners = group_by_name(group_name), group_by_name(owners_name)
-        self.together = group_name == owners_name
-        self.world, self.shards = self.group.size(), self.owners.size()
-        self.rows, self.features = x.shape[-2:]
-        self.lines = x.shape[:-1].numel()
-        self.batch = x.shape[:-2].numel()
-        self.cuts = [
-            HeadCut(weight.shape[0] * self.shards, self.world, count)
-            for weight, count in zip(weights, sharers, strict=True)
-        ]
-        self.split = [index for index, count in enumerate(sharers) if count == 1]
-        self.whole = [index for index, count in enumerate(sharers) if count > 1]
-        self.shapes = f"x {list(x.shape)}, sharers {list(sharers)}"
-
-    def phase(self, phase: str, dtype: torch.dtype, weights: Sequence[Tensor], *, gathers: bool, sums: bool) -> Phase:
-        nbytes = sum(weight.nbytes for weight in weights)
-        flops = 2 * self.lines * self.shards * sum(weight.numel() for weight in weights)
-        return Phase(
-            operator=_NAME,
-            phase=phase,
-            shapes=f"{self.shapes}, weights {[list(weight.shape) for weight in weights]}, {gathers}, {sums}",
-            own="",
-            dtype=dtype,
-            flops=flops * max(1, gathers + sums),
-            gathered_bytes=nbytes if gathers else 0,
-            scattered_bytes=nbytes if sums else 0,
-        )
 
 
 @torch.library.custom_op("odysseus::linear_all_to_all", mutates_args=())
@@ -206,7 +142,7 @@ def _forward(
 ) -> list[Tensor]:
     """``biases`` holds one for each weight that ``has_bias``: lists of optional tensors have no gradients."""
     config = OverlapConfig.from_key(config_key)
-    sizes = _Sizes(x, weights, sharers, group_name, owners_name)
+    sizes = Projections(_NAME, x, weights, sharers, group_name, owners_name)
     remaining = iter(biases)
     bias_of = [next(remaining) if present else None for present in has_bias]
     lines = x.reshape(sizes.lines, sizes.features)
@@ -259,7 +195,7 @@ def _forward(
             products.update({i: x.new_empty((sizes.lines, sizes.cuts[i].features)) for i in sizes.split})
             transport.execute(dataclasses.replace(call, exchange=Exchange(visit_owner, shared)))
         if sizes.together:
-            transport.execute(fill_call(_NAME, "forward", settled, received, fill, sizes.shapes))
+            exchange_parts(transport, call, received, fill)
 
     phase = sizes.phase("forward", x.dtype, weights, gathers=True, sums=False)
     dispatch(sizes.owners, config, x.device, run, phase)
@@ -279,7 +215,7 @@ def _(
     owners_name: str,
     config_key: str,
 ) -> list[Tensor]:
-    sizes = _Sizes(x, weights, sharers, group_name, owners_name)
+    sizes = Projections(_NAME, x, weights, sharers, group_name, owners_name)
     return [x.new_empty((*x.shape[:-2], sizes.rows * sizes.world, cut.width)) for cut in sizes.cuts]
 
 
@@ -298,7 +234,7 @@ def _backward(
 ) -> list[Tensor]:
     """[dx, dweights..., dbiases...]; an empty tensor stands for a gradient that is not needed."""
     config = OverlapConfig.from_key(config_key)
-    sizes = _Sizes(x, weights, sharers, group_name, owners_name)
+    sizes = Projections(_NAME, x, weights, sharers, group_name, owners_name)
     wide = accumulator_dtype(x.dtype)
     lines = x.reshape(sizes.lines, sizes.features)
     dx = x.new_empty(0)
@@ -387,7 +323,7 @@ def _backward(
         else:
             if sizes.together:
                 receive()
-                transport.execute(fill_call(_NAME, "backward", settled, parts, fill, sizes.shapes))
+                exchange_parts(transport, call, parts, fill)
             assemble()
             if fused and (shared or sums):
                 transport.execute(dataclasses.replace(call, exchange=Exchange(visit_owner, shared, (), sums)))

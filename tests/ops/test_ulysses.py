@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import ulysses_cases as cases
 
-from odysseus_kernels.testing.spawn import RankPools
+from odysseus_kernels.testing.spawn import RankPool, RankPools
 
 OPERATORS = tuple(cases.CHECKS)
 TRANSPORTS = ("symmetric", "collective")
@@ -162,5 +163,28 @@ def test_opcheck(ranks: RankPools, world: int) -> None:
     ranks(world).run(cases.opcheck)
 
 
-def test_compile_with_fullgraph(ranks: RankPools) -> None:
+def test_inputs_that_attention_ignores(ranks: RankPools) -> None:
+    ranks(2).run(cases.unused_inputs)
+
+
+def test_saved_for_backward(ranks: RankPools) -> None:
+    """The input of the projections, and what the output projection has received: as many elements as its input."""
+    for first, both in ranks(3).run(cases.saved):
+        assert first == [] and both == [2 * 6 * 3 * 24]
+
+
+@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.parametrize("operator", OPERATORS[:2])
+def test_no_weight_is_ever_whole(ranks: RankPools, operator: str, world: int) -> None:
+    """Fused, on shared memory, not even a shard of another rank is copied; unfused the whole weight is."""
+    assert max(ranks(world).run(cases.largest_allocation, operator, "fused")) < 1
+    assert min(ranks(world).run(cases.largest_allocation, operator, "unfused")) >= world
+
+
+def test_modes_that_are_measured(tmp_path: Path) -> None:
+    with RankPool(2, timeout=120, environment={"ODYSSEUS_CACHE_DIR": str(tmp_path)}) as pool:
+        pool.run(cases.measured)
+
+
+def test_compile_and_recompute(ranks: RankPools) -> None:
     ranks(2).run(cases.compiled, timeout=200)

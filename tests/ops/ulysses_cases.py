@@ -17,8 +17,10 @@ import torch.distributed as dist
 from operator_cases import MODES, Outputs, leaf, poison_windows
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 import odysseus_kernels as ody
+from benchmarks.memory import peak_of_others, record_allocations
 from odysseus_kernels.ops import reference
 from odysseus_kernels.testing.compare import assert_close_to_truth, nan_empty
 
@@ -303,6 +305,67 @@ def same_mode_same_bits(rank: int, world: int) -> None:
         assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 
 
+def unused_inputs(rank: int, world: int) -> None:
+    """An attention that ignores keys and values: they have no gradient, or zeros, on all ranks alike."""
+    q, k, v = (torch.randn(1, world, 2, 4, requires_grad=True) for _ in range(3))
+    ody.ulysses_attention(q, k, v, group=None, attention=lambda q, k, v: 2 * q).sum().backward()
+    assert torch.equal(q.grad, torch.full_like(q, 2))
+    assert all(tensor.grad is None or not tensor.grad.any() for tensor in (k, v))
+
+
+def saved(rank: int, world: int) -> tuple[list[int], list[int]]:
+    """Elements of what is kept for backward and is neither x nor a parameter: of the first projections, and of both."""
+    x = torch.randn(2, 6, 24, requires_grad=True)
+    weights = [torch.randn(rows // world, 24, requires_grad=True) for rows in (24 * world, 12 * world, 12 * world)]
+    out = torch.randn(24, 24, requires_grad=True)
+    known = {tensor.data_ptr() for tensor in (x, out, *weights)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    q, *_ = ody.linear_all_to_all(x, weights, group=None)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ody.linear_all_to_all(x, weights, group=None)
+        first = [count for address, count in kept.items() if address not in known]
+        ody.all_to_all_linear(q, out, group=None)
+    return first, [count for address, count in kept.items() if address not in known]
+
+
+def largest_allocation(rank: int, world: int, operator: str, mode: str) -> float:
+    """The largest single allocation of forward and backward beside results, in shards of a weight [1024, 256]."""
+    config = ody.OverlapConfig(mode=mode, transport="symmetric", timeout_s=60)
+    first = operator == "linear_all_to_all"
+    x = torch.randn(4 if first else 4 * world, 256 if first else 1024 // world, requires_grad=True)
+    w = torch.randn(*((1024 // world, 256) if first else (256, 1024 // world)), requires_grad=True)
+
+    def call() -> list[Tensor]:
+        y = getattr(ody, operator)(x, w, group=None, config=config)
+        return [y, *torch.autograd.grad(y.sum(), (x, w))]
+
+    for _ in range(3):  # until the transport's windows have been used in turn
+        call()
+    dist.barrier()
+    results, events = record_allocations(call)
+    _, largest = peak_of_others(events, {result.untyped_storage().data_ptr() for result in results})
+    return largest / w.nbytes
+
+
+def measured(rank: int, world: int) -> None:
+    """The mode is found by running all of them several times: results are those of one run."""
+    for transport, rings in itertools.product(("symmetric", "collective"), (1, 2)):
+        config = ody.OverlapConfig(tune="measure", transport=transport, timeout_s=30)
+        for operator in ("linear_all_to_all", "all_to_all_linear"):
+            problem = Problem(rings=rings, kv_heads=1)
+            CHECKS[operator](Case(rank, world, problem, torch.float64, config))
+        from all_reduce_cases import CHECKS as REDUCED
+        from all_reduce_cases import Problem as Reduced
+
+        for check_one in REDUCED.values():
+            check_one(rank, world, Reduced(), torch.float64, config)
+
+
 def messages(rank: int, world: int) -> dict[str, str]:
     from input_cases import _message
 
@@ -370,7 +433,7 @@ def opcheck(rank: int, world: int) -> None:
 
 
 def compiled(rank: int, world: int) -> None:
-    """Projections, attention by heads, output projection: one graph, the same numbers."""
+    """Projections, attention by heads, output projection: one graph, or recomputed, and the same numbers."""
     torch.manual_seed(rank)
     config = ody.OverlapConfig(timeout_s=60)
 
@@ -393,6 +456,8 @@ def compiled(rank: int, world: int) -> None:
         return [y.detach(), *torch.autograd.grad(y.square().sum(), inputs)]
 
     expected = results(layer)
+    recomputed = results(lambda *tensors: checkpoint(layer, *tensors, use_reentrant=False))
+    assert all(torch.equal(one, other) for one, other in zip(recomputed, expected, strict=True))
     for one, other in zip(results(torch.compile(layer, fullgraph=True, backend="aot_eager")), expected, strict=True):
         # The compiler may reorder the elementwise part: rounding in fp32, on sums of a few dozen terms.
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
