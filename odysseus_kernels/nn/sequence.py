@@ -49,9 +49,9 @@ def shard_sequence(
 
     Returns:
         ``input_ids``, ``position_ids`` and, where they were given, ``attention_mask``, ``labels``, ``shift_labels``,
-        all [B, s]; where the sequence was padded, also ``counted_tokens``, 0 for padding, which losses over all tokens
-        leave out (that of a mixture's router). ``labels`` is the same tensor as ``shift_labels``: shifted already, and required by stock models
-        for computing a loss at all.
+        all [B, s]. ``labels`` is the same tensor as ``shift_labels``: shifted already, and required by stock models
+        for computing a loss at all. Where the sequence was padded, also ``counted_tokens``, 0 for padding, which losses
+        over all tokens leave out (that of a mixture's router).
 
     Raises:
         ValueError: for missing or unknown keys, wrong shapes or dtypes.
