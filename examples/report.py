@@ -16,9 +16,9 @@ _COMPARABLE = ("seq_len", "batch_size", "hidden", "layers", "heads", "kv_heads",
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> Path:
-    """Writes ``loss-N<ranks>.json`` and returns its path."""
+    """Writes ``loss-N<ranks>-<strategy>.json`` and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"loss-N{run['ranks']}.json"
+    path = folder / f"loss-N{run['ranks']}-{run['name']}.json"
     path.write_text(json.dumps(run, indent=1))
     return path
 
@@ -43,26 +43,40 @@ def print_table(run: dict[str, Any]) -> None:
 
 
 def plot_runs(folder: Path) -> Path:
-    """Draws the losses of every ``loss-N*.json`` in ``folder`` into ``loss.png`` there, one over another."""
+    """Draws the losses of every ``loss-N*.json`` in ``folder`` into ``loss.png`` there, one over another.
+
+    Below them, where a single process's run is among them: how far each is from it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     runs = [json.loads(path.read_text()) for path in folder.glob("loss-N*.json")]
-    runs.sort(key=lambda run: run["ranks"])
+    runs.sort(key=lambda run: (run["ranks"], run["name"]))
+    figure, (curves, differences) = plt.subplots(
+        2, figsize=(8, 7), layout="constrained", sharex=True, height_ratios=(2, 1)
+    )
+    single = runs[0]["losses"] if runs[0]["ranks"] == 1 else {}
     for index, run in enumerate(runs):
         steps = sorted(int(step) for step in run["losses"])
         label = "single process, stock model" if run["ranks"] == 1 else f"{run['ranks']} ranks, {run['how']}"
         if any(run["settings"][name] != runs[0]["settings"][name] for name in _COMPARABLE):
             label += " (other settings)"
         # Equal curves lie on one another: later ones are thinner and dashed, so that all can be seen.
-        style = {"linewidth": max(4.0 - 1.5 * index, 1.2), "linestyle": ("-", "--", ":", "-.")[index % 4]}
-        axes.plot(steps, [run["losses"][str(step)] for step in steps], label=label, **style)
-    axes.set(xlabel="step", ylabel="training loss, nats per byte", title="Byte-level Llama on Python's own sources")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        width = 1.2 + 6.0 * (1 - index / max(1, len(runs) - 1))
+        losses = run["losses"]
+        style = ("-", "--", ":", "-.")[index % 4]
+        (line,) = curves.plot(steps, [losses[str(step)] for step in steps], style, linewidth=width, label=label)
+        common = [step for step in steps if str(step) in single]
+        if common and run["ranks"] > 1:
+            apart = [abs(losses[str(step)] / single[str(step)] - 1) for step in common]
+            differences.plot(common, apart, color=line.get_color(), linewidth=1.0)
+    curves.set(ylabel="training loss, nats per byte", title="Byte-level Llama on Python's own sources")
+    differences.set(xlabel="step", ylabel="relative difference\nto the single process", yscale="log")
+    for axes in (curves, differences):
+        axes.grid(alpha=0.3)
+    curves.legend(fontsize="small")
     path = folder / "loss.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)

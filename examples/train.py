@@ -2,6 +2,7 @@
 
     python examples/train.py                                    # stock transformers model, one process
     torchrun --nproc-per-node 2 examples/train.py               # the same program on 2 ranks, the same losses
+    torchrun --nproc-per-node 4 examples/train.py --strategy ulysses --ring 2       # Ring attention outside of Ulysses
 
 Every rank builds the same model and draws the same batches.  What differs on several ranks are two calls:
 ``parallelize(model, mesh)`` after the model is built, and ``shard_sequence(batch, mesh)`` before each forward.
@@ -61,7 +62,15 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (value, help_text) in NUMBERS.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{help_text} (default: %(default)s)")
-    parser.add_argument("--strategy", default="odysseus", help="how ranks share the model (default: %(default)s)")
+    parser.add_argument(
+        "--strategy",
+        default="odysseus",
+        choices=("tp", "tp_sp", "ulysses", "odysseus"),
+        help="how ranks share the model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ring", type=int, default=1, help="ring ranks outside of the strategy's (default: 1, no ring)"
+    )
     parser.add_argument("--mode", default="auto", choices=("auto", "fused", "unfused"))
     parser.add_argument("--transport", default="auto", choices=("auto", "symmetric", "collective"))
     parser.add_argument("--checkpoint", type=Path, help="folder of checkpoints: one at the end and at each validation")
@@ -78,6 +87,8 @@ def arguments() -> argparse.Namespace:
 def process_group(options: argparse.Namespace) -> Iterator[DeviceMesh | None]:
     """The mesh of all ranks that torchrun started, or None in a single process."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % options.ring:
+        raise SystemExit(f"--ring: expected a divisor of the {ranks} ranks, got {options.ring}")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if ranks == 1:
@@ -88,7 +99,10 @@ def process_group(options: argparse.Namespace) -> Iterator[DeviceMesh | None]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=options.timeout))
     try:
-        yield init_device_mesh("cpu", (ranks,), mesh_dim_names=("seq",))
+        if options.ring == 1:
+            yield init_device_mesh("cpu", (ranks,), mesh_dim_names=("seq",))
+        else:
+            yield init_device_mesh("cpu", (options.ring, ranks // options.ring), mesh_dim_names=("ring", "seq"))
     finally:
         dist.destroy_process_group()
 
@@ -135,12 +149,12 @@ def peak_memory(mesh: DeviceMesh | None) -> list[int]:
     """Most bytes that each rank's process has had in memory."""
     unit = 1 if sys.platform == "darwin" else 1024
     own = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit])
-    return (own if mesh is None else all_gather(own, mesh, operator="peak_memory")).tolist()
+    return (own if mesh is None else all_gather(own, operator="peak_memory")).tolist()
 
 
 def train(options: argparse.Namespace, mesh: DeviceMesh | None) -> dict[str, Any]:
     """Trains up to ``options.steps`` and returns what was measured."""
-    rank = 0 if mesh is None else mesh.get_local_rank()
+    rank = 0 if mesh is None else dist.get_rank()
     text, model = load_text(options.text_limit), build_model(options)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if mesh is not None:
@@ -173,14 +187,16 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None) -> dict[str, Any
             if step == options.steps or (options.eval_every and step % options.eval_every == 0):
                 validation[str(step)] = bits_per_byte(model, text, mesh, options)
                 if options.checkpoint is not None:
-                    save(options.checkpoint, step, losses, model, optimizer, rank)
+                    save(options.checkpoint, step, losses, model, optimizer)
     if not seconds:
         raise SystemExit(f"nothing to do: the checkpoint is of step {done}, and --steps is {options.steps}")
     # The first step also pays for buffers and worker threads.
     typical = statistics.median(seconds[1:] or seconds)
+    name = options.strategy + (f" x ring {options.ring}" if options.ring > 1 else "")
     return {
-        "ranks": 1 if mesh is None else mesh.size(),
-        "how": "stock model" if mesh is None else f"{options.strategy}, {options.mode}, {options.transport} transport",
+        "ranks": 1 if mesh is None else dist.get_world_size(),
+        "how": "stock model" if mesh is None else f"{name}, {options.mode}, {options.transport} transport",
+        "name": "stock" if mesh is None else name.replace(" ", "-"),
         "parameters": parameters,
         "losses": losses,
         "validation_bits_per_byte": validation,
@@ -200,7 +216,7 @@ def main() -> None:
     options = arguments()
     with process_group(options) as mesh:
         run = train(options, mesh)
-        first = mesh is None or mesh.get_local_rank() == 0
+        first = mesh is None or dist.get_rank() == 0
     if first:
         path = write_run(options.output, run)
         print_table(run)

@@ -20,11 +20,26 @@ from .errors import (
     RankMismatchError,
     SignalTimeoutError,
 )
-from .ops import all_gather_linear, linear_reduce_scatter, zero3_linear
+from .ops import (
+    all_gather_linear,
+    all_to_all_linear,
+    column_parallel_linear,
+    linear_all_reduce,
+    linear_all_to_all,
+    linear_reduce_scatter,
+    ulysses_attention,
+    zero3_linear,
+)
 
 if TYPE_CHECKING:
+    from .attention.ring import ring_attention
+    from .integrations.checkpoint import load_checkpoint, save_checkpoint
     from .integrations.huggingface import parallelize
+    from .integrations.pretrained import load_pretrained, save_pretrained
+    from .nn.checkpointing import selective_checkpoint
+    from .nn.clipping import clip_grad_norm_
     from .nn.loss import sequence_loss
+    from .nn.master import MasterWeights
     from .nn.sequence import shard_sequence
 
 __version__ = "0.1.0"
@@ -35,22 +50,43 @@ __all__ = [
     "CommunicationError",
     "ExtensionNotBuiltError",
     "FallbackWarning",
+    "MasterWeights",
     "OverlapConfig",
     "PeerLostError",
     "RankMismatchError",
     "SignalTimeoutError",
     "all_gather_linear",
+    "all_to_all_linear",
+    "clip_grad_norm_",
+    "column_parallel_linear",
     "explain",
+    "linear_all_reduce",
+    "linear_all_to_all",
     "linear_reduce_scatter",
+    "load_checkpoint",
+    "load_pretrained",
     "parallelize",
+    "ring_attention",
+    "save_checkpoint",
+    "save_pretrained",
+    "selective_checkpoint",
     "sequence_loss",
     "shard_sequence",
     "synchronize",
+    "ulysses_attention",
     "zero3_linear",
 ]
 
 _LAZY = {
+    "MasterWeights": "odysseus_kernels.nn.master",
+    "clip_grad_norm_": "odysseus_kernels.nn.clipping",
+    "load_checkpoint": "odysseus_kernels.integrations.checkpoint",
+    "load_pretrained": "odysseus_kernels.integrations.pretrained",
     "parallelize": "odysseus_kernels.integrations.huggingface",
+    "ring_attention": "odysseus_kernels.attention.ring",
+    "save_checkpoint": "odysseus_kernels.integrations.checkpoint",
+    "save_pretrained": "odysseus_kernels.integrations.pretrained",
+    "selective_checkpoint": "odysseus_kernels.nn.checkpointing",
     "sequence_loss": "odysseus_kernels.nn.loss",
     "shard_sequence": "odysseus_kernels.nn.sequence",
 }

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
 from .backend import WaitTimeoutError, all_gather_single, reduce_scatter_single
+from .bundles import as_bytes
+from .collective_exchange import ExchangeRun
 from .handshakes import Handshakes
 from .lanes import Lane, make_lane
 from .membership import Member, lost_members, lost_members_soon
@@ -81,21 +83,32 @@ class CollectiveTransport(Transport):
     def _begin(self, call: Call) -> Lane:
         """Where the call's collectives travel."""
         if self._lane is None:
-            part = call.gather.shard if call.gather is not None else call.scatter.out if call.scatter else None
-            assert part is not None
-            self._lane = make_lane(lambda: self._group, part.device, call.config.timeout_s)
-            if part.device.type != "cpu":
+            device = call.device
+            self._lane = make_lane(lambda: self._group, device, call.config.timeout_s)
+            if device.type != "cpu":
                 self._handshakes = Handshakes(self._group)
         self._lane.check()
         return self._lane
 
     def _execute(self, call: Call) -> None:
         with self._errors(call):
+            if call.exchange is not None:
+                lane = self._prepare(call)
+                exchange = ExchangeRun(call, call.exchange, lane, self.rank, self.world)
+                exchange.steps(lambda work: self._wait(call, work))
+                return
             run = _Run(self, call, self._begin(call))
             self._handshake(call, ", prefetched" if run.adopt(self._take_ahead(call)) else "")
             ahead = run.steps(sends_ahead=not self._capturing)
             if not (call.keeps_ahead or self._capturing):
                 self._ahead = ahead
+
+    def _prepare(self, call: Call) -> Lane:
+        """For a call that uses nothing that was sent ahead."""
+        lane = self._begin(call)
+        self._take_ahead(call)
+        self._handshake(call)
+        return lane
 
     @property
     def _capturing(self) -> bool:
@@ -115,9 +128,7 @@ class CollectiveTransport(Transport):
         assert gather is not None
         call = dataclasses.replace(call, scatter=None)  # only this part is exchanged and counted here
         with self._lock, self._errors(call):
-            lane = self._begin(call)
-            self._take_ahead(call)
-            self._handshake(call)
+            lane = self._prepare(call)
             shard = gather.shard.contiguous()
             self._wait(
                 call,
@@ -134,14 +145,25 @@ class CollectiveTransport(Transport):
             return
         call = dataclasses.replace(call, gather=None)
         with self._lock, self._errors(call):
-            lane = self._begin(call)
-            self._take_ahead(call)
-            self._handshake(call)
+            lane = self._prepare(call)
             out = scatter.out.view(-1)
             self._wait(
                 call,
                 lane.issue(lambda: reduce_scatter_single(out, full.view(-1), group=lane.group, async_op=True)),
             )
+        self._count(call)
+
+    def all_to_all(self, call: Call, full: Tensor, out: Tensor) -> None:
+        if not out.is_contiguous():
+            super().all_to_all(call, full, out)
+            return
+        call = self._sends_parts(call, full, out)
+        with self._lock, self._errors(call):
+            lane = self._prepare(call)
+            work = lane.issue(
+                lambda: dist.all_to_all_single(as_bytes(out), as_bytes(full), group=lane.group, async_op=True)
+            )
+            self._wait(call, work)
         self._count(call)
 
     # ---- ranks that differ, peers that are gone ----------------------------------------------------------------------

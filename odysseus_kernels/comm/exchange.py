@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 __all__ = ["Exchange", "Visit"]
 
 Visit = Callable[[int, tuple[Tensor, ...], tuple[Tensor, ...]], None]
+# What the reductions of both transports add.
+_SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Exchange:
     received: tuple[Tensor, ...] = ()
 
     @property
+    def gives(self) -> bool:
+        """Whether anything travels to the rank that visits."""
+        return bool(self.shared or self.addressed)
+
+    @property
     def makes(self) -> bool:
         """Whether anything travels back."""
         return bool(self.sums or self.received)
@@ -56,3 +64,28 @@ class Exchange:
     def own_made(self, rank: int) -> tuple[Tensor, ...]:
         """Where ``visit`` puts what it makes for the own rank: the sums themselves hold the own part first."""
         return (*self.sums, *(tensor[rank] for tensor in self.received))
+
+    def check(self, name: str, world: int) -> None:
+        """For ``world`` ranks.
+
+        Raises:
+            ValueError: nothing is given or made, or a tensor is not as the attributes say; ``name`` is the call's.
+        """
+        if not (self.gives or self.makes):
+            raise ValueError(f"{name}: expected an exchange that gives or makes something, got one without tensors")
+        for kind in ("shared", "addressed", "sums", "received"):
+            for index, tensor in enumerate(getattr(self, kind)):
+                shape = list(tensor.shape)
+                where = f"{name}: {kind}[{index}]"
+                if kind in ("addressed", "received") and (not shape or shape[0] != world):
+                    raise ValueError(f"{where}: expected a part for each of {world} ranks, got shape {shape}")
+                if kind == "sums" and tensor.dtype not in _SUMMED:
+                    raise ValueError(f"{where}: expected a floating dtype to add up, got {tensor.dtype}")
+                if kind != "received":
+                    if not tensor.is_contiguous():
+                        raise ValueError(f"{where}: expected a contiguous tensor, got strides {list(tensor.stride())}")
+                elif tensor.ndim != 4 or (shape[3] > 1 and tensor.stride(3) != 1):
+                    raise ValueError(
+                        f"{where}: expected [world, batch, rows, width] with contiguous rows, got shape {shape} with "
+                        f"strides {list(tensor.stride())}"
+                    )

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import OverlapConfig
+from .bundles import as_bytes
 from .groups import dispatch, resolve_group
 from .transport import Call, Gather, Scatter, Transport
 
-__all__ = ["all_gather", "all_reduce", "reduce_scatter"]
+__all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
 
 Group = dist.ProcessGroup | DeviceMesh | None
 Phase = Literal["forward", "backward"]
@@ -111,6 +112,40 @@ def reduce_scatter(
 
     dispatch(resolved, described, tensor.device, run)
     return out.view(*before, rows // world, *after)
+
+
+def all_to_all(
+    tensor: Tensor,
+    group: Group = None,
+    *,
+    operator: str = "all_to_all",
+    phase: Phase = "forward",
+    config: OverlapConfig | None = None,
+    keeps_ahead: bool = False,
+) -> Tensor:
+    """Part r of the result is what rank r's part for this rank was, a new tensor.
+
+    Args:
+        tensor: [N, ...], part r is for rank r; the same shape and dtype on every rank (any dtype but complex).
+        group, operator, phase, config, keeps_ahead: as in :func:`all_gather`.
+
+    Raises:
+        ValueError: the first dimension is not the number of ranks.
+    """
+    resolved = resolve_group(group)
+    world = resolved.size()
+    if tensor.ndim == 0 or tensor.shape[0] != world:
+        raise ValueError(f"all_to_all: expected a part for each of {world} ranks, got shape {list(tensor.shape)}")
+    raw = as_bytes(tensor.contiguous()).view(world, -1)
+    out = torch.empty_like(raw)
+    described = _collective_config(config)
+
+    def run(transport: Transport, _: OverlapConfig) -> None:
+        shapes = f"tensor {list(tensor.shape)} {tensor.dtype}"
+        transport.all_to_all(Call(operator, phase, described, shapes=shapes, keeps_ahead=keeps_ahead), raw, out)
+
+    dispatch(resolved, described, tensor.device, run)
+    return out.view(-1).view(tensor.dtype).view(tensor.shape)
 
 
 def all_reduce(

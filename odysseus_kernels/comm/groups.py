@@ -26,7 +26,7 @@ from .meeting import Introduction, Meeting
 from .selection import Phase, Selection
 from .symmetric_device import SymmetricDeviceTransport
 from .symmetric_host import SymmetricHostTransport
-from .transport import CapacityExceededError, LocalTransport, Transport
+from .transport import CapacityExceededError, LocalTransport, NotServedError, Transport
 
 __all__ = [
     "GroupTransports",
@@ -73,6 +73,10 @@ def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
 Symmetric = SymmetricHostTransport | SymmetricDeviceTransport
 
 
+def _kind(phase: Phase) -> tuple[str, str]:
+    return phase.operator, phase.phase
+
+
 class GroupTransports:
     """The transports of one process group on this rank."""
 
@@ -86,6 +90,8 @@ class GroupTransports:
         self._no_symmetric: str | None = None
         self._selection: Selection | None = None
         self._completed = 0
+        self._unserved: set[tuple[str, str]] = set()
+        self._warned_unserved = False
         self._device_type: str | None = None
         # Memory and descriptors go with the group.  Processes that multiprocessing forked run no atexit functions.
         weakref.finalize(group, self.close)
@@ -94,8 +100,10 @@ class GroupTransports:
     def belongs_to(self, group: dist.ProcessGroup) -> bool:
         return self._meeting.belongs_to(group)
 
-    def choose(self, config: OverlapConfig, device: torch.device) -> Transport:
+    def choose(self, config: OverlapConfig, device: torch.device, phase: Phase | None = None) -> Transport:
         """The transport that ``config`` asks for, connected; every rank of the group calls this together.
+
+        For a ``phase`` that the symmetric transport was found not to serve it is the collective one.
 
         Raises:
             ValueError: ``"symmetric"`` was asked for and cannot be had, with the reason; or no transport serves
@@ -116,13 +124,27 @@ class GroupTransports:
                     f"expected {self._device_type} tensors as in earlier calls with process group "
                     f"{self._meeting.name}, got {device}; use a group of its own for each kind of device"
                 )
-            if config.transport != "collective":
+            if config.transport != "collective" and (phase is None or _kind(phase) not in self._unserved):
                 symmetric = self._connect(config, device)
                 if symmetric is not None:
                     return symmetric
                 if config.transport == "symmetric":
                     raise ValueError(f'transport="symmetric" is not available: {self._no_symmetric}')
             return self.collective(config, device)
+
+    def note_unserved(self, error: NotServedError, config: OverlapConfig, phase: Phase | None) -> None:
+        """Later calls of ``phase`` go to the collective transport at once; says so if another one was asked for.
+
+        Raises:
+            ValueError: the transport was given by :func:`use_transport`, so there is no other.
+        """
+        if self._fixed is not None:
+            raise ValueError(str(error)) from error
+        if phase is not None:
+            self._unserved.add(_kind(phase))
+        if config.transport == "symmetric" and not self._warned_unserved:
+            self._warned_unserved = True
+            warnings.warn(f"{error}; such operators use the process group's collectives", FallbackWarning, stacklevel=3)
 
     def collective(self, config: OverlapConfig, device: torch.device) -> CollectiveTransport:
         """The collective transport.
@@ -291,18 +313,21 @@ def dispatch(
 ) -> None:
     """Calls ``run`` with the transport that ``config`` asks for, and with ``config``, its mode settled.
 
-    If the transport finds, on all ranks alike and before anything was sent, that its buffers do not fit, ``run`` is
-    called again with the collective transport.  ``run`` must leave the same behind however often it is called: where
-    the mode is chosen by timing, it is called many times.  ``phase`` says what for; without it there is no choice.
+    If the transport finds, on all ranks alike and before anything was sent, that its buffers do not fit, or that it
+    serves no such call, ``run`` is called again with the collective transport.  ``run`` must leave the same behind
+    however often it is called: where the mode is chosen by timing, it is called many times.  ``phase`` says what for;
+    without it there is no choice.
     """
     transports = group_transports(group)
-    transport = transports.choose(config, device)
+    transport = transports.choose(config, device, phase)
     # Products write where they are told (out=), which autocast leaves alone; the few that do not must not differ.
     with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING:
-        settled = config if phase is None else transports.settle(transport, config, phase, device, run)
         try:
+            settled = config if phase is None else transports.settle(transport, config, phase, device, run)
             run(transport, settled)
-        except CapacityExceededError:
+        except CapacityExceededError as error:
+            if isinstance(error, NotServedError):
+                transports.note_unserved(error, config, phase)
             collective = transports.collective(config, device)
             if phase is not None:
                 settled = transports.settle(collective, config, phase, device, run)

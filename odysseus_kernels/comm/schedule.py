@@ -4,12 +4,16 @@ A schedule is the tuple of :class:`Step` that one rank runs for one call of an o
 of (program, ranks, rank, chunk order, pieces); a transport executes it, ``testing/happens_before.py`` proves that it
 is free of races and deadlocks for any number of calls back to back, and nothing else decides an order anywhere.
 
-Two programs carry every operator, and a backward runs both in one call:
+Three programs carry every operator, and a backward runs the first two in one call:
 
 ``gather``
     every rank publishes its shard and consumes all shards, its own first, straight from the owners' buffers;
 ``scatter``
-    every rank produces partial results for all others, its own last, and adds up what it is sent.
+    every rank produces partial results for all others, its own last, and adds up what it is sent;
+``exchange``
+    every rank visits all others, its own last: it reads what they publish and makes something for them, and takes what
+    they make for it.  In ``exchange:given`` nothing is made, and the own rank comes first; in ``exchange:made`` nothing
+    is published.
 
 Words.  A signal :class:`Word` has exactly one writer and only grows.  ``ready`` (written by the buffer's owner) counts
 what was published in a cell; ``done`` (written by one reader) says up to which count that reader has finished, which is
@@ -23,7 +27,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 __all__ = [
     "SHARD",
@@ -43,11 +47,13 @@ __all__ = [
 ]
 
 ChunkOrder = Literal["ring", "sequence"]
-Program = Literal["gather", "scatter", "gather+scatter"]
+Program = Literal["gather", "scatter", "gather+scatter", "exchange", "exchange:given", "exchange:made"]
 
 SHARD = "shard"
 PARTIAL = "partial"
 _RECEIVED = "received"
+_GIVING = "giving"
+_PROGRAMS = ", ".join(f'"{name}"' for name in get_args(Program))
 # Two cells for outgoing partial results: one is read by its target while the next is computed.
 PARTIAL_CELLS = 2
 # Two sets of collective buffers: one travels while the other is multiplied.
@@ -79,6 +85,10 @@ class Task(enum.Enum):
     ADD = "add"
     ALL_GATHER = "all_gather"
     ALL_TO_ALL = "all_to_all"
+    VISIT = "visit"
+    TAKE = "take"
+    GIVEN = "given"
+    MADE = "made"
 
 
 class Region(NamedTuple):
@@ -173,24 +183,27 @@ def _publish(rank: int, pieces: int) -> Iterator[Step]:
         yield Step(Kind.SIGNAL, word=ready, value=piece + 1)
 
 
-def _consume(world: int, rank: int, order: ChunkOrder, pieces: int) -> Iterator[Step]:
+def _consume(world: int, rank: int, order: ChunkOrder, pieces: int, task: Task = Task.CONSUME) -> Iterator[Step]:
     for source in chunk_order(world, rank, order):
         if source == rank:
             # The local shard is read where the caller has it: whole, and without waiting for anything.
-            yield Step(Kind.COMPUTE, Task.CONSUME, rank, -1)
+            yield Step(Kind.COMPUTE, task, rank, -1)
             continue
         for piece in range(pieces):
             yield Step(Kind.WAIT, rank=source, piece=piece, word=Word(source, SHARD, 0, source), value=piece + 1)
-            yield Step(Kind.COMPUTE, Task.CONSUME, source, piece, reads=(Region(source, SHARD, piece),))
+            yield Step(Kind.COMPUTE, task, source, piece, reads=(Region(source, SHARD, piece),))
         # One release for the whole chunk: the owner overwrites it at once or not at all.
         yield Step(Kind.RELEASE, rank=source, word=Word(source, SHARD, 0, rank), value=pieces)
 
 
-def _scatter(world: int, rank: int, pieces: int) -> Iterator[Step]:
+def _scatter(
+    world: int, rank: int, pieces: int, make: Task = Task.PRODUCE, take: Task = Task.ADD, *, given: bool = False
+) -> Iterator[Step]:
     """Partial results leave piece by piece; within a piece the ring is walked and the own part comes last.
 
     A target adds what it is sent one send later than it was produced, so that in step with its peers it never waits.
-    Pieces outside, targets inside: then the sum in progress is one piece, not a chunk.
+    Pieces outside, targets inside: then the sum in progress is one piece, not a chunk.  With ``given`` what is made for
+    a rank is made from that rank's shard.
     """
     sends = [(piece, hop) for piece in range(pieces) for hop in range(world - 1)]
 
@@ -202,21 +215,26 @@ def _scatter(world: int, rank: int, pieces: int) -> Iterator[Step]:
         source = (rank - hop - 1) % world
         cell, value = index % PARTIAL_CELLS, index // PARTIAL_CELLS + 1
         yield Step(Kind.WAIT, rank=source, piece=piece, word=Word(source, PARTIAL, cell, source), value=value)
-        yield Step(Kind.COMPUTE, Task.ADD, source, piece, reads=(Region(source, PARTIAL, cell),))
+        yield Step(Kind.COMPUTE, take, source, piece, reads=(Region(source, PARTIAL, cell),))
         yield Step(Kind.RELEASE, rank=source, piece=piece, word=Word(source, PARTIAL, cell, rank), value=value)
 
     for index, (piece, hop) in enumerate(sends):
-        cell, value = index % PARTIAL_CELLS, index // PARTIAL_CELLS + 1
+        cell, value, peer = index % PARTIAL_CELLS, index // PARTIAL_CELLS + 1, target(hop)
+        shard = (Region(peer, SHARD, 0),) if given else ()
+        if given:
+            yield Step(Kind.WAIT, rank=peer, word=Word(peer, SHARD, 0, peer), value=1)
         if index >= PARTIAL_CELLS:
             reader = target(sends[index - PARTIAL_CELLS][1])
             credit = Word(rank, PARTIAL, cell, reader)
             yield Step(Kind.WAIT, rank=reader, piece=piece, word=credit, value=value - 1)
-        yield Step(Kind.COMPUTE, Task.PRODUCE, target(hop), piece, writes=(Region(rank, PARTIAL, cell),))
-        yield Step(Kind.SIGNAL, rank=target(hop), piece=piece, word=Word(rank, PARTIAL, cell, rank), value=value)
+        yield Step(Kind.COMPUTE, make, peer, piece, reads=shard, writes=(Region(rank, PARTIAL, cell),))
+        yield Step(Kind.SIGNAL, rank=peer, piece=piece, word=Word(rank, PARTIAL, cell, rank), value=value)
+        if given:
+            yield Step(Kind.RELEASE, rank=peer, word=Word(peer, SHARD, 0, rank), value=1)
         if hop > 0:
             yield from add(index - 1)
         if hop == world - 2:
-            yield Step(Kind.COMPUTE, Task.PRODUCE, rank, piece)
+            yield Step(Kind.COMPUTE, make, rank, piece)
             yield from add(index)
 
 
@@ -244,30 +262,39 @@ def symmetric_schedule(
     """Steps of ``rank`` for ``program`` on a transport whose ranks read one another's buffers.
 
     ``gather+scatter`` publishes first, then scatters, then consumes: the shards arrive while the scattered product
-    runs.  ``published`` leaves the publication out because a prefetch has already done it.
+    runs.  ``published`` leaves the publication out because a prefetch has already done it.  An exchange is in ring
+    order and in one piece.
 
     Raises:
-        ValueError: fewer than two ranks, or a rank or a number of pieces out of range.
+        ValueError: fewer than two ranks, no such program, or a rank or a number of pieces out of range.
     """
     if world < 2 or not 0 <= rank < world:
         raise ValueError(f"schedule: expected 0 <= rank < world and world >= 2, got rank {rank} of {world}")
     if min(gather_pieces, scatter_pieces) < 1:
         raise ValueError(f"schedule: expected at least 1 piece, got {gather_pieces} and {scatter_pieces}")
+    if program not in get_args(Program):
+        raise ValueError(f"program: expected one of {_PROGRAMS}, got {program!r}")
+    exchange = program.startswith("exchange")
+    if exchange:
+        gather_pieces = scatter_pieces = 1
     steps: list[Step] = []
     counts: dict[str, tuple[int, ...]] = {}
     readers: dict[str, tuple[tuple[int, ...], ...]] = {}
-    if program in ("gather", "gather+scatter"):
+    if program not in ("scatter", "exchange:made"):
         counts[SHARD] = (gather_pieces,)
         readers[SHARD] = (tuple(peer for peer in range(world) if peer != rank),)
         if not published:
             steps.extend(_publish(rank, gather_pieces))
-    if program in ("scatter", "gather+scatter"):
+    if program not in ("gather", "exchange:given"):
         counts[PARTIAL], readers[PARTIAL] = _scatter_lease(world, rank, scatter_pieces)
-        steps.extend(_scatter(world, rank, scatter_pieces))
+        if exchange:
+            steps.extend(_scatter(world, rank, 1, Task.VISIT, Task.TAKE, given=program == "exchange"))
+        else:
+            steps.extend(_scatter(world, rank, scatter_pieces))
     if program in ("gather", "gather+scatter"):
         steps.extend(_consume(world, rank, order, gather_pieces))
-    if not steps:
-        raise ValueError(f'program: expected "gather", "scatter" or "gather+scatter", got {program!r}')
+    if program == "exchange:given":
+        steps.extend(_consume(world, rank, "ring", 1, Task.VISIT))
     return Schedule(tuple(steps), counts, readers)
 
 
@@ -293,6 +320,11 @@ def collective_schedule(
     """
     if world < 2 or not 0 <= rank < world:
         raise ValueError(f"schedule: expected 0 <= rank < world and world >= 2, got rank {rank} of {world}")
+    if program not in get_args(Program):
+        raise ValueError(f"program: expected one of {_PROGRAMS}, got {program!r}")
+    if program.startswith("exchange"):
+        given, made = program != "exchange:made", program != "exchange:given"
+        return Schedule(tuple(_pairwise(world, rank, given=given, made=made)), {}, {})
     others = [peer for peer in chunk_order(world, rank, order) if peer != rank]
 
     def gather_step(kind: Kind, piece: int) -> Step:
@@ -338,6 +370,45 @@ def collective_schedule(
         steps.extend(scatter())
     if program in ("gather", "gather+scatter"):
         steps.extend(gather())
-    if not steps:
-        raise ValueError(f'program: expected "gather", "scatter" or "gather+scatter", got {program!r}')
     return Schedule(tuple(steps), {}, {})
+
+
+def _pairwise(world: int, rank: int, *, given: bool, made: bool) -> Iterator[Step]:
+    """An exchange in transfers around the ring: in hop h every rank gives to rank - h - 1 what that one visits with.
+
+    What the next rank gave travels while one is visited, and so does what was made for the last one; ``piece`` is the
+    hop.  Transfers are issued in the same order on all ranks.
+    """
+
+    def transfer(kind: Kind, task: Task, hop: int) -> Step:
+        names = (_GIVING, SHARD) if task is Task.GIVEN else (PARTIAL, _RECEIVED)
+        sent, received = (Region(rank, name, hop % IN_FLIGHT) for name in names)
+        peer = (rank + hop + 1) % world if task is Task.GIVEN else (rank - hop - 1) % world  # whom it comes from
+        issued = kind is Kind.ISSUE
+        return Step(kind, task, peer, hop, reads=(sent,) if issued else (), writes=(received,) if issued else ())
+
+    def take(hop: int) -> Iterator[Step]:
+        yield transfer(Kind.FINISH, Task.MADE, hop)
+        received = (Region(rank, _RECEIVED, hop % IN_FLIGHT),)
+        yield Step(Kind.COMPUTE, Task.TAKE, (rank - hop - 1) % world, hop, reads=received)
+
+    own = Step(Kind.COMPUTE, Task.VISIT, rank, -1)
+    if given:
+        yield transfer(Kind.ISSUE, Task.GIVEN, 0)
+    if not made:
+        yield own
+    for hop in range(world - 1):
+        if given:
+            yield transfer(Kind.FINISH, Task.GIVEN, hop)
+            if hop + 1 < world - 1:
+                yield transfer(Kind.ISSUE, Task.GIVEN, hop + 1)
+        reads = (Region(rank, SHARD, hop % IN_FLIGHT),) if given else ()
+        writes = (Region(rank, PARTIAL, hop % IN_FLIGHT),) if made else ()
+        yield Step(Kind.COMPUTE, Task.VISIT, (rank + hop + 1) % world, hop, reads=reads, writes=writes)
+        if made:
+            yield transfer(Kind.ISSUE, Task.MADE, hop)
+            if hop:
+                yield from take(hop - 1)
+    if made:
+        yield own
+        yield from take(world - 2)

@@ -49,6 +49,7 @@ class SymmetricDeviceTransport(Transport):
 
     name = "symmetric"
     serves_tiles = True
+    serves_exchange = False
 
     def __init__(self, device: Device, rank: int, world: int) -> None:
         super().__init__(rank, world)

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from .. import _ext
 from ..errors import CapacityWarning
+from .host_exchange import HostExchange
 from .leases import LeaseTable
 from .peers import Peers
 from .reduce import PieceSum
 from .schedule import SHARD, Kind, Schedule, Step, Task, publication, symmetric_schedule
 from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces, short_text
-from .windows import PartialBuffer, ShardBuffer, Windows
+from .windows import BundleBuffer, PartialBuffer, ShardBuffer, Windows
 
 __all__ = ["SymmetricHostTransport", "window_bytes"]
 
@@ -51,15 +52,23 @@ class Rendezvous(Protocol):
     def __call__(self, text: str) -> list[str]: ...
 
 
+_Buffer = ShardBuffer | PartialBuffer | BundleBuffer
+
+
 class _Buffers:
     """What one call has leased."""
 
     shard: ShardBuffer | None = None
     partial: PartialBuffer | None = None
     ahead: ShardBuffer | None = None  # for the shard that the call sends ahead
+    exchange: HostExchange | None = None  # instead of the others
 
-    def __getitem__(self, name: str) -> ShardBuffer | PartialBuffer:
-        found = self.shard if name == SHARD else self.partial
+    def __getitem__(self, name: str) -> _Buffer:
+        found: _Buffer | None
+        if self.exchange is not None:
+            found = self.exchange.given if name == SHARD else self.exchange.made
+        else:
+            found = self.shard if name == SHARD else self.partial
         assert found is not None
         return found
 
@@ -155,6 +164,8 @@ class SymmetricHostTransport(Transport):
                 prefetch = None
             if step.kind is Kind.WAIT:
                 self._wait(call, step, buffers)
+            elif buffers.exchange is not None and step.kind in (Kind.COMPUTE, Kind.COPY):
+                self._exchange(call, step, buffers.exchange)
             elif step.kind is Kind.COMPUTE:
                 self._compute(call, step, buffers, sums)
             elif step.kind is Kind.COPY:
@@ -169,7 +180,7 @@ class SymmetricHostTransport(Transport):
         """Leases the call's buffers, posts its descriptor, and agrees on more memory where some is needed."""
         gather, scatter = call.gather, call.scatter
         buffers = _Buffers()
-        new: list[ShardBuffer | PartialBuffer] = []
+        new: list[_Buffer] = []
         gather_pieces = self._gather_pieces(call, gather.shard) if gather else 1
         scatter_pieces = self._scatter_pieces(call, scatter) if scatter else 1
         taken = self._take_ahead(call, gather_pieces)
@@ -189,6 +200,11 @@ class SymmetricHostTransport(Transport):
             lease = self._leases.lease()
             buffers.partial = PartialBuffer.of(lease, scatter.out, scatter_pieces, self.world, call.config.reduce_dtype)
             new.append(buffers.partial)
+        if call.exchange is not None:
+            buffers.exchange = HostExchange(
+                call.exchange, self.rank, self.world, call.config.reduce_dtype, self._leases, self._windows
+            )
+            new.extend(buffers.exchange.buffers)
         if gather and gather.prefetch is not None:
             pieces = self._gather_pieces(call, gather.prefetch)
             buffers.ahead = ShardBuffer.of(self._leases.lease(), gather.prefetch, pieces)
@@ -215,7 +231,7 @@ class SymmetricHostTransport(Transport):
         auto = max(least, min(_MAX_PIECES, batch * rows // _PIECE_ROWS))
         return row_pieces(call.config.chunks_per_rank, rows, auto=auto)
 
-    def _agree(self, call: Call, new: list[ShardBuffer | PartialBuffer], extra: str) -> None:
+    def _agree(self, call: Call, new: list[_Buffer], extra: str) -> None:
         """Posts the descriptor; if a window must grow, waits for all ranks and learns whether all could.
 
         Growth follows from the sequence of calls, so all ranks come here with the same windows and the same sizes.
@@ -265,7 +281,7 @@ class SymmetricHostTransport(Transport):
         else:
             self._peers.wait_done(call, word.writer, lease.window, word.cell, value, "what it was sent before")
 
-    def _set(self, step: Step, buffer: ShardBuffer | PartialBuffer) -> None:
+    def _set(self, step: Step, buffer: _Buffer) -> None:
         word = step.word
         assert word is not None
         value = buffer.lease.bases[word.cell] + step.value
@@ -301,7 +317,19 @@ class SymmetricHostTransport(Transport):
             block = self._windows.partial(self.rank, partial, step.writes[0].part, step.piece)
             scatter.produce(step.rank, start, stop, block)
 
-    def _collect(self, call: Call, buffer: ShardBuffer | PartialBuffer) -> None:
+    def _exchange(self, call: Call, step: Step, exchange: HostExchange) -> None:
+        for region in step.writes:
+            buffer = exchange.given if region.buffer == SHARD else exchange.made
+            assert buffer is not None
+            self._collect(call, buffer)
+        if step.task is Task.PUBLISH:
+            exchange.publish()
+        elif step.task is Task.VISIT:
+            exchange.visit(step)
+        else:
+            exchange.take(step)
+
+    def _collect(self, call: Call, buffer: _Buffer) -> None:
         """Before a leased window is first written: waits for those who read what its previous use left there."""
         if buffer.clean:
             return

@@ -34,6 +34,7 @@ __all__ = [
     "CapacityExceededError",
     "Gather",
     "LocalTransport",
+    "NotServedError",
     "Scatter",
     "SentAhead",
     "TileGather",
@@ -47,6 +48,10 @@ Produce = Callable[[int, int, int, Tensor], None]
 
 class CapacityExceededError(Exception):
     """Raised on all ranks alike before anything is sent: this call's buffers do not fit; use another transport."""
+
+
+class NotServedError(CapacityExceededError):
+    """Likewise: this transport has no schedule for such a call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +168,10 @@ class Call:
 
     @property
     def program(self) -> Program:
+        if self.exchange is not None:
+            if self.exchange.gives and self.exchange.makes:
+                return "exchange"
+            return "exchange:given" if self.exchange.gives else "exchange:made"
         if self.gather is not None and self.scatter is not None:
             return "gather+scatter"
         return "gather" if self.gather is not None else "scatter"
@@ -188,6 +197,16 @@ class Call:
     @property
     def name(self) -> str:
         return f"{self.operator} ({self.phase})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie that are communicated."""
+        if self.exchange is not None:
+            return (*self.exchange.own_given(0), *self.exchange.own_made(0))[0].device
+        if self.gather is not None:
+            return self.gather.shard.device
+        assert self.scatter is not None
+        return self.scatter.out.device
 
 
 def _describe(tensor: Tensor) -> str:
@@ -240,11 +259,13 @@ class Transport(abc.ABC):
         name: ``"symmetric"``, ``"collective"`` or ``"local"``.
         rank, world: this rank's index in the group and the number of ranks.
         serves_tiles: whether ``mode="tiles"`` can be had.
+        serves_exchange: whether calls may have an ``exchange``.
         broken: why the transport can no longer be used, after an error between ranks.
     """
 
     name: str
     serves_tiles: bool = False
+    serves_exchange: bool = True
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank = rank
@@ -259,53 +280,20 @@ class Transport(abc.ABC):
             RankMismatchError: ranks made different calls; names the one that differs.
             PeerLostError: a peer's process is gone or gave up.
             SignalTimeoutError: a live peer did not signal within ``config.timeout_s``.
-            CapacityExceededError: on every rank, before anything was sent.
+            CapacityExceededError, NotServedError: on every rank, before anything was sent.
         """
         if call.config.mode == "tiles" and not self.serves_tiles:
             raise ValueError(
                 f'{call.name}: expected mode "auto", "fused" or "unfused", got "tiles": it needs CUDA tensors and '
                 f"the symmetric transport, this is the {self.name} one"
             )
+        if call.exchange is not None:
+            call.exchange.check(call.name, self.world)
+            if not self.serves_exchange:
+                raise NotServedError(f"{call.name}: the {self.name} transport of this device serves no exchange")
         with self._lock:
-            if call.exchange is not None and self.name != "local":
-                self._exchange_plainly(call, call.exchange)
-            else:
-                self._execute(call)
+            self._execute(call)
         self._count(call)
-
-    def _exchange_plainly(self, call: Call, exchange: Exchange) -> None:
-        """An exchange by gathers and scatters one after another: slow, and everything is held at once."""
-        order = [(self.rank + hop + (1 if exchange.makes else 0)) % self.world for hop in range(self.world)]
-
-        def everyone(tensor: Tensor) -> list[Tensor]:
-            flat = tensor.contiguous().view(1, 1, -1)
-            found = flat.new_empty((self.world, flat.numel()))
-
-            def copy(source: int, start: int, stop: int, block: Tensor) -> None:
-                found[source].copy_(block.reshape(-1))
-
-            one = dataclasses.replace(call.config, chunks_per_rank=1)
-            self._execute(dataclasses.replace(call, config=one, exchange=None, gather=Gather(flat, copy)))
-            return [part.view(tensor.shape) for part in found]
-
-        shared = [everyone(tensor) for tensor in exchange.shared]
-        addressed = [everyone(tensor) for tensor in exchange.addressed]
-        sums = [t.new_empty((self.world, 1, 1, t.numel())) for t in exchange.sums]
-        received = [t.new_empty(t.shape) for t in exchange.received]
-        for rank in order:
-            given = (*(t[rank] for t in shared), *(t[rank][self.rank] for t in addressed))
-            blocks = (t[rank].view(out.shape) for t, out in zip(sums, exchange.sums, strict=True))
-            exchange.visit(rank, given, (*blocks, *(t[rank] for t in received)))
-        for parts, out in zip(sums, exchange.sums, strict=True):
-
-            def copy(target: int, start: int, stop: int, block: Tensor, parts: Tensor = parts) -> None:
-                block.copy_(parts[target, :, start:stop])
-
-            scatter = Scatter(out.view(1, 1, -1), copy)
-            self._execute(dataclasses.replace(call, exchange=None, scatter=scatter))
-        for made, out in zip(received, exchange.received, strict=True):
-            for source, part in enumerate(everyone(made)):
-                out[source].copy_(part[self.rank])
 
     def all_gather(self, call: Call, out: Tensor) -> None:
         """The unfused twin of a gather: ``out[source]`` [batch, rows, width] becomes rank ``source``'s shard.
@@ -333,6 +321,23 @@ class Transport(abc.ABC):
         scatter = dataclasses.replace(call.scatter, produce=copy)
         self.execute(dataclasses.replace(call, gather=None, scatter=scatter))
 
+    def all_to_all(self, call: Call, full: Tensor, out: Tensor) -> None:
+        """The unfused twin of an exchange: part r of ``full`` goes to rank r, ``out[r]`` becomes what rank r sent.
+
+        ``full`` [world, ...] is contiguous, ``out`` of the same shape and dtype, and not the same memory.
+        """
+        self.execute(self._sends_parts(call, full, out))
+
+    def _sends_parts(self, call: Call, full: Tensor, out: Tensor) -> Call:
+        """``call`` as the exchange that :meth:`all_to_all` stands for."""
+
+        def copy(source: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+            out[source].copy_(given[0])
+
+        exchange = Exchange(copy, addressed=(full,))
+        exchange.check(call.name, self.world)
+        return dataclasses.replace(call, gather=None, scatter=None, exchange=exchange)
+
     def close(self) -> None:
         """Gives back what the transport holds; it cannot be used afterwards."""
         self.broken = self.broken or "the transport was closed"
@@ -356,18 +361,18 @@ class Transport(abc.ABC):
             traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
             record(traffic, peers * chunk.numel() * chunk.element_size())
 
-
     def _count_exchange(self, call: Call, exchange: Exchange) -> None:
         """Each peer is sent all of what is shared and summed, and its part of what is addressed and received."""
         kinds = (
-            ("all_gather", exchange.shared, self.world - 1),
-            ("reduce_scatter", exchange.sums, self.world - 1),
-            ("all_to_all", (*exchange.addressed, *exchange.received), (self.world - 1) / self.world),
+            ("all_gather", exchange.shared, 1),
+            ("reduce_scatter", exchange.sums, 1),
+            ("all_to_all", (*exchange.addressed, *exchange.received), self.world),
         )
-        for collective, tensors, share in kinds:
+        for collective, tensors, parts in kinds:
             if tensors:
                 traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
-                record(traffic, round(share * sum(t.numel() * t.element_size() for t in tensors)))
+                nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+                record(traffic, (self.world - 1) * nbytes // parts)
 
 
 class LocalTransport(Transport):

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bundles import Bundle
 from .leases import Lease
 from .reduce import PieceSum
 from .schedule import PARTIAL_CELLS, piece_bounds
 
-__all__ = ["PartialBuffer", "ShardBuffer", "Windows"]
+__all__ = ["BundleBuffer", "PartialBuffer", "ShardBuffer", "Windows"]
 
 _ALIGNMENT = 4096
 
@@ -83,6 +84,25 @@ class PartialBuffer:
         return piece_bounds(self.rows, self.pieces, piece)
 
 
+@dataclasses.dataclass
+class BundleBuffer:
+    """What one rank gives, or makes, in an exchange: the same bundle in each cell, and behind them ``held_bytes``."""
+
+    lease: Lease
+    bundle: Bundle
+    cells: int = 1
+    held_bytes: int = 0
+    clean: bool = False
+
+    @property
+    def cell_bytes(self) -> int:
+        return -(-self.bundle.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def nbytes(self) -> int:
+        return self.cells * self.cell_bytes + self.held_bytes
+
+
 class Windows:
     """Tensors over the windows of all ranks, and how much of each is backed by memory on all of them."""
 
@@ -130,7 +150,12 @@ class Windows:
         raw = self.raw(rank, buffer.lease.window)[offset : offset + size]
         return raw.view(buffer.dtype).view(buffer.batch, stop - start, buffer.width)
 
-    def held(self, rank: int, buffer: PartialBuffer) -> Tensor:
+    def cell(self, rank: int, buffer: BundleBuffer, cell: int) -> tuple[Tensor, ...]:
+        """The tensors in a cell of ``rank``."""
+        offset = cell * buffer.cell_bytes
+        return buffer.bundle.tensors(self.raw(rank, buffer.lease.window)[offset : offset + buffer.bundle.nbytes])
+
+    def held(self, rank: int, buffer: PartialBuffer | BundleBuffer) -> Tensor:
         """Bytes for the sum in progress."""
         start = buffer.cells * buffer.cell_bytes
         return self.raw(rank, buffer.lease.window)[start : start + buffer.held_bytes]

@@ -12,12 +12,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.families import FAMILIES, Family
-from odysseus_kernels.integrations.model import SequenceCausalLM, SequenceLoss, SequenceModel
+from odysseus_kernels.integrations.model import SequenceCausalLM, SequenceModel
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.identity import check_identical
+from odysseus_kernels.nn.moe import ExpertsSpec
 from odysseus_kernels.nn.swap import swap_class
 from odysseus_kernels.strategies import get_strategy
 from odysseus_kernels.strategies.base import ModelShape, Part, apply_strategy
@@ -36,9 +38,11 @@ def parallelize(
     Make optimizers afterwards: one made before holds the full parameters.
 
     Args:
-        model: a transformers ``LlamaForCausalLM`` on the device of ``mesh``.
-        mesh: device mesh with the single dimension ``"seq"``.
-        strategy: ``"odysseus"``.
+        model: a stock transformers model of one of the supported families (``integrations/families.py``) on the device
+            of ``mesh``.
+        mesh: device mesh with the dimension ``"seq"``, optionally ``"ring"`` outside of it (Ring attention between
+            ranks that the strategy serves within) and ``"dp"`` outside of both (see the note).
+        strategy: ``"tp"``, ``"tp_sp"``, ``"ulysses"`` or ``"odysseus"``.
         config: how operators communicate.
 
     Returns:
@@ -47,13 +51,21 @@ def parallelize(
     Raises:
         ValueError: for an unknown strategy or mesh, an unsupported model, or sizes that the ranks do not divide.
         RankMismatchError: if the model is not the same on every rank; names the rank that differs.
+
+    Note:
+        Ranks that differ in ``"dp"`` alone hold copies and other sequences. Their gradients are not touched here: wrap
+        the layers with ``torch.distributed.fsdp.fully_shard(layer, mesh=mesh["dp"])`` afterwards.
     """
     chosen = get_strategy(strategy)
-    group = SequenceGroup.of(mesh, config)
+    group = chosen.group(SequenceGroup.of(mesh, config))
     family = _family(model)
-    shape = _shape(model)
+    shape = _shape(model, family)
+    if group.ring_size > 1:
+        check_attention_kernel(model.config._attn_implementation)
+    if group.tokens == "replicated":
+        _check_nothing_random(model.config, strategy)
     try:
-        chosen.check(shape, group.size)
+        chosen.check(shape, group)
     except ValueError as error:
         raise ValueError(f"{type(model).__name__}, strategy {strategy!r}: {error}") from None
     parts = _parts(model, family, shape)
@@ -66,7 +78,6 @@ def parallelize(
     for module, mixin in ((model.base_model, SequenceModel), (model, SequenceCausalLM)):
         swap_class(module, mixin, keep_name=True)
         module.sequence_group = group
-    model.loss_function = SequenceLoss(group)
     return model
 
 
@@ -80,23 +91,36 @@ def _family(model: nn.Module) -> Family:
     raise ValueError(f"model: expected one of the supported classes ({supported}), got {type(model).__name__}")
 
 
-def _shape(model: PreTrainedModel) -> ModelShape:
+def _check_nothing_random(config: Any, strategy: str) -> None:
+    """Refuses what would draw other numbers for the same tokens on other ranks."""
+    for name in ("residual_dropout", "embedding_dropout", "router_jitter_noise"):
+        if getattr(config, name, 0):
+            raise ValueError(
+                f"{name}: expected 0 with strategy {strategy!r}, whose ranks compute the same tokens and would draw "
+                f"different random numbers for them, got {getattr(config, name)}: set it to 0 in the configuration "
+                f"before building the model, or use another strategy"
+            )
+
+
+def _shape(model: PreTrainedModel, family: Family) -> ModelShape:
     config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        head_dim=head_dim,
         vocabulary=model.get_input_embeddings().weight.shape[0],
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        experts=getattr(config, family.expert_names.count) if family.expert_names is not None else 0,
     )
 
 
 def _parts(model: PreTrainedModel, family: Family, shape: ModelShape) -> list[Part]:
     """Every module of the model that has parameters, with its role."""
+    base, names = model.base_model, family.attention_names
     modeling = importlib.import_module(family.modeling)
-    base, names, mlp_names = model.base_model, family.attention_names, family.mlp_names
     spec = AttentionSpec(
         names.query,
         names.key,
@@ -107,32 +131,60 @@ def _parts(model: PreTrainedModel, family: Family, shape: ModelShape) -> list[Pa
         shape.head_dim,
         rotary=getattr(modeling, names.rotary),
         attend=_Attend(family.modeling, names.eager),
+        query_norm=names.query_norm,
+        key_norm=names.key_norm,
+        window=names.window,
+        output_dropout=names.output_dropout,
     )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    norm = getattr(base, family.final_norm)
-    parts = [Part("embedding", embedding, {"embedding": embedding})]
-    for layer in getattr(base, family.layers):
-        attention, mlp = getattr(layer, family.attention), getattr(layer, family.mlp)
-        _expect(attention, getattr(modeling, family.attention_class))
-        _expect(mlp, getattr(modeling, family.mlp_class))
-        projections: dict[Any, nn.Module] = {
-            "query": getattr(attention, names.query),
-            "key": getattr(attention, names.key),
-            "value": getattr(attention, names.value),
-            "output": getattr(attention, names.output),
-        }
-        parts.append(Part("attention", attention, projections, spec))
-        weights: dict[Any, nn.Module] = {"up": getattr(mlp, mlp_names.up), "down": getattr(mlp, mlp_names.down)}
-        if mlp_names.gate is not None:
-            weights["gate"] = getattr(mlp, mlp_names.gate)
-        parts.append(Part("mlp", mlp, weights, mlp_names))
-        for name in family.norms:
-            parts.append(Part("norm", getattr(layer, name), {"norm": getattr(layer, name)}))
-        for projection in (*projections.values(), *weights.values()):
-            _expect(projection, nn.Linear)
     _expect(embedding, nn.Embedding)
     _expect(head, nn.Linear)
-    return [*parts, Part("norm", norm, {"norm": norm}), Part("head", head, {"head": head})]
+    parts = [_plain("embedding", embedding)]
+    for layer in getattr(base, family.layers):
+        parts += _attention_parts(getattr(layer, family.attention), family, modeling, spec)
+        parts += _mlp_parts(getattr(layer, family.mlp), family, modeling, model.config.hidden_act)
+        parts += [_plain("norm", getattr(layer, name)) for name in family.norms]
+    return [*parts, _plain("norm", getattr(base, family.final_norm)), _plain("head", head)]
+
+
+def _plain(role: Any, module: nn.Module) -> Part:
+    """A module whose own parameters have the module's role."""
+    return Part(role, module, {role: module})
+
+
+def _attention_parts(attention: nn.Module, family: Family, modeling: Any, spec: AttentionSpec) -> list[Part]:
+    _expect(attention, getattr(modeling, family.attention_class))
+    projections: dict[Any, nn.Module] = {
+        role: getattr(attention, getattr(spec, role)) for role in ("query", "key", "value", "output")
+    }
+    for projection in projections.values():
+        _expect(projection, nn.Linear)
+    norms = [name for name in (spec.query_norm, spec.key_norm) if name is not None]
+    return [
+        Part("attention", attention, projections, spec),
+        *(_plain("head_norm", getattr(attention, name)) for name in norms),
+    ]
+
+
+def _mlp_parts(mlp: nn.Module, family: Family, modeling: Any, activation: str) -> list[Part]:
+    names, experts = family.mlp_names, family.expert_names
+    if experts is not None and isinstance(mlp, getattr(modeling, experts.block_class)):
+        _expect(mlp, getattr(modeling, experts.block_class))
+        _expect(getattr(mlp, experts.router), getattr(modeling, experts.router_class))
+        _expect(getattr(mlp, experts.experts), getattr(modeling, experts.experts_class))
+        module = getattr(mlp, experts.experts)
+        return [
+            _plain("router", getattr(mlp, experts.router)),
+            Part("experts", module, {"experts": module}, ExpertsSpec(activation=activation)),
+        ]
+    assert family.mlp_class is not None, "a family without experts has a feed-forward class"
+    _expect(mlp, getattr(modeling, family.mlp_class))
+    weights: dict[Any, nn.Module] = {"up": getattr(mlp, names.up), "down": getattr(mlp, names.down)}
+    if names.gate is not None:
+        weights["gate"] = getattr(mlp, names.gate)
+    for projection in weights.values():
+        _expect(projection, nn.Linear)
+    return [Part("mlp", mlp, weights, names)]
 
 
 def _expect(module: nn.Module, cls: type) -> None:

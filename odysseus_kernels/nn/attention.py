@@ -1,21 +1,32 @@
-"""Attention on whole sequences with this rank's heads, between two fused operators."""
+"""Attention with this rank's heads over the whole sequence (of its ring rank), whatever the projections communicate."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
 
 from odysseus_kernels import ops
+from odysseus_kernels.attention.ring import ring_attention
 from odysseus_kernels.nn.group import SequenceGroup
-from odysseus_kernels.nn.parameters import local_parameter, replicated_parameter
+from odysseus_kernels.nn.parameters import head_parameter, local_parameter, sharded_parameter, token_parameter
+from odysseus_kernels.nn.sequence import RING_LAYOUT
 
-__all__ = ["AttentionSpec", "HeadParallelAttention", "local_heads"]
+__all__ = [
+    "AttentionSpec",
+    "HeadParallelAttention",
+    "SequenceMask",
+    "TensorParallelAttention",
+    "UlyssesAttention",
+    "local_heads",
+]
 
-_NOT_PASSED: Final = object()
+_NOT_PASSED: Final = None
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_SEEDS = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +41,9 @@ class AttentionSpec:
         rotary: ``rotary(q, k, cos, sin) -> (q, k)`` with q and k [B, heads, L, head_dim].
         attend: ``attend(module, q, k, v, mask, dropout=, scaling=, **kwargs) -> (out, weights)`` with q
             [B, heads, L, head_dim], k and v [B, kv_heads, L, head_dim] and out [B, L, heads, head_dim].
+        query_norm, key_norm: attributes with norms over head_dim, or None.
+        window: where a sliding window is named: nowhere, in the configuration, or in the module.
+        output_dropout: attribute with the probability of a dropout behind the output projection, or None.
     """
 
     query: str
@@ -41,6 +55,25 @@ class AttentionSpec:
     head_dim: int
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    query_norm: str | None = None
+    key_norm: str | None = None
+    window: Literal["none", "config", "module"] = "none"
+    output_dropout: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceMask:
+    """Who attends to whom, for the whole sequence.
+
+    Attributes:
+        masks: by kind of layer (``"full_attention"``, ``"sliding_attention"``), the mask in whatever form the attention
+            function takes; None is plain causal where the function says so.  Not used by Ring attention.
+        documents: [B, L] number of the document that each token belongs to, in the sequence's natural order, or None
+            where there is one document.  Used by Ring attention.
+    """
+
+    masks: Mapping[str, Any]
+    documents: torch.Tensor | None = None
 
 
 def local_heads(heads: int, kv_heads: int, rank: int, size: int) -> tuple[int, int, int]:
@@ -54,17 +87,20 @@ def local_heads(heads: int, kv_heads: int, rank: int, size: int) -> tuple[int, i
     return heads // size, rank * kv_heads // size, 1
 
 
-class HeadParallelAttention(nn.Module):
-    """Self-attention: tokens cut over the ranks outside, heads cut over the ranks inside.
+class _SequenceAttention(nn.Module):
+    """Self-attention whose heads are cut over the ranks; subclasses say how tokens get there and back.
 
-    Shapes: input and output [B, s, d] with s = L/N; q [B, L, heads/N, head_dim]; k and v likewise with their heads.
-    Query, key and value weights are column-parallel (Shard(0)), the output weight is row-parallel (Shard(1)); key and
-    value weights are replicated where there are fewer key/value heads than ranks, and each rank uses one head's rows.
-    Attention dropout draws from each rank's own generator: seed ranks differently, or heads share their masks.
+    Shapes: q [B, T, heads/N, head_dim], k and v likewise with their heads, where T = L/R tokens are those of this
+    rank's ring rank (T = L without a ring).
+    Attention dropout draws from each rank's own generator: seed ranks differently, or heads share their masks. Under
+    Ring it is seeded for each head, and ranks must be seeded alike.
     """
 
     sequence_group: SequenceGroup
     attention_spec: AttentionSpec
+    config: Any
+    scaling: float
+    attention_dropout: float
 
     def setup_sequence(self) -> None:
         """Sets what the stock module derives from head counts, for this rank's heads."""
@@ -72,24 +108,41 @@ class HeadParallelAttention(nn.Module):
         heads, _, kv_heads = local_heads(spec.heads, spec.kv_heads, group.rank, group.size)
         self.num_key_value_groups = heads // kv_heads
 
+    @property
+    def mask_kind(self) -> str:
+        """Key of this layer's mask in :class:`SequenceMask`."""
+        return "full_attention" if self._window() is None else "sliding_attention"
+
+    def _window(self) -> int | None:
+        """Tokens that a query sees, itself included; None: all before it."""
+        source = {"none": None, "config": self.config, "module": self}[self.attention_spec.window]
+        return getattr(source, "sliding_window", None)
+
+    def _project(self, hidden_states: torch.Tensor) -> Heads:
+        """Queries, keys and values [B, T, n] of this rank's heads."""
+        raise NotImplementedError
+
+    def _output(self, out: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens of the output projection of ``out`` [B, T, n]."""
+        raise NotImplementedError
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: object | None = None,
-        sequence_mask: Any = _NOT_PASSED,
+        sequence_mask: SequenceMask | None = _NOT_PASSED,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends over the whole sequence.
 
         Args:
             hidden_states: this rank's tokens, [B, s, d].
-            position_embeddings: cos and sin of the whole sequence, [1 or B, L, head_dim].
+            position_embeddings: cos and sin of the T tokens of this ring rank, [1 or B, T, head_dim].
             attention_mask: not used: ``sequence_mask`` takes its place.
             past_key_values: must be None.
-            sequence_mask: the mask of the whole sequence in whatever form the attention function takes; None is
-                plain causal where the function says so.
+            sequence_mask: who attends to whom.
             **kwargs: passed to the attention function.
 
         Returns:
@@ -100,55 +153,159 @@ class HeadParallelAttention(nn.Module):
             ValueError: if the position embeddings are not those of the whole sequence.
         """
         spec, group = self.attention_spec, self.sequence_group
-        if sequence_mask is _NOT_PASSED or past_key_values is not None:
+        if sequence_mask is None or past_key_values is not None:
             raise RuntimeError(
                 "attention was called without the mask of the whole sequence, or with a cache: call the parallelized "
                 "model, not its layers, and without past_key_values"
             )
-        batch, length = hidden_states.shape[0], hidden_states.shape[1] * group.size
+        batch, tokens = hidden_states.shape[:2]
+        parts = group.size if group.tokens == "sharded" else 1
         cos, sin = position_embeddings
-        if cos.shape[-2] != length:
+        if group.ring_size > 1:
+            # Under Ring one more position may lie behind the own ones, for rotations that depend on the last of all.
+            cos, sin = cos[..., : tokens * parts, :], sin[..., : tokens * parts, :]
+        if cos.shape[-2] != tokens * parts:
             raise ValueError(
-                f"position_embeddings: expected {length} positions ({group.size} ranks x {hidden_states.shape[1]} "
-                f"tokens), got {cos.shape[-2]}"
+                f"position_embeddings: expected {tokens * parts} positions ({parts} ranks x {tokens} tokens), got "
+                f"{cos.shape[-2]}"
             )
-
-        weights, biases = self._projection_parameters()
-        projected = ops.all_gather_linear(hidden_states, weights, biases, group=group.group, config=group.config)
-        query, key, value = (y.view(batch, length, -1, spec.head_dim).transpose(1, 2) for y in projected)
+        query, key, value = (y.unflatten(-1, (-1, spec.head_dim)) for y in self._project(hidden_states))
+        if spec.query_norm is not None and spec.key_norm is not None:
+            query, key = getattr(self, spec.query_norm)(query), getattr(self, spec.key_norm)(key)
+        query, key, value = (y.transpose(1, 2) for y in (query, key, value))
         query, key = spec.rotary(query, key, cos, sin)
-        out, attention_weights = spec.attend(
-            self,
-            query,
-            key,
-            value,
-            sequence_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        out = out.reshape(batch, length, -1)
-        layer = getattr(self, spec.output)
-        weight, bias = local_parameter(layer.weight), local_parameter(layer.bias)
-        return ops.linear_reduce_scatter(out, weight, bias, group=group.group, config=group.config), attention_weights
+        out, weights = self._attend(query, key, value, sequence_mask, kwargs)
+        result = self._output(out.reshape(batch, tokens * parts, -1))
+        if spec.output_dropout is not None:
+            result = nn.functional.dropout(result, getattr(self, spec.output_dropout), self.training)
+        return result, weights
 
-    def _projection_parameters(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...] | None]:
-        """This rank's query, key and value weights, and their biases or None."""
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SequenceMask, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output [B, T, heads, head_dim] and weights."""
+        spec, group, window = self.attention_spec, self.sequence_group, self._window()
+        dropout = self.attention_dropout if self.training else 0.0
+        if group.ring is not None and group.ring_size > 1:
+            first = group.rank * query.shape[1]
+            # Drawn where activation checkpointing restores the generator, so that a recomputation drops the same.
+            seed = int(torch.randint(_SEEDS, ())) if dropout else 0
+            out = ring_attention(
+                query,
+                key,
+                value,
+                group=group.ring,
+                layout=RING_LAYOUT,
+                documents=mask.documents,
+                window=window,
+                scale=self.scaling,
+                dropout=dropout,
+                dropout_seed=seed,
+                first_head=first,
+                kernel=self.config._attn_implementation,
+                config=group.config,
+            )
+            return out.transpose(1, 2), None
+        if spec.window != "none":
+            kwargs = {**kwargs, "sliding_window": window}
+        chosen = mask.masks[self.mask_kind]
+        return spec.attend(self, query, key, value, chosen, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def _layers(self) -> tuple[Any, Any, Any]:
+        spec = self.attention_spec
+        return getattr(self, spec.query), getattr(self, spec.key), getattr(self, spec.value)
+
+    def _head_sharded(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...] | None]:
+        """Column-parallel query, key and value weights, and their biases or None.
+
+        With fewer key/value heads than ranks theirs are replicated, and a rank uses one head's rows.
+        """
         spec, group = self.attention_spec, self.sequence_group
-        query, key, value = (getattr(self, name) for name in (spec.query, spec.key, spec.value))
-        if spec.kv_heads % group.size == 0:
-            layers = (query, key, value)
-            weights = tuple(local_parameter(layer.weight) for layer in layers)
-            biases = tuple(local_parameter(layer.bias) for layer in layers)
-        else:
-            _, first, count = local_heads(spec.heads, spec.kv_heads, group.rank, group.size)
-            rows = (first * spec.head_dim, count * spec.head_dim)
-            weights = (
-                local_parameter(query.weight),
-                *(replicated_parameter(layer.weight, group, rows) for layer in (key, value)),
-            )
-            biases = (
-                local_parameter(query.bias),
-                *(replicated_parameter(layer.bias, group, rows) for layer in (key, value)),
-            )
-        return weights, None if all(bias is None for bias in biases) else biases
+        query, *others = self._layers()
+        weights, biases = [sharded_parameter(query.weight, group)], [sharded_parameter(query.bias, group)]
+        _, first, count = local_heads(spec.heads, spec.kv_heads, group.rank, group.size)
+        rows = (first * spec.head_dim, count * spec.head_dim)
+        for layer in others:
+            for parts, parameter in ((weights, layer.weight), (biases, layer.bias)):
+                if spec.kv_heads % group.size:
+                    parts.append(head_parameter(parameter, group, rows))
+                else:
+                    parts.append(sharded_parameter(parameter, group))
+        return tuple(w for w in weights if w is not None), None if all(b is None for b in biases) else tuple(biases)
+
+
+class HeadParallelAttention(_SequenceAttention):
+    """Tokens cut over the ranks outside, heads inside, between an all-gather and a reduce-scatter (TP-SP, Odysseus).
+
+    Input and output [B, s, d] with s = T/N. Query, key and value weights are column-parallel (rows over seq), the
+    output weight is row-parallel (columns over seq).
+    """
+
+    def _project(self, hidden_states: torch.Tensor) -> Heads:
+        group = self.sequence_group
+        weights, biases = self._head_sharded()
+        query, key, value = ops.all_gather_linear(
+            hidden_states, weights, biases, group=group.group, config=group.config
+        )
+        return query, key, value
+
+    def _output(self, out: torch.Tensor) -> torch.Tensor:
+        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
+        weight, bias = sharded_parameter(layer.weight, group), sharded_parameter(layer.bias, group)
+        assert weight is not None
+        return ops.linear_reduce_scatter(out, weight, bias, group=group.group, config=group.config)
+
+
+class TensorParallelAttention(_SequenceAttention):
+    """Tokens on all ranks, heads cut over them, with an all-reduce behind (classical TP).
+
+    Input and output [B, T, d], equal on all ranks of seq; weights as in :class:`HeadParallelAttention`.
+    """
+
+    def _project(self, hidden_states: torch.Tensor) -> Heads:
+        group = self.sequence_group
+        weights, biases = self._head_sharded()
+        query, key, value = ops.column_parallel_linear(
+            hidden_states, weights, biases, group=group.group, config=group.config
+        )
+        return query, key, value
+
+    def _output(self, out: torch.Tensor) -> torch.Tensor:
+        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
+        weight, bias = sharded_parameter(layer.weight, group), token_parameter(layer.bias, group)
+        assert weight is not None
+        return ops.linear_all_reduce(out, weight, bias, group=group.group, config=group.config)
+
+
+class UlyssesAttention(_SequenceAttention):
+    """Tokens cut over the ranks, changed for heads by an all-to-all, with ZeRO-3 weights (DeepSpeed-Ulysses).
+
+    Input and output [B, s, d] with s = T/N. Rows of the query, key and value weights and columns of the output weight
+    are cut over all ranks.
+    """
+
+    def _project(self, hidden_states: torch.Tensor) -> Heads:
+        spec, group, layers = self.attention_spec, self.sequence_group, self._layers()
+        weights = tuple(local_parameter(layer.weight) for layer in layers)
+        biases = tuple(local_parameter(layer.bias) for layer in layers)
+        query, key, value = ops.linear_all_to_all(
+            hidden_states,
+            weights,
+            None if all(bias is None for bias in biases) else biases,
+            heads=(spec.heads, spec.kv_heads, spec.kv_heads),
+            group=group.group,
+            zero3_group=group.everyone,
+            config=group.config,
+        )
+        return query, key, value
+
+    def _output(self, out: torch.Tensor) -> torch.Tensor:
+        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
+        return ops.all_to_all_linear(
+            out,
+            local_parameter(layer.weight),
+            local_parameter(layer.bias),
+            group=group.group,
+            zero3_group=group.everyone,
+            config=group.config,
+        )

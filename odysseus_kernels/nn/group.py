@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -38,6 +38,8 @@ class SequenceGroup:
         everyone: process group of all ranks that share the sequence, R·N of them; ``group`` without a ring.  Its ranks
             are in the order of ring rank · N + rank.
         every_rank: this rank within ``everyone``.
+        tokens: ``"sharded"`` where ranks of ``group`` hold different tokens outside of attention, ``"replicated"``
+            where they hold the same (classical tensor parallelism).
     """
 
     mesh: DeviceMesh
@@ -50,6 +52,12 @@ class SequenceGroup:
     ring_size: int
     everyone: dist.ProcessGroup
     every_rank: int
+    tokens: Literal["sharded", "replicated"] = "sharded"
+
+    @property
+    def token_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold different tokens outside of attention; None where there is one such rank."""
+        return self.everyone if self.tokens == "sharded" else self.ring
 
     @property
     def every_size(self) -> int:

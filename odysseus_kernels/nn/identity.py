@@ -23,7 +23,7 @@ def check_identical(tensors: Iterable[tuple[str, torch.Tensor]], group: Sequence
 
     Args:
         tensors: names and full tensors, in the same order on every rank.
-        group: the ranks that compare.
+        group: all ranks that share the sequence compare.
 
     Raises:
         RankMismatchError: naming the ranks that differ from most others, and the first tensor they differ in.
@@ -37,7 +37,8 @@ def check_identical(tensors: Iterable[tuple[str, torch.Tensor]], group: Sequence
     if odd:
         raise RankMismatchError(
             f"expected the same model on every rank, but on rank {_join(odd)} the names, shapes or dtypes of its "
-            f"parameters differ (rank {group.rank} has {len(named)} tensors); build it from the same configuration"
+            f"parameters differ (rank {group.every_rank} has {len(named)} tensors); build it from the same "
+            f"configuration"
         )
     if not named:
         return
@@ -64,7 +65,7 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 def _gathered(row: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
     device = torch.device(group.mesh.device_type)
-    return all_gather(row.to(device), group.group, operator=_OPERATOR, config=group.config).cpu()
+    return all_gather(row.to(device), group.everyone, operator=_OPERATOR, config=group.config).cpu()
 
 
 def _odd_ranks(rows: torch.Tensor) -> list[int]:

@@ -1,29 +1,157 @@
-"""A linear layer on this rank's tokens whose weight is cut into rows."""
+"""Linear layers whose weight is cut into rows, and the losses of such layers at the end of a model.
+
+Both classes are language heads for :func:`~odysseus_kernels.nn.loss.sequence_loss`, which asks them for the loss, and
+never for the logits, of hidden states.
+"""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from odysseus_kernels import ops
+from odysseus_kernels.comm.functional import all_gather, all_reduce
 from odysseus_kernels.nn.group import SequenceGroup
-from odysseus_kernels.nn.parameters import local_parameter
+from odysseus_kernels.nn.parameters import local_parameter, sharded_parameter
 
-__all__ = ["Zero3Linear"]
+__all__ = ["VocabParallelLinear", "Zero3Linear"]
 
 
 class Zero3Linear(nn.Module):
     """``nn.Linear`` with ZeRO-3 weights: rows are gathered as they are multiplied, the weight is never whole.
 
-    Shapes: input [..., K], weight [n, K] and bias [n] as DTensors with placement Shard(0), output [..., n].
+    Shapes: input [..., K], weight [n, K] and bias [n] as DTensors cut into rows over all
+    ranks that share the sequence, output [..., n].
+
+    Attributes:
+        tokens: every rank has tokens of its own.
     """
 
     sequence_group: SequenceGroup
     weight: torch.Tensor
     bias: torch.Tensor | None
+    tokens: Literal["sharded", "replicated"] = "sharded"
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Applies the layer to this rank's tokens."""
         weight, bias = local_parameter(self.weight), local_parameter(self.bias)
         group = self.sequence_group
-        return ops.zero3_linear(input, weight, bias, group=group.group, config=group.config)
+        return ops.zero3_linear(input, weight, bias, group=group.everyone, config=group.config)
+
+    def cross_entropy_sum(
+        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int, chunk_rows: int
+    ) -> torch.Tensor:
+        """Sum of the cross-entropy of this rank's tokens, hidden [R, K] and targets [R]; logits never exist whole."""
+        group = self.sequence_group
+        return ops.zero3_linear_cross_entropy(
+            hidden,
+            targets,
+            local_parameter(self.weight),
+            local_parameter(self.bias),
+            group=group.everyone,
+            ignore_index=ignore_index,
+            chunk_rows=chunk_rows,
+            config=group.config,
+        )
+
+
+class VocabParallelLinear(nn.Module):
+    """A language head of which every rank multiplies its own rows of the vocabulary.
+
+    Shapes: input [..., K], weight [V, K] and bias [V] as DTensors with placement Shard(0), output [..., V].
+
+    Attributes:
+        tokens: ``"sharded"``: every rank has as many tokens of its own, and gets the logits of those;
+            ``"replicated"``: every rank has all tokens, and gets the logits of all.
+    """
+
+    sequence_group: SequenceGroup
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    tokens: Literal["sharded", "replicated"] = "sharded"
+
+    def setup_sequence(self) -> None:
+        """Learns which tokens the strategy has."""
+        self.tokens = self.sequence_group.tokens
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits over the whole vocabulary, for callers that want more than a loss."""
+        group = self.sequence_group
+        weight, bias = sharded_parameter(self.weight, group), sharded_parameter(self.bias, group)
+        assert weight is not None
+        if self.tokens == "sharded":
+            # The weight comes to the tokens: gathering tokens to the weight would send all logits back, L/N * V.
+            return ops.zero3_linear(input, weight, bias, group=group.group, config=group.config)
+        logits = F.linear(SummedGradient.apply(input, group), weight, bias)
+        return GatheredVocabulary.apply(logits, group)  # type: ignore[no-any-return]
+
+    def cross_entropy_sum(
+        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int, chunk_rows: int
+    ) -> torch.Tensor:
+        """Sum of the cross-entropy of this rank's tokens, or of all where they are replicated.
+
+        hidden [R, K] and targets [R]; logits never exist whole.
+        """
+        group = self.sequence_group
+        weight, bias = sharded_parameter(self.weight, group), sharded_parameter(self.bias, group)
+        assert weight is not None
+        return ops.vocab_parallel_linear_cross_entropy(
+            hidden,
+            targets,
+            weight,
+            bias,
+            group=group.group,
+            tokens=self.tokens,
+            ignore_index=ignore_index,
+            chunk_rows=chunk_rows,
+            config=group.config,
+        )
+
+
+class SummedGradient(torch.autograd.Function):
+    """Replicated tokens that every rank multiplies with its own part of a weight.
+
+    forward: the tokens themselves
+    gradient: sum over ranks of what each part contributes, the same on every rank
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+        """Returns the tokens, sharing memory."""
+        ctx.group = group
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Returns the complete gradient."""
+        (grad,) = grad_outputs
+        group = ctx.group
+        total = all_reduce(
+            grad.contiguous(), group.group, operator="vocab_parallel_linear", phase="backward", config=group.config
+        )
+        return total, None
+
+
+class GatheredVocabulary(torch.autograd.Function):
+    """Logits of the same tokens over all ranks' rows of the vocabulary.
+
+    Shapes: local [..., V/N], whole [..., V] on every rank.
+
+    forward: whole = AG(local)
+    gradient: this rank's columns; every rank's loss is the same, so nothing is added over the ranks
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+        """Returns the logits over the whole vocabulary."""
+        ctx.first, ctx.count = group.rank * local.shape[-1], local.shape[-1]
+        return all_gather(local, group.group, operator="vocab_parallel_linear", dim=-1, config=group.config)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Returns this rank's columns of the gradient."""
+        (grad,) = grad_outputs
+        return grad.narrow(-1, ctx.first, ctx.count), None

@@ -2,14 +2,16 @@
 
 The value is the global mean on every rank.  Backward of it gives each rank the gradient of that global mean with
 respect to its own logits, so the sum over ranks of every parameter's gradient is the gradient of the whole batch.
+Where tokens are replicated over "seq", each of its ranks has the gradient with respect to all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
@@ -18,9 +20,28 @@ from odysseus_kernels.comm.functional import all_reduce
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.nn.group import SequenceGroup
 
-__all__ = ["IGNORE_INDEX", "sequence_loss"]
+__all__ = ["IGNORE_INDEX", "DistributedHead", "sequence_loss"]
 
 IGNORE_INDEX = -100
+
+Tokens = Literal["sharded", "replicated"]
+
+
+@runtime_checkable
+class DistributedHead(Protocol):
+    """A head that computes the loss itself, because no rank has its whole weight.
+
+    Attributes:
+        tokens: whether ranks of "seq" have tokens of their own, or all the same.
+    """
+
+    tokens: Tokens
+
+    def cross_entropy_sum(
+        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int, chunk_rows: int
+    ) -> torch.Tensor:
+        """Sum of the cross-entropy over valid rows: hidden [R, d], targets [R]."""
+        ...
 
 
 def sequence_loss(
@@ -28,7 +49,8 @@ def sequence_loss(
     labels: torch.Tensor,
     mesh: DeviceMesh,
     *,
-    head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    head: Callable[[torch.Tensor], torch.Tensor] | DistributedHead | None = None,
+    tokens: Tokens = "sharded",
     num_items: int | torch.Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     chunk_rows: int = 1024,
@@ -39,9 +61,12 @@ def sequence_loss(
     Args:
         logits_or_hidden: this rank's logits [..., s, V], or with ``head`` its hidden states [..., s, d].
         labels: this rank's targets [..., s], already shifted: ``labels[i]`` is what position i predicts.
-        mesh: device mesh with the single dimension ``"seq"``.
+        mesh: device mesh with the dimension ``"seq"``, optionally ``"ring"`` outside it and ``"dp"`` outside both;
+            the mean is over ``"ring"`` and ``"seq"``.
         head: turns hidden states into logits; called chunk by chunk and again in backward, so that the logits of the
-            whole sequence are never held.
+            whole sequence are never held.  A :class:`DistributedHead` is asked for the loss instead.
+        tokens: ``"sharded"`` where every rank has tokens of its own; ``"replicated"`` where all ranks of ``"seq"``
+            have the same, which then count once.
         num_items: divides the sum instead of the number of valid tokens; the same number on every rank, for
             instance the tokens of all accumulated batches.
         ignore_index: label of tokens that do not count.
@@ -53,7 +78,7 @@ def sequence_loss(
         ``torch.nn.functional.cross_entropy`` are.
 
     Raises:
-        ValueError: if shapes disagree, or labels are not integers.
+        ValueError: if shapes disagree, labels are not integers, or ``head`` is for other tokens.
     """
     group = SequenceGroup.of(mesh, config)
     if logits_or_hidden.shape[:-1] != labels.shape:
@@ -65,14 +90,22 @@ def sequence_loss(
         raise ValueError(f"labels: expected an integer dtype, got {labels.dtype}")
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+    if tokens not in get_args(Tokens):
+        raise ValueError(f'tokens: expected "sharded" or "replicated", got {tokens!r}')
+    if isinstance(head, DistributedHead) and head.tokens != tokens:
+        raise ValueError(f"tokens: expected {head.tokens!r}, which {type(head).__name__} is for, got {tokens!r}")
     rows = logits_or_hidden.reshape(-1, logits_or_hidden.shape[-1])
     targets = labels.reshape(-1).to(rows.device)
     if head is None:
         total = ChunkedCrossEntropy.apply(rows, targets, ignore_index, chunk_rows)
+    elif isinstance(head, DistributedHead):
+        total = head.cross_entropy_sum(rows, targets, ignore_index, chunk_rows)
     else:
         total = _cross_entropy_through_head(rows, targets, head, ignore_index, chunk_rows)
     count = (targets != ignore_index).sum()
-    return GlobalMean.apply(total, count, num_items, group)  # type: ignore[no-any-return]
+    # Tokens that all ranks of "seq" have count once: only those of other ring ranks are others.
+    ranks = group.everyone if tokens == "sharded" else group.ring
+    return GlobalMean.apply(total, count, num_items, ranks, group.config)  # type: ignore[no-any-return]
 
 
 def _cross_entropy_through_head(
@@ -136,7 +169,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class GlobalMean(torch.autograd.Function):
-    """Sum over ranks of local sums, divided by the sum over ranks of local counts.
+    """Sum over ranks of local sums, divided by the sum over ranks of local counts; ``ranks`` None is this rank alone.
 
     forward: all_reduce(total) / all_reduce(count)
     total gradient: grad / all_reduce(count), on every rank for its own part of the sum; nothing is sent
@@ -144,19 +177,26 @@ class GlobalMean(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, total: torch.Tensor, count: torch.Tensor, num_items: int | torch.Tensor | None, group: SequenceGroup
+        ctx: Any,
+        total: torch.Tensor,
+        count: torch.Tensor,
+        num_items: int | torch.Tensor | None,
+        ranks: dist.ProcessGroup | None,
+        config: OverlapConfig,
     ) -> torch.Tensor:
         """Returns the mean, equal on every rank."""
         # One message for both; counts are exact in fp64 up to 2**53 tokens.
-        local = torch.stack((total.double(), count.double()))
-        total_sum, count_sum = all_reduce(local, group.group, operator="sequence_loss", config=group.config).unbind()
+        both = torch.stack((total.double(), count.double()))
+        if ranks is not None:
+            both = all_reduce(both, ranks, operator="sequence_loss", config=config)
+        total_sum, count_sum = both.unbind()
         divisor = count_sum if num_items is None else torch.as_tensor(num_items, device=total.device).double()
         # With no valid token every gradient is zero already; dividing it by zero would make it nan.
         ctx.divisor = divisor.clamp_min(1.0) if num_items is None else divisor
         return (total_sum / divisor).to(total.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         """Returns the gradient of this rank's sum."""
         (grad,) = grad_outputs
-        return (grad / ctx.divisor).to(grad.dtype), None, None, None
+        return (grad / ctx.divisor).to(grad.dtype), None, None, None, None

@@ -1,4 +1,4 @@
-"""The feed-forward network of Odysseus: tokens stay where they are, weights travel."""
+"""Feed-forward networks: on own tokens with ZeRO-3 weights, or with the intermediate size cut over the ranks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 from odysseus_kernels import ops
 from odysseus_kernels.nn.group import SequenceGroup
-from odysseus_kernels.nn.parameters import local_parameter
+from odysseus_kernels.nn.parameters import local_parameter, sharded_parameter, token_parameter
 
-__all__ = ["MLPSpec", "Zero3MLP"]
+__all__ = ["MLPSpec", "SequenceParallelMLP", "TensorParallelMLP", "Zero3MLP"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,24 +23,47 @@ class MLPSpec:
         up: projection to the intermediate size.
         down: projection back to the hidden size.
         activation: attribute that holds the activation function.
+        dropout: attribute with the probability of a dropout behind the network, or None.
     """
 
     gate: str | None
     up: str
     down: str
     activation: str
+    dropout: str | None = None
 
 
-class Zero3MLP(nn.Module):
-    """Feed-forward network with ZeRO-3 weights, gated or plain.
-
-    Shapes: input and output [..., s, d] with s = L/N tokens of this rank; all weights are DTensors cut into rows.
-
-    gated: ``down(activation(gate(x)) * up(x))``; plain: ``down(activation(up(x)))``
-    """
+class _MLP(nn.Module):
+    """``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))`` without a gate."""
 
     sequence_group: SequenceGroup
     mlp_spec: MLPSpec
+
+    def _dropped(self, y: torch.Tensor) -> torch.Tensor:
+        name = self.mlp_spec.dropout
+        return y if name is None else nn.functional.dropout(y, getattr(self, name), self.training)
+
+    def _activated(self, projected: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The intermediate, from what gate and up, or up alone, have given."""
+        activation = getattr(self, self.mlp_spec.activation)
+        first = activation(projected[0])
+        return first if len(projected) == 1 else first * projected[1]
+
+    def _inner(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...] | None]:
+        """Column-parallel weights and biases of gate and up, or of up alone."""
+        spec, group = self.mlp_spec, self.sequence_group
+        layers = [getattr(self, name) for name in (spec.gate, spec.up) if name is not None]
+        weights = tuple(sharded_parameter(layer.weight, group) for layer in layers)
+        biases = tuple(sharded_parameter(layer.bias, group) for layer in layers)
+        return tuple(w for w in weights if w is not None), None if all(b is None for b in biases) else biases
+
+
+class Zero3MLP(_MLP):
+    """Feed-forward network on this rank's tokens.
+
+    Shapes: input and output [..., s, d] with s tokens of this rank; all weights are DTensors cut into rows over all
+    ranks that share the sequence.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the network to this rank's tokens."""
@@ -49,10 +72,10 @@ class Zero3MLP(nn.Module):
         # Each product names the weights that travel next. Backward goes the other way: down, up, gate.
         if spec.gate is None:
             hidden = activation(self._project(spec.up, x, following=spec.down))
-            return self._project(spec.down, hidden, preceding=spec.up)
-        gate = activation(self._project(spec.gate, x, following=spec.up))
-        hidden = gate * self._project(spec.up, x, following=spec.down, preceding=spec.gate)
-        return self._project(spec.down, hidden, preceding=spec.up)
+        else:
+            gate = activation(self._project(spec.gate, x, following=spec.up))
+            hidden = gate * self._project(spec.up, x, following=spec.down, preceding=spec.gate)
+        return self._dropped(self._project(spec.down, hidden, preceding=spec.up))
 
     def _project(
         self, name: str, x: torch.Tensor, *, following: str | None = None, preceding: str | None = None
@@ -63,7 +86,7 @@ class Zero3MLP(nn.Module):
             x,
             local_parameter(layer.weight),
             local_parameter(layer.bias),
-            group=group.group,
+            group=group.everyone,
             config=group.config,
             prefetch=self._shard(following),
             prefetch_backward=self._shard(preceding),
@@ -71,3 +94,36 @@ class Zero3MLP(nn.Module):
 
     def _shard(self, name: str | None) -> torch.Tensor | None:
         return None if name is None else local_parameter(getattr(self, name).weight)
+
+
+class SequenceParallelMLP(_MLP):
+    """Tokens cut over the ranks outside, the intermediate size inside (TP-SP).
+
+    Shapes: input and output [B, s, d]; gate and up are column-parallel (rows over seq) behind one all-gather, down is
+    row-parallel (columns over seq) before a reduce-scatter.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Applies the network to the tokens of all ranks."""
+        group, down = self.sequence_group, getattr(self, self.mlp_spec.down)
+        weights, biases = self._inner()
+        hidden = self._activated(ops.all_gather_linear(x, weights, biases, group=group.group, config=group.config))
+        weight, bias = sharded_parameter(down.weight, group), sharded_parameter(down.bias, group)
+        assert weight is not None
+        return self._dropped(ops.linear_reduce_scatter(hidden, weight, bias, group=group.group, config=group.config))
+
+
+class TensorParallelMLP(_MLP):
+    """Tokens on all ranks, the intermediate size cut over them, with an all-reduce behind (classical TP).
+
+    Shapes: input and output [B, T, d], equal on all ranks of seq; weights as in :class:`SequenceParallelMLP`.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Applies the network to the tokens that all ranks have."""
+        group, down = self.sequence_group, getattr(self, self.mlp_spec.down)
+        weights, biases = self._inner()
+        hidden = self._activated(ops.column_parallel_linear(x, weights, biases, group=group.group, config=group.config))
+        weight, bias = sharded_parameter(down.weight, group), token_parameter(down.bias, group)
+        assert weight is not None
+        return self._dropped(ops.linear_all_reduce(hidden, weight, bias, group=group.group, config=group.config))

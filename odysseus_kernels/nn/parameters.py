@@ -6,35 +6,70 @@ placement of its parameter, so that optimizers, gradient clipping and checkpoint
 
 from __future__ import annotations
 
-from typing import Any, overload
+import dataclasses
+from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from odysseus_kernels.comm.functional import all_reduce
+from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.nn.group import SequenceGroup
+from odysseus_kernels.ops._validate import group_by_name
 
-__all__ = ["distribute_parameter", "local_parameter", "replicated_parameter"]
+__all__ = [
+    "Cut",
+    "distribute_parameter",
+    "head_parameter",
+    "local_parameter",
+    "sharded_parameter",
+    "token_parameter",
+]
 
 
-def distribute_parameter(parameter: nn.Parameter, group: SequenceGroup, placement: Placement) -> nn.Parameter:
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a parameter is cut over the ranks that share a sequence.
+
+    Attributes:
+        dim: dimension that is cut, or None for a whole copy on every rank.
+        over: ``"everyone"`` cuts over ring and seq (ZeRO-3), ``"seq"`` leaves copies on the ring.
+    """
+
+    dim: int | None = None
+    over: Literal["everyone", "seq"] = "seq"
+
+    def placements(self, group: SequenceGroup) -> list[Placement]:
+        """The DTensor placements on ``group.mesh``."""
+        inner: Placement = Replicate() if self.dim is None else Shard(self.dim)
+        outer = inner if self.over == "everyone" else Replicate()
+        return [inner] if group.mesh.ndim == 1 else [outer, inner]
+
+    def part(self, group: SequenceGroup) -> tuple[int, int]:
+        """(index, number) of this rank's part along ``dim``."""
+        return (group.every_rank, group.every_size) if self.over == "everyone" else (group.rank, group.size)
+
+
+def distribute_parameter(parameter: nn.Parameter, group: SequenceGroup, cut: Cut) -> nn.Parameter:
     """The DTensor parameter whose full value every rank already has in ``parameter``; nothing is sent.
 
     Args:
         parameter: the full parameter, identical on every rank.
         group: the ranks to distribute it over.
-        placement: ``Shard(dim)``, where the group's size divides ``parameter.shape[dim]``, or ``Replicate()``.
+        cut: how; the ranks it is cut over divide ``parameter.shape[cut.dim]``.
     """
     full = parameter.detach()
     local = full
-    if isinstance(placement, Shard):
-        rows, rest = divmod(full.shape[placement.dim], group.size)
-        assert rest == 0, f"{tuple(full.shape)} cannot be cut into {group.size} along dimension {placement.dim}"
+    if cut.dim is not None:
+        index, count = cut.part(group)
+        rows, rest = divmod(full.shape[cut.dim], count)
+        assert rest == 0, f"{tuple(full.shape)} cannot be cut into {count} along dimension {cut.dim}"
         # A copy, not a view: a view would keep the whole parameter in memory on every rank.
-        local = full.narrow(placement.dim, group.rank * rows, rows).clone(memory_format=torch.contiguous_format)
+        local = full.narrow(cut.dim, index * rows, rows).clone(memory_format=torch.contiguous_format)
     distributed = DTensor.from_local(
-        local, group.mesh, [placement], run_check=False, shape=full.shape, stride=full.stride()
+        local, group.mesh, cut.placements(group), run_check=False, shape=full.shape, stride=full.stride()
     )
     return nn.Parameter(distributed, requires_grad=parameter.requires_grad)
 
@@ -52,66 +87,93 @@ def local_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-@overload
-def replicated_parameter(
-    parameter: torch.Tensor, group: SequenceGroup, rows: tuple[int, int] | None = None
-) -> torch.Tensor: ...
+def sharded_parameter(parameter: torch.Tensor | None, group: SequenceGroup) -> torch.Tensor | None:
+    """This rank's part of a parameter that is cut over seq, for an operator that completes gradients over seq.
+
+    Ranks of the ring hold the same part and use it for other tokens; their gradients are added.
+    """
+    return _summed(parameter, group, group.ring, None)
 
 
-@overload
-def replicated_parameter(
-    parameter: torch.Tensor | None, group: SequenceGroup, rows: tuple[int, int] | None = None
-) -> torch.Tensor | None: ...
+def token_parameter(parameter: torch.Tensor | None, group: SequenceGroup) -> torch.Tensor | None:
+    """The value of a replicated parameter that each rank uses for its own tokens; their gradients are added."""
+    return _summed(parameter, group, group.token_group, None)
 
 
-def replicated_parameter(
+def head_parameter(
     parameter: torch.Tensor | None, group: SequenceGroup, rows: tuple[int, int] | None = None
 ) -> torch.Tensor | None:
-    """The value of a replicated DTensor parameter that each rank uses for other tokens or other heads.
+    """The value of a replicated parameter that each rank uses for its own heads of its ring rank's tokens.
 
     Args:
-        parameter: a DTensor with placement Replicate, or None.
+        parameter: a DTensor that every rank holds whole, or None.
         group: the ranks whose gradients are to be added.
         rows: (first row, number of rows) that this rank uses; all if None.
 
     Returns:
-        The local tensor ``[rows, ...]``. Its gradient is padded to the full shape and added over the group, so that
-        the parameter's gradient is a complete DTensor with placement Replicate.
+        The local tensor ``[rows, ...]``. Its gradient is padded to the full shape and added over all ranks.
     """
+    return _summed(parameter, group, group.everyone, rows)
+
+
+def _summed(
+    parameter: torch.Tensor | None,
+    group: SequenceGroup,
+    over: dist.ProcessGroup | None,
+    rows: tuple[int, int] | None,
+) -> torch.Tensor | None:
     if parameter is None:
         return None
-    first, count = rows or (0, parameter.shape[0])
-    return ReplicatedParameter.apply(parameter, group, first, count)  # type: ignore[no-any-return]
+    if over is None or (rows is None and over.size() == 1):
+        assert rows is None, "rows are used by heads, which are added over all ranks"
+        return local_parameter(parameter)
+    return SummedParameter.apply(parameter, over.group_name, group.config.key(), rows)  # type: ignore[no-any-return]
 
 
-class ReplicatedParameter(torch.autograd.Function):
-    """A replicated parameter's rows on this rank.
+class SummedParameter(torch.autograd.Function):
+    """This rank's part of a parameter, or some rows of it, of which other ranks hold and use the same part.
 
-    Shapes: parameter [n, ...] on every rank; N ranks, each using ``count`` rows from ``first`` on.
+    Shapes: local part [n, ...]; each rank uses ``count`` rows from ``first`` on.
 
-    forward: local = parameter[first : first + count]
-    parameter gradient: sum over ranks of the local gradients, each put at its rank's rows
+    forward: local = part[first : first + count]
+    parameter gradient: sum over the ranks of ``over`` of their gradients, each put at its rank's rows
     """
 
     @staticmethod
-    def forward(ctx: Any, parameter: DTensor, group: SequenceGroup, first: int, count: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, parameter: DTensor, group_name: str, config_key: str, rows: tuple[int, int] | None
+    ) -> torch.Tensor:
         """Returns the rows, sharing memory with the parameter."""
-        ctx.group, ctx.first, ctx.shape, ctx.stride = group, first, parameter.shape, parameter.stride()
-        return parameter.to_local().narrow(0, first, count)
+        local = parameter.to_local()
+        ctx.over, ctx.rows, ctx.local_shape = (group_name, config_key), rows, local.shape
+        ctx.mesh, ctx.placements = parameter.device_mesh, parameter.placements
+        ctx.shape, ctx.stride = parameter.shape, parameter.stride()
+        return local.view_as(local) if rows is None else local.narrow(0, *rows)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[DTensor, None, None, None]:
         """Returns the complete gradient as a DTensor."""
         (grad,) = grad_outputs
-        if grad.shape != ctx.shape:
-            rows = grad
-            grad = rows.new_zeros(ctx.shape)
-            grad.narrow(0, ctx.first, rows.shape[0]).copy_(rows)
-        group = ctx.group
-        total = all_reduce(
-            grad.contiguous(), group.group, operator="replicated_parameter", phase="backward", config=group.config
-        )
-        total = DTensor.from_local(
-            total, group.mesh, [Replicate()], run_check=False, shape=ctx.shape, stride=ctx.stride
-        )
+        if ctx.rows is not None:
+            rows, grad = grad, grad.new_zeros(ctx.local_shape)
+            grad.narrow(0, *ctx.rows).copy_(rows)
+        total = torch.ops.odysseus.replicated_parameter_backward(grad, *ctx.over)
+        total = DTensor.from_local(total, ctx.mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride)
         return total, None, None, None
+
+
+@torch.library.custom_op("odysseus::replicated_parameter_backward", mutates_args=())
+def _complete(grad: torch.Tensor, group_name: str, config_key: str) -> torch.Tensor:
+    """The sum over the ranks, as one operator, so that a compiled backward has it in its graph."""
+    return all_reduce(
+        grad.contiguous(),
+        group_by_name(group_name),
+        operator="replicated_parameter",
+        phase="backward",
+        config=OverlapConfig.from_key(config_key),
+    )
+
+
+@_complete.register_fake
+def _(grad: torch.Tensor, group_name: str, config_key: str) -> torch.Tensor:
+    return grad.new_empty(grad.shape)

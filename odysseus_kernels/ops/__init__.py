@@ -1,7 +1,32 @@
-"""The fused operators, one file each, and their unfused twins in :mod:`~odysseus_kernels.ops.reference`."""
+"""The fused operators, one file each, and their unfused twins in :mod:`~odysseus_kernels.ops.reference`.
+
+Names are what is done in order: ``linear_all_to_all`` multiplies and then exchanges tokens for heads (Ulysses' query,
+key and value projections), ``all_to_all_linear`` exchanges heads for tokens and then multiplies (its output
+projection).
+"""
 
 from .all_gather_linear import all_gather_linear
+from .all_to_all_linear import all_to_all_linear
+from .column_parallel_linear import column_parallel_linear
+from .linear_all_reduce import linear_all_reduce
+from .linear_all_to_all import linear_all_to_all
 from .linear_reduce_scatter import linear_reduce_scatter
+from .ulysses_attention import ulysses_attention
+from .vocab_parallel_linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from .zero3_experts import zero3_experts
 from .zero3_linear import zero3_linear
+from .zero3_linear_cross_entropy import zero3_linear_cross_entropy
 
-__all__ = ["all_gather_linear", "linear_reduce_scatter", "zero3_linear"]
+__all__ = [
+    "all_gather_linear",
+    "all_to_all_linear",
+    "column_parallel_linear",
+    "linear_all_reduce",
+    "linear_all_to_all",
+    "linear_reduce_scatter",
+    "ulysses_attention",
+    "vocab_parallel_linear_cross_entropy",
+    "zero3_experts",
+    "zero3_linear",
+    "zero3_linear_cross_entropy",
+]

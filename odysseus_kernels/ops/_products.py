@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..comm.reduce import accumulator_dtype
 
-__all__ = ["Layout", "WeightGradient", "add_wide", "multiply", "project"]
+__all__ = ["Layout", "ProductSum", "WeightGradient", "add_wide", "multiply", "multiply_lines", "project"]
 
 # Rows below which one product over all batches and a copy beats a product for each batch.
 _SMALL_ROWS = 128
@@ -111,6 +111,42 @@ def add_wide(total: Tensor, a: Tensor, b: Tensor) -> None:
     for start in range(0, a.shape[1], _WIDE_BLOCK):
         block = slice(start, start + _WIDE_BLOCK)
         torch.addmm(total, a[:, block].to(total.dtype), b[block].to(total.dtype), out=total)
+
+
+def multiply_lines(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
+    """``out = a @ b (+ bias)`` for ``a`` [m, k] and ``b`` [k, n]; ``out`` [m, n] may be columns of a larger tensor."""
+    _multiply_into(out, a, b, bias, False)
+
+
+class ProductSum:
+    """Sum of ``a @ b`` over blocks of the inner dimension, [lines, width], in the accumulator's type.
+
+    With ``wide=False`` the sum is in the operands' own type: what one product after another would give.
+    """
+
+    def __init__(self, like: Tensor, lines: int, width: int, *, wide: bool = True) -> None:
+        self._dtype = like.dtype
+        kind = accumulator_dtype(like.dtype) if wide else like.dtype
+        self._narrow = kind != like.dtype
+        make = like.new_zeros if self._narrow else like.new_empty
+        self._sum = make((lines, width), dtype=kind)
+        self._started = self._narrow
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Adds ``a @ b``: ``a`` [lines, k], ``b`` [k, width]."""
+        if self._narrow:
+            add_wide(self._sum, a, b)
+        else:
+            _multiply_into(self._sum, a, b, None, self._started)
+        self._started = True
+
+    def total(self, bias: Tensor | None = None) -> Tensor:
+        """The sum, with ``bias`` [width] added before it is rounded to the operands' type."""
+        if not self._started:
+            self._sum.zero_()
+        if bias is not None:
+            self._sum += bias
+        return self._sum.to(self._dtype)
 
 
 class WeightGradient:

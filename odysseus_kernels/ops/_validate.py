@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-__all__ = ["check_bias", "check_dim", "check_linear", "group_by_name"]
+__all__ = ["check_bias", "check_dim", "check_experts", "check_linear", "group_by_name"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,9 +17,9 @@ def group_by_name(name: str) -> torch.distributed.ProcessGroup:
     return torch._C._distributed_c10d._resolve_process_group(cast(Any, name))
 
 
-def check_linear(operator: str, x: Tensor, weight: Tensor, name: str = "weight") -> None:
+def check_linear(operator: str, x: Tensor, weight: Tensor, name: str = "weight", input_name: str = "x") -> None:
     """x [..., K] and weight [n, K]: floating, same dtype, same device, same K."""
-    for what, tensor in (("x", x), (name, weight)):
+    for what, tensor in ((input_name, x), (name, weight)):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{operator}: expected {what} to be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in _DTYPES:
@@ -32,20 +32,22 @@ def check_linear(operator: str, x: Tensor, weight: Tensor, name: str = "weight")
         raise ValueError(f"{operator}: expected {name} with at least one row and column, got {list(weight.shape)}")
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{operator}: expected the last dimension of x to be {name}'s in_features {weight.shape[1]}, "
-            f"got x {list(x.shape)} and {name} {list(weight.shape)}"
+            f"{operator}: expected the last dimension of {input_name} to be {name}'s in_features {weight.shape[1]}, "
+            f"got {input_name} {list(x.shape)} and {name} {list(weight.shape)}"
         )
-    _same(operator, x, weight, name)
+    _same(operator, x, weight, name, input_name)
 
 
-def check_bias(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "bias") -> None:
+def check_bias(
+    operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "bias", input_name: str = "x"
+) -> None:
     """bias [n] beside weight [n, K]."""
     if bias is None:
         return
     if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
         got = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
         raise ValueError(f"{operator}: expected {name} of shape [{weight.shape[0]}], got {got}")
-    _same(operator, x, bias, name)
+    _same(operator, x, bias, name, input_name)
 
 
 def check_dim(operator: str, x: Tensor, dim: int) -> int:
@@ -62,8 +64,54 @@ def check_dim(operator: str, x: Tensor, dim: int) -> int:
     return dim
 
 
-def _same(operator: str, x: Tensor, other: Tensor, name: str) -> None:
+def check_experts(
+    operator: str, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_shard: Tensor, down_shard: Tensor
+) -> None:
+    """x [T, d], index and weights [T, k], gate_up_shard [e, 2i, d] and down_shard [e, d, i], as their names say."""
+    named = {
+        "x": (x, 2),
+        "top_k_index": (top_k_index, 2),
+        "top_k_weights": (top_k_weights, 2),
+        "gate_up_shard": (gate_up_shard, 3),
+        "down_shard": (down_shard, 3),
+    }
+    for name, (tensor, dimensions) in named.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != dimensions:
+            raise ValueError(f"{operator}: expected {name} with {dimensions} dimensions, got {list(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{operator}: expected {name} on x's device {x.device}, got {tensor.device}")
+    if x.dtype not in _DTYPES or top_k_weights.dtype not in _DTYPES:
+        raise ValueError(
+            f"{operator}: expected x and top_k_weights of dtype float32, bfloat16, float16 or float64, got {x.dtype} "
+            f"and {top_k_weights.dtype}"
+        )
+    if top_k_index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{operator}: expected top_k_index of dtype int64 or int32, got {top_k_index.dtype}")
+    for name, chosen in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
+        if chosen.shape != (x.shape[0], top_k_index.shape[1]) or 0 in chosen.shape[1:]:
+            raise ValueError(
+                f"{operator}: expected top_k_index and top_k_weights [{x.shape[0]}, k] for x {list(x.shape)}, got "
+                f"{name} {list(chosen.shape)}"
+            )
+    experts, rows, width = gate_up_shard.shape
+    if rows % 2 or width != x.shape[1] or 0 in gate_up_shard.shape:
+        raise ValueError(
+            f"{operator}: expected gate_up_shard [experts, 2 * intermediate, {x.shape[1]}] for x {list(x.shape)}, got "
+            f"{list(gate_up_shard.shape)}"
+        )
+    if down_shard.shape != (experts, width, rows // 2):
+        raise ValueError(
+            f"{operator}: expected down_shard {[experts, width, rows // 2]} beside gate_up_shard "
+            f"{list(gate_up_shard.shape)}, got {list(down_shard.shape)}"
+        )
+    for name, shard in (("gate_up_shard", gate_up_shard), ("down_shard", down_shard)):
+        _same(operator, x, shard, name)
+
+
+def _same(operator: str, x: Tensor, other: Tensor, name: str, input_name: str = "x") -> None:
     if x.dtype != other.dtype:
-        raise ValueError(f"{operator}: expected {name} of x's dtype {x.dtype}, got {other.dtype}")
+        raise ValueError(f"{operator}: expected {name} of {input_name}'s dtype {x.dtype}, got {other.dtype}")
     if x.device != other.device:
-        raise ValueError(f"{operator}: expected {name} on x's device {x.device}, got {other.device}")
+        raise ValueError(f"{operator}: expected {name} on {input_name}'s device {x.device}, got {other.device}")

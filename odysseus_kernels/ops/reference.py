@@ -7,7 +7,7 @@ own type.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..comm.backend import all_gather_single, reduce_scatter_single
 from ..comm.groups import resolve_group
 
-__all__ = ["all_gather_linear_reference", "linear_reduce_scatter_reference", "zero3_linear_reference"]
+__all__ = [
+    "all_gather_linear_reference",
+    "all_to_all_linear_reference",
+    "column_parallel_linear_reference",
+    "linear_all_reduce_reference",
+    "linear_all_to_all_reference",
+    "linear_reduce_scatter_reference",
+    "ulysses_attention_reference",
+    "zero3_linear_reference",
+]
 
 Group = dist.ProcessGroup | DeviceMesh | None
 
@@ -79,6 +88,47 @@ class _SumGradient(torch.autograd.Function):
         return total, None
 
 
+class _SumRanks(torch.autograd.Function):
+    """Sum over the ranks, on all of them; the gradient, which is the same on all, passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _AllToAll(torch.autograd.Function):
+    """Part r of [N, ...] goes to rank r, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _AllToAll.apply(grad, ctx.group), None
+
+
+def _tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[..., L/N, n] of this rank's tokens becomes [..., L, n/N] of its heads."""
+    blocks = x.unflatten(-1, (group.size(), -1)).movedim(-2, 0)
+    return _AllToAll.apply(blocks, group).movedim(0, -3).flatten(-3, -2)  # type: ignore[no-any-return]
+
+
+def _heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[..., L, n/N] of this rank's heads becomes [..., L/N, n] of its tokens."""
+    blocks = x.unflatten(-2, (group.size(), -1)).movedim(-3, 0)
+    return _AllToAll.apply(blocks, group).movedim(0, -2).flatten(-2)  # type: ignore[no-any-return]
+
+
 def all_gather_linear_reference(
     x: Tensor,
     weight: Tensor | Sequence[Tensor],
@@ -112,3 +162,72 @@ def zero3_linear_reference(
     resolved = resolve_group(group)
     bias = None if bias_shard is None else _AllGather.apply(bias_shard, 0, resolved)
     return F.linear(x, _AllGather.apply(weight_shard, 0, resolved), bias)
+
+
+def linear_all_to_all_reference(
+    x: Tensor,
+    weight_shard: Sequence[Tensor],
+    bias_shard: Sequence[Tensor | None] | None = None,
+    *,
+    group: Group,
+    heads: Sequence[int] | None = None,
+    zero3_group: Group = None,
+) -> tuple[Tensor, ...]:
+    """Unfused :func:`~odysseus_kernels.ops.linear_all_to_all`; same shapes, the whole weights are kept by autograd."""
+    resolved = resolve_group(group)
+    owners = resolved if zero3_group is None else resolve_group(zero3_group)
+    biases = [None] * len(weight_shard) if bias_shard is None else bias_shard
+    counts = [resolved.size()] * len(weight_shard) if heads is None else heads
+    outputs = []
+    for weight, bias, count in zip(weight_shard, biases, counts, strict=True):
+        whole_bias = None if bias is None else _AllGather.apply(bias, 0, owners)
+        y = F.linear(x, _AllGather.apply(weight, 0, owners), whole_bias)
+        if count < resolved.size():
+            y = y.unflatten(-1, (count, -1)).repeat_interleave(resolved.size() // count, -2).flatten(-2)
+        outputs.append(_tokens_to_heads(y, resolved))
+    return tuple(outputs)
+
+
+def all_to_all_linear_reference(
+    x: Tensor, weight_shard: Tensor, bias_shard: Tensor | None = None, *, group: Group, zero3_group: Group = None
+) -> Tensor:
+    """Unfused :func:`~odysseus_kernels.ops.all_to_all_linear`; same shapes, the whole weight is kept by autograd."""
+    resolved = resolve_group(group)
+    owners = resolved if zero3_group is None else resolve_group(zero3_group)
+    bias = None if bias_shard is None else _AllGather.apply(bias_shard, 0, owners)
+    return F.linear(_heads_to_tokens(x, resolved), _AllGather.apply(weight_shard, 1, owners), bias)
+
+
+def linear_all_reduce_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, group: Group) -> Tensor:
+    """Unfused :func:`~odysseus_kernels.ops.linear_all_reduce`; same shapes."""
+    y = _SumRanks.apply(F.linear(x, weight), resolve_group(group))
+    return y if bias is None else y + bias
+
+
+def column_parallel_linear_reference(
+    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None] | None = None, *, group: Group
+) -> tuple[Tensor, ...]:
+    """Unfused :func:`~odysseus_kernels.ops.column_parallel_linear`; same shapes."""
+    same = _SumGradient.apply(x, resolve_group(group))
+    biases = [None] * len(weight) if bias is None else bias
+    return tuple(F.linear(same, one, its_bias) for one, its_bias in zip(weight, biases, strict=True))
+
+
+def ulysses_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, group: Group, attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """:func:`~odysseus_kernels.ops.ulysses_attention` by raw collectives; same shapes."""
+    resolved = resolve_group(group)
+    world = resolved.size()
+
+    def heads_of(x: Tensor) -> Tensor:
+        shared = x.repeat_interleave(max(1, world // x.shape[1]), 1)
+        return (
+            _tokens_to_heads(shared.transpose(1, 2).flatten(2), resolved)
+            .unflatten(-1, (-1, x.shape[3]))
+            .transpose(1, 2)
+        )
+
+    out = attention(heads_of(q), heads_of(k), heads_of(v))
+    tokens = _heads_to_tokens(out.transpose(1, 2).flatten(2), resolved)
+    return tokens.unflatten(-1, (-1, out.shape[3])).transpose(1, 2)

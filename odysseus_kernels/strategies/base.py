@@ -7,18 +7,33 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.mlp import MLPSpec
-from odysseus_kernels.nn.parameters import distribute_parameter
+from odysseus_kernels.nn.moe import ExpertsSpec
+from odysseus_kernels.nn.parameters import Cut, distribute_parameter
 from odysseus_kernels.nn.swap import swap_class
 
 __all__ = ["LayerRole", "ModelShape", "ModuleRole", "Part", "PlacementRule", "Strategy", "apply_strategy"]
 
-ModuleRole = Literal["attention", "mlp", "embedding", "norm", "head"]
-LayerRole = Literal["query", "key", "value", "output", "gate", "up", "down", "embedding", "norm", "head"]
+ModuleRole = Literal["attention", "mlp", "experts", "router", "embedding", "norm", "head_norm", "head"]
+LayerRole = Literal[
+    "query",
+    "key",
+    "value",
+    "output",
+    "gate",
+    "up",
+    "down",
+    "experts",
+    "router",
+    "embedding",
+    "norm",
+    "head_norm",
+    "head",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +48,7 @@ class ModelShape:
         head_dim: width of a head.
         vocabulary: rows of the embedding.
         tied: whether the head's weight is the embedding's.
+        experts: experts of each feed-forward network; 0 where it has none.
     """
 
     hidden: int
@@ -42,6 +58,7 @@ class ModelShape:
     head_dim: int
     vocabulary: int
     tied: bool
+    experts: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +66,12 @@ class PlacementRule:
     """How the parameters of a layer with some role are distributed.
 
     Attributes:
-        weight: placement of the weight.
-        bias: placement of the bias.
+        weight: cut of the weight, and of all parameters that are no bias.
+        bias: cut of the bias.
     """
 
-    weight: Placement
-    bias: Placement
+    weight: Cut
+    bias: Cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +80,21 @@ class Strategy:
 
     Attributes:
         name: what users call it.
-        check: raises ValueError where a shape cannot be cut for so many ranks.
-        placements: for a shape and a number of ranks, the rule of each layer role.
-        modules: for a shape and a number of ranks, the class that each module role's forward comes from.
+        tokens: whether ranks of seq hold different tokens outside of attention, or the same.
+        check: raises ValueError where a shape cannot be cut for a group.
+        placements: for a shape and a group, the rule of each layer role.
+        modules: for a shape and a group, the class that each module role's forward comes from.
     """
 
     name: str
-    check: Callable[[ModelShape, int], None]
-    placements: Callable[[ModelShape, int], Mapping[LayerRole, PlacementRule]]
-    modules: Callable[[ModelShape, int], Mapping[ModuleRole, type[nn.Module]]]
+    tokens: Literal["sharded", "replicated"]
+    check: Callable[[ModelShape, SequenceGroup], None]
+    placements: Callable[[ModelShape, SequenceGroup], Mapping[LayerRole, PlacementRule]]
+    modules: Callable[[ModelShape, SequenceGroup], Mapping[ModuleRole, type[nn.Module]]]
+
+    def group(self, group: SequenceGroup) -> SequenceGroup:
+        """``group`` as this strategy uses it."""
+        return dataclasses.replace(group, tokens=self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +111,7 @@ class Part:
     role: ModuleRole
     module: nn.Module
     layers: Mapping[LayerRole, nn.Module]
-    spec: AttentionSpec | MLPSpec | None = None
+    spec: AttentionSpec | MLPSpec | ExpertsSpec | None = None
 
 
 def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part], group: SequenceGroup) -> None:
@@ -96,7 +119,7 @@ def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part],
 
     Every rank's parameters must be full and identical.  A parameter that two layers share stays shared.
     """
-    placements, classes = strategy.placements(shape, group.size), strategy.modules(shape, group.size)
+    placements, classes = strategy.placements(shape, group), strategy.modules(shape, group)
     # By the identity of the full parameter, which is kept alive here so that no id is used twice.
     distributed: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for part in parts:
@@ -105,8 +128,8 @@ def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part],
                 if isinstance(parameter, DTensor):
                     continue  # a shared module, done already
                 if id(parameter) not in distributed:
-                    placement = placements[role].bias if name == "bias" else placements[role].weight
-                    distributed[id(parameter)] = (parameter, distribute_parameter(parameter, group, placement))
+                    cut = placements[role].bias if name == "bias" else placements[role].weight
+                    distributed[id(parameter)] = (parameter, distribute_parameter(parameter, group, cut))
                 setattr(layer, name, distributed[id(parameter)][1])
         swap_class(part.module, classes[part.role])
         module: Any = part.module  # has the attributes of its new class
@@ -115,5 +138,7 @@ def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part],
             module.attention_spec = part.spec
         elif isinstance(part.spec, MLPSpec):
             module.mlp_spec = part.spec
+        elif isinstance(part.spec, ExpertsSpec):
+            module.experts_spec = part.spec
         if hasattr(module, "setup_sequence"):
             module.setup_sequence()

@@ -32,7 +32,8 @@ def _train(ranks: int, folder: Path, *options: str) -> tuple[dict[str, Any], str
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / f"loss-N{ranks}.json").read_text()), done.stdout
+    name = "odysseus" if ranks > 1 else "stock"
+    return json.loads((folder / f"loss-N{ranks}-{name}.json").read_text()), done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ class Case:
     head_dim: int | None = None
     frozen: tuple[str, ...] = ()
     gathered: str = "regather"
+    dtype: torch.dtype = torch.float32
 
     def model(self, seed: int = 0) -> LlamaForCausalLM:
         """A stock model with random weights, biases and norms included."""
@@ -67,7 +68,7 @@ class Case:
                 parameter.requires_grad_(not any(part in name for part in self.frozen))
         if self.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": self.reentrant})
-        return model.train()
+        return model.to(self.dtype).train()
 
     def whole_batch(self) -> dict[str, torch.Tensor]:
         """The batch that every rank has."""
@@ -119,8 +120,12 @@ def parallel_step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     rows = model.get_input_embeddings().weight.detach().clone()
     parallelize(model, mesh, config=OverlapConfig(gathered=case.gathered, timeout_s=60))
     batch = shard_sequence(case.whole_batch(), mesh)
-    out = model(**(as_embeddings(model, batch, rows) if case.inputs_embeds else batch))
+    inputs = as_embeddings(model, batch, rows) if case.inputs_embeds else batch
+    out = model(**inputs)
+    assert out.logits is None, "with labels, logits are never made whole"
     out.loss.backward()
+    with torch.no_grad():
+        logits = model(**{name: value for name, value in inputs.items() if "labels" not in name}).logits
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -129,4 +134,4 @@ def parallel_step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
             whole = parameter.grad.full_tensor()
             if rank == 0:
                 gradients[name] = whole
-    return {"loss": out.loss.item(), "logits": out.logits, "gradients": gradients}
+    return {"loss": out.loss.item(), "logits": logits, "gradients": gradients}

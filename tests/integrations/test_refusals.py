@@ -28,14 +28,20 @@ def bad_models(rank: int, world_size: int) -> None:
         with pytest.raises(ValueError, match=match):
             parallelize(model, mesh, **kwargs)
 
-    refused(r"strategy: expected one of \['odysseus'\], got 'ulises'", _llama(), strategy="ulises")
+    refused(
+        r"strategy: expected one of \['odysseus', 'tp', 'tp_sp', 'ulysses'\], got 'ulises'", _llama(), strategy="ulises"
+    )
     refused(r"heads that 4 ranks divide, got 6: use 1, 2, 3 or 6 ranks", _llama(num_attention_heads=6))
     refused(r"key/value heads that 4 ranks .* got 3: use 1, 3, 6 or 12 ranks", _llama(num_key_value_heads=3))
     refused(r"intermediate size that 4 ranks divide .* got 146: the next one is 148", _llama(intermediate_size=146))
     refused("LlamaForCausalLM.*got GPT2LMHeadModel", GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12, n_head=4)))
     refused("supported classes", nn.Linear(2, 2))
     refused('dimension named "seq"', _llama(), init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",)))
-    refused("only dimension", _llama(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "seq")))
+    refused("outermost first, got", _llama(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("seq", "ring")))
+    refused("outermost first, got", _llama(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "seq")))
+    crossed = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "seq"))
+    refused("sdpa.*flash_attention_2", _llama(attn_implementation="eager"), crossed)
+    refused("intermediate size that 4 ranks divide", _llama(intermediate_size=146), crossed)
     refused("DeviceMesh, got str", _llama(), "seq")
     adapted = _llama()
     adapted.model.layers[0].self_attn.q_proj = nn.Sequential(adapted.model.layers[0].self_attn.q_proj)
@@ -58,10 +64,10 @@ def misused_model(rank: int, world_size: int) -> None:
     batch = shard_sequence({"input_ids": ids, "labels": ids}, mesh)
     with pytest.raises(ValueError, match="parallelized already"):
         parallelize(model, mesh)
-    with pytest.raises(RuntimeError, match="stock model"):
+    with pytest.raises(RuntimeError, match=r"odysseus_kernels.save_pretrained\(model, folder\) on every rank"):
         model.generate(ids)
-    with pytest.raises(RuntimeError, match="distributed.checkpoint"):
-        model.save_pretrained("/nonexistent")
+    with pytest.raises(ValueError, match="save_pretrained: expected max_shard_bytes or nothing, got push_to_hub"):
+        model.save_pretrained("/nonexistent", push_to_hub=True)
     with pytest.raises(ValueError, match="through shard_sequence"):
         model(input_ids=batch["input_ids"], labels=batch["labels"])
     with pytest.raises(ValueError, match="logits_to_keep"):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
 from odysseus_kernels.nn.attention import local_heads
 from odysseus_kernels.nn.group import SequenceGroup
-from odysseus_kernels.nn.parameters import distribute_parameter, local_parameter, replicated_parameter
+from odysseus_kernels.nn.parameters import Cut, distribute_parameter, head_parameter, local_parameter, sharded_parameter
 from odysseus_kernels.nn.replicated import Replicated
 from odysseus_kernels.nn.swap import swap_class
 
@@ -26,8 +26,8 @@ def distributed(rank: int, world_size: int) -> dict[str, Any]:
     group = _group(world_size)
     full = nn.Parameter(torch.arange(72.0).view(6, 12), requires_grad=False)
     out = {}
-    for name, placement in {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}.items():
-        parameter = distribute_parameter(full, group, placement)
+    for name, cut in {"rows": Cut(0), "columns": Cut(1), "whole": Cut()}.items():
+        parameter = distribute_parameter(full, group, cut)
         assert isinstance(parameter, nn.Parameter)
         assert isinstance(parameter, DTensor)
         assert parameter.shape == full.shape
@@ -47,10 +47,38 @@ def test_distribute_parameter(ranks):
     assert torch.equal(torch.cat([result["columns"] for result in results], dim=1), full)
 
 
+def crossed(rank: int, world_size: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("ring", "seq"))
+    group = SequenceGroup.of(mesh)
+    full = nn.Parameter(torch.arange(96.0).view(8, 12))
+    out = {}
+    for name, cut in {"all": Cut(0, "everyone"), "rows": Cut(0), "columns": Cut(1), "whole": Cut()}.items():
+        parameter = distribute_parameter(full, group, cut)
+        assert torch.equal(parameter.full_tensor(), full)
+        local = sharded_parameter(parameter, group) if cut.over == "seq" else local_parameter(parameter)
+        (local * (rank + 1)).sum().backward()
+        assert parameter.grad.placements == parameter.placements
+        out[name] = (local.detach(), parameter.grad.to_local())
+    return out
+
+
+def test_parameters_crossed_with_a_ring(ranks):
+    """ZeRO-3 cuts over all ranks, in their order; what is cut over seq is added over the ring."""
+    full = torch.arange(96.0).view(8, 12)
+    results = ranks(4).run(crossed)
+    assert torch.equal(torch.cat([result["all"][0] for result in results]), full)
+    for rank, result in enumerate(results):
+        assert torch.equal(result["rows"][0], full.chunk(2, 0)[rank % 2])
+        assert torch.equal(result["columns"][0], full.chunk(2, 1)[rank % 2])
+        assert (result["all"][1] == rank + 1).all()
+        # Ranks 0 and 2, and 1 and 3, hold the same.
+        assert (result["rows"][1] == (4 if rank % 2 == 0 else 6)).all()
+
+
 def rows_gradient(rank: int, world_size: int) -> torch.Tensor:
     group = _group(world_size)
-    parameter = distribute_parameter(nn.Parameter(torch.zeros(4, 2)), group, Replicate())
-    rows = replicated_parameter(parameter, group, (2 * (rank // 2), 2))
+    parameter = distribute_parameter(nn.Parameter(torch.zeros(4, 2)), group, Cut())
+    rows = head_parameter(parameter, group, (2 * (rank // 2), 2))
     assert rows.shape == (2, 2)
     (rows * (rank + 1)).sum().backward()
     assert parameter.grad.placements == (Replicate(),)
@@ -67,7 +95,7 @@ def replicated_norm(rank: int, world_size: int, recompute: bool) -> dict[str, to
     group = _group(world_size)
     module = nn.LayerNorm(4)
     for name in ("weight", "bias"):
-        setattr(module, name, distribute_parameter(getattr(module, name), group, Replicate()))
+        setattr(module, name, distribute_parameter(getattr(module, name), group, Cut()))
     swap_class(module, Replicated)
     module.sequence_group = group
     assert isinstance(module, nn.LayerNorm)

@@ -1,0 +1,116 @@
+"""What :func:`~odysseus_kernels.ring_attention` checks before anything is sent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import OverlapConfig
+from .layout import block_count, check_layout
+from .local import check_attention_kernel
+
+__all__ = ["check_ring_attention"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+_NAME = "ring_attention"
+
+
+def check_ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    world: int,
+    causal: bool,
+    layout: str,
+    documents: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    dropout: float,
+    dropout_seed: int | None,
+    first_head: int,
+    kernel: str,
+    config: OverlapConfig,
+) -> None:
+    """Raises ValueError, naming what was expected and given."""
+    _check_tensors(q, k, v)
+    check_layout(layout)
+    batch, _, rows, _ = q.shape
+    per_rank = block_count(world, layout) // world
+    if rows % per_rank:
+        raise ValueError(
+            f'{_NAME}: expected an even number of tokens on each rank with layout="zigzag" (the sequence is cut into '
+            f"{2 * world} blocks), got {rows}; pad the sequence to a multiple of {2 * world}"
+        )
+    if documents is not None:
+        _check_documents(documents, q, [batch, rows * world])
+    if window is not None:
+        if isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 1:
+            raise ValueError(f"{_NAME}: expected window to be a whole number of tokens of at least 1, got {window!r}")
+        if not causal:
+            raise ValueError(
+                f"{_NAME}: expected causal=True with window={window}: a window looks back, got causal=False"
+            )
+    if scale is not None and not scale > 0:
+        raise ValueError(f"{_NAME}: expected scale above 0, got {scale!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{_NAME}: expected dropout from 0 to below 1, got {dropout!r}")
+    if dropout and dropout_seed is None:
+        raise ValueError(
+            f"{_NAME}: expected dropout_seed with dropout={dropout}, the same whole number on all ranks, got None: "
+            f"what is dropped must not depend on which rank computes it"
+        )
+    if dropout_seed is not None and not -(1 << 63) <= dropout_seed < 1 << 63:
+        raise ValueError(f"{_NAME}: expected dropout_seed to fit 64 bits, got {dropout_seed}")
+    if first_head < 0:
+        raise ValueError(f"{_NAME}: expected first_head of at least 0, got {first_head}")
+    check_attention_kernel(kernel)
+    if kernel == "flash_attention_2" and not q.is_cuda:
+        raise ValueError(f'{_NAME}: kernel="flash_attention_2" expects CUDA tensors, got {q.device}; use "sdpa"')
+    if config.mode == "tiles":
+        raise ValueError(
+            f'{_NAME}: expected mode "auto", "fused" or "unfused", got "tiles": no tile kernel does attention'
+        )
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{_NAME}: expected {name} to be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 4 or 0 in tensor.shape:
+            raise ValueError(
+                f"{_NAME}: expected {name} [batch, heads, tokens, width] without empty dimensions, "
+                f"got shape {list(tensor.shape)}"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{_NAME}: expected {name} of dtype float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"{_NAME}: expected {name} of q's dtype {q.dtype} on {q.device}, got {tensor.dtype} on {tensor.device}"
+            )
+    batch, heads, rows, width = q.shape
+    if k.shape[0] != batch or k.shape[2:] != (rows, width):
+        raise ValueError(
+            f"{_NAME}: expected k [{batch}, heads, {rows}, {width}] beside q {list(q.shape)}, got {list(k.shape)}"
+        )
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"{_NAME}: expected v {[*k.shape[:3], 'any width']} beside k, got {list(v.shape)}")
+    if heads % k.shape[1]:
+        raise ValueError(
+            f"{_NAME}: expected query heads that divide by the key/value heads, got {heads} and {k.shape[1]}"
+        )
+
+
+def _check_documents(documents: Tensor, q: Tensor, shape: list[int]) -> None:
+    if not isinstance(documents, Tensor) or documents.dtype not in _INTEGERS:
+        got = documents.dtype if isinstance(documents, Tensor) else type(documents).__name__
+        raise ValueError(f"{_NAME}: expected documents to be a tensor of integers, got {got}")
+    if list(documents.shape) != shape:
+        raise ValueError(
+            f"{_NAME}: expected documents [batch, whole length] = {shape}: ids of the whole sequence on every rank, "
+            f"got {list(documents.shape)}"
+        )
+    if documents.device != q.device:
+        raise ValueError(f"{_NAME}: expected documents on q's device {q.device}, got {documents.device}")

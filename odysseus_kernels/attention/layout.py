@@ -1,0 +1,245 @@
+"""How ring ranks cut a sequence, and what queries of one rank see of another's keys.  Pure functions.
+
+zigzag: the sequence is cut into 2R blocks; rank i holds blocks i and 2R-1-i, in this order.  Under a causal mask every
+rank then has the same work with every other: a late block sees much and an early one little.
+contiguous: R blocks, rank i holds block i.  One rank holds the whole sequence, as a single block, in either layout.
+
+A rank's blocks are in rising order, so its positions are, too, and its own queries see its own keys by an ordinary
+causal mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Layout",
+    "Piece",
+    "block_count",
+    "blocks",
+    "check_layout",
+    "inverse",
+    "pair_kind",
+    "padding_multiple",
+    "pieces",
+    "positions",
+    "visible",
+]
+
+Layout = Literal["zigzag", "contiguous"]
+Kind = Literal["full", "causal", "masked"]
+
+# Queries and keys of a tile; what it may see is decided tile by tile.  Masks are made for _MASK_KEYS keys at most.
+_TILE = 512
+_MASK_KEYS = 4096
+_EMPTY, _FULL, _MASKED = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Queries and keys that are computed together: ranges of a rank's own tokens.
+
+    Attributes:
+        queries, keys: of the rank that computes, and of the rank whose keys it visits.
+        kind: ``"full"``: every query sees every key; ``"causal"``: query n sees keys 0 to n of the piece, which is
+            square; ``"masked"``: as :func:`visible` says.
+    """
+
+    queries: slice
+    keys: slice
+    kind: Kind
+
+
+def check_layout(layout: str) -> None:
+    """Raises ValueError unless ``layout`` is one of :data:`Layout`."""
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout: expected one of {get_args(Layout)}, got {layout!r}")
+
+
+def block_count(world: int, layout: str) -> int:
+    """Blocks into which the sequence is cut."""
+    return 2 * world if layout == "zigzag" and world > 1 else world
+
+
+def blocks(rank: int, world: int, layout: str) -> tuple[int, ...]:
+    """The blocks that ``rank`` holds, in its order."""
+    return (rank, 2 * world - 1 - rank) if block_count(world, layout) > world else (rank,)
+
+
+def padding_multiple(world: int, layout: str) -> int:
+    """The length of the whole sequence must divide by this."""
+    check_layout(layout)
+    return block_count(world, layout)
+
+
+def positions(rank: int, world: int, length: int, layout: str, device: torch.device | None = None) -> Tensor:
+    """int64 [length / world]: where in the sequence of ``length`` tokens each of ``rank``'s tokens lies.
+
+    ``x[..., positions(...)]`` is what the rank holds of a sequence x.
+
+    Raises:
+        ValueError: ``length`` does not divide by :func:`padding_multiple`.
+    """
+    multiple = padding_multiple(world, layout)
+    if length % multiple:
+        raise ValueError(
+            f"expected a length that divides by {multiple} ({world} ring ranks, {layout}), got {length}: pad it to "
+            f"{-(-length // multiple) * multiple}"
+        )
+    size = length // multiple
+    parts = [torch.arange(b * size, (b + 1) * size, device=device) for b in blocks(rank, world, layout)]
+    return torch.cat(parts)
+
+
+def inverse(world: int, length: int, layout: str, device: torch.device | None = None) -> Tensor:
+    """int64 [length]: where in all ranks' tokens, one rank's behind the other's, each position lies.
+
+    ``torch.cat(shards)[inverse(...)]`` is the sequence in natural order.
+    """
+    order = torch.cat([positions(rank, world, length, layout, device) for rank in range(world)])
+    return torch.empty_like(order).scatter_(0, order, torch.arange(length, device=device))
+
+
+def pair_kind(query_block: int, key_block: int, causal: bool) -> Literal["full", "diagonal", "empty"]:
+    """What queries of one block see of the keys of another, documents and windows aside."""
+    if not causal or key_block < query_block:
+        return "full"
+    return "diagonal" if key_block == query_block else "empty"
+
+
+def visible(
+    query_positions: Tensor,
+    key_positions: Tensor,
+    query_documents: Tensor | None,
+    key_documents: Tensor | None,
+    *,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """bool [B or 1, queries, keys]: which keys each query sees, from positions [n] and document ids [B, n]."""
+    distance = query_positions[:, None] - key_positions[None, :]
+    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window is not None:
+        seen &= distance < window
+    seen = seen[None]
+    if query_documents is not None and key_documents is not None:
+        seen = seen & (query_documents[:, :, None] == key_documents[:, None, :])
+    return seen
+
+
+def pieces(
+    rank: int,
+    visited: int,
+    world: int,
+    rows: int,
+    layout: str,
+    *,
+    causal: bool,
+    window: int | None = None,
+    documents: Tensor | None = None,
+) -> list[Piece]:
+    """What ``rank`` computes with the keys of ``visited``: disjoint pieces that hold every visible pair.
+
+    Args:
+        rank, visited, world: of the ring.
+        rows: tokens of each rank.
+        layout: see the module.
+        causal, window, documents: as in :func:`~odysseus_kernels.ring_attention`; ``documents`` on the host.
+    """
+    if documents is None and window is None:
+        return _joined(rank, visited, world, rows, layout, causal)
+    bounds = _tile_bounds(rows, len(blocks(rank, world, layout)))
+    queries, keys = (
+        _Tiles.of(bounds, positions(who, world, rows * world, layout), documents) for who in (rank, visited)
+    )
+    found = []
+    for (start, stop), row in zip(bounds, _tile_states(queries, keys, causal, window).tolist(), strict=True):
+        for first, last, state in _runs(row, bounds):
+            found.append(Piece(slice(start, stop), slice(first, last), "full" if state == _FULL else "masked"))
+    return found
+
+
+def _joined(rank: int, visited: int, world: int, rows: int, layout: str, causal: bool) -> list[Piece]:
+    """Pairs of blocks without documents and windows: always a rectangle, or the own tokens' triangle."""
+    if not causal:
+        return [Piece(slice(0, rows), slice(0, rows), "full")]
+    if rank == visited:
+        return [Piece(slice(0, rows), slice(0, rows), "causal")]
+    own, other = blocks(rank, world, layout), blocks(visited, world, layout)
+    size = rows // len(own)
+    full = [(i, j) for i, q in enumerate(own) for j, k in enumerate(other) if pair_kind(q, k, causal) == "full"]
+    if not full:
+        return []
+    (top, left), (bottom, right) = min(full), max(full)
+    assert len(full) == (bottom - top + 1) * (right - left + 1), "what is seen of another rank is a rectangle"
+    return [Piece(slice(top * size, (bottom + 1) * size), slice(left * size, (right + 1) * size), "full")]
+
+
+def _tile_bounds(rows: int, count: int) -> list[tuple[int, int]]:
+    """Tiles of a rank's tokens; none crosses from one block into another."""
+    size = rows // count
+    return [
+        (start, min(start + _TILE, (block + 1) * size))
+        for block in range(count)
+        for start in range(block * size, (block + 1) * size, _TILE)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """First and last position [tiles] and smallest and largest document id [B, tiles] of each tile."""
+
+    first: Tensor
+    last: Tensor
+    smallest: Tensor | None = None
+    largest: Tensor | None = None
+
+    @staticmethod
+    def of(bounds: list[tuple[int, int]], where: Tensor, documents: Tensor | None) -> _Tiles:
+        first = torch.stack([where[start] for start, _ in bounds])
+        last = torch.stack([where[stop - 1] for _, stop in bounds])
+        if documents is None:
+            return _Tiles(first, last)
+        ends = [documents[:, where[start:stop]].aminmax(dim=1) for start, stop in bounds]
+        return _Tiles(first, last, torch.stack([e.min for e in ends], 1), torch.stack([e.max for e in ends], 1))
+
+
+def _tile_states(queries: _Tiles, keys: _Tiles, causal: bool, window: int | None) -> Tensor:
+    """int8 [query tiles, key tiles]: empty, full, or in need of a mask.  Never empty where a pair is visible."""
+    nearest = queries.first[:, None] - keys.last[None, :]  # the smallest distance of a query from a key before it
+    farthest = queries.last[:, None] - keys.first[None, :]
+    empty, full = torch.zeros_like(nearest, dtype=torch.bool), torch.ones_like(nearest, dtype=torch.bool)
+    if causal:
+        empty |= farthest < 0
+        full &= nearest >= 0
+    if window is not None:
+        empty |= nearest >= window
+        full &= farthest < window
+    if queries.smallest is not None and queries.largest is not None:
+        assert keys.smallest is not None and keys.largest is not None
+        apart = (queries.largest[:, :, None] < keys.smallest[:, None, :]) | (
+            queries.smallest[:, :, None] > keys.largest[:, None, :]
+        )
+        single = (queries.smallest == queries.largest)[:, :, None] & (keys.smallest == keys.largest)[:, None, :]
+        empty |= apart.all(0)
+        full &= (single & (queries.smallest[:, :, None] == keys.smallest[:, None, :])).all(0)
+    states = torch.where(full, _FULL, _MASKED).to(torch.int8)
+    return states.masked_fill_(empty, _EMPTY)
+
+
+def _runs(row: list[int], bounds: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(first key, last key + 1, state) of neighbouring tiles in one state, empty ones left out."""
+    index = 0
+    while index < len(row):
+        state, begin = row[index], index
+        while index < len(row) and row[index] == state:
+            if state == _MASKED and bounds[index][1] - bounds[begin][0] > _MASK_KEYS:
+                break
+            index += 1
+        if state != _EMPTY:
+            yield bounds[begin][0], bounds[index - 1][1], state

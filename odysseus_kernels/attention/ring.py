@@ -1,0 +1,337 @@
+"""Ring attention: each rank holds a part of the sequence, and keys and values of one rank after another come by.
+
+While queries meet one rank's keys and values, the next rank's travel; in backward the gradients of the keys and values
+just used travel back meanwhile.  One :class:`~odysseus_kernels.comm.exchange.Exchange` each way.  Beside inputs,
+outputs and gradients a rank holds the output or dq in fp32, and what the transport has in flight: nothing is as long as
+the whole sequence but the documents' ids.
+
+Concurrency contract: visits run on the calling thread, one at a time; a visited rank's keys and values are the
+transport's memory, read within the visit only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..comm.exchange import Exchange
+from ..comm.groups import dispatch, resolve_group
+from ..comm.reduce import accumulator_dtype
+from ..comm.selection import Phase
+from ..comm.transport import Call, Gather, Scatter, Transport
+from ..config import OverlapConfig
+from ._ring_validate import check_ring_attention
+from .layout import Layout
+from .visits import Visits
+
+__all__ = ["ring_attention"]
+
+_NAME = "ring_attention"
+_COLLECTIVE = "send_recv"
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None,
+    causal: bool = True,
+    layout: Layout = "zigzag",
+    documents: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | None = None,
+    first_head: int = 0,
+    kernel: str = "sdpa",
+    config: OverlapConfig | None = None,
+) -> Tensor:
+    """Attention over a sequence that is cut over R ranks, differentiable.
+
+    B sequences of L tokens, S = L/R of them here; Hq query heads, Hkv key/value heads, widths D and Dv.
+
+    forward:         out [B, Hq, S, Dv] = softmax(scale * q [B, Hq, S, D] @ all k.T, masked) @ all v, each rank's keys
+                     merged by log-sum-exp in fp32, rounded once
+    query gradient:  dq [B, Hq, S, D], added over the ranks visited in fp32
+    key gradient:    dk [B, Hkv, S, D], made by every rank for its own queries and added here in fp32
+    value gradient:  dv [B, Hkv, S, Dv], the same
+
+    Elements sent by each rank (``send_recv``): (R-1) * B*Hkv*S*(D+Dv) forward, and in backward that again for k and v
+    and once more for dk and dv.  These go straight to their owner in k's type; a ring's accumulator would make one hop
+    more, in fp32.
+
+    Args:
+        q: [B, Hq, S, D], this rank's tokens in ``layout``'s order.
+        k: [B, Hkv, S, D]; Hkv divides Hq.
+        v: [B, Hkv, S, Dv].
+        group: the ring; None is the default group.
+        causal: a query sees keys up to its own position.
+        layout: ``"zigzag"``: of 2R blocks, rank i holds i and 2R-1-i, which balances causal work; ``"contiguous"``.
+        documents: integers [B, L], ids of packed documents for the *whole* sequence in natural order, the same on every
+            rank; a query sees keys of its own document only.
+        window: a query at position p sees keys p-window+1 to p (transformers' ``sliding_window``); with ``causal``.
+        scale: of the scores; None is 1/sqrt(D).
+        dropout: probability with which attention probabilities are dropped.
+        dropout_seed: needed with ``dropout``, the same on every rank, another one for each layer and step.  What is
+            dropped depends on it, the head and the positions, not on the number of ranks.
+        first_head: which head of the whole model the first head of q is, where heads are split over other ranks.
+        kernel: ``"sdpa"`` (PyTorch's flash kernels) or ``"flash_attention_2"`` (package flash-attn, CUDA).
+        config: mode, transport, time limit.  ``"unfused"`` gathers all keys and values first.
+
+    Returns:
+        [B, Hq, S, Dv].
+
+    Raises:
+        ValueError: bad input, before anything is sent.
+        CommunicationError: ranks differ in what they call (documents, dropout and seed included), or a peer is lost or
+            silent.
+    """
+    resolved = resolve_group(group)
+    settled = config or OverlapConfig()
+    check_ring_attention(
+        q, k, v, resolved.size(), causal, layout, documents, window, scale, dropout, dropout_seed, first_head, kernel,
+        settled,
+    )  # fmt: skip
+    out, _ = torch.ops.odysseus.ring_attention(
+        q,
+        k,
+        v,
+        documents,
+        resolved.group_name,
+        settled.key(),
+        causal,
+        layout,
+        window,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        float(dropout),
+        0 if dropout_seed is None else dropout_seed,
+        first_head,
+        kernel,
+    )
+    return cast(Tensor, out)
+
+
+def _group_by_name(name: str) -> dist.ProcessGroup:
+    return torch._C._distributed_c10d._resolve_process_group(cast(Any, name))
+
+
+def _shapes(visits: Visits, q: Tensor) -> str:
+    """What must be equal on all ranks beside keys and values."""
+    settings = f"causal={visits.causal}, {visits.layout}, window={visits.window}, scale={visits.scale:.6g}"
+    parts = [f"q {list(q.shape)}", settings]
+    if visits.dropout:
+        parts.append(f"dropout {visits.dropout}, seed {visits.seed}, first_head {visits.first_head}")
+    if visits.host_documents is not None:
+        ids = visits.host_documents.contiguous().numpy().tobytes()
+        parts.append(f"documents {hashlib.blake2b(ids, digest_size=6).hexdigest()}")
+    return ", ".join(parts)
+
+
+def _phase(phase: Literal["forward", "backward"], q: Tensor, k: Tensor, v: Tensor, world: int, causal: bool) -> Phase:
+    nbytes = k.nbytes + v.nbytes
+    products = 2 if phase == "forward" else 5
+    return Phase(
+        operator=_NAME,
+        phase=phase,
+        shapes=f"q {list(q.shape)}, k {list(k.shape)}, causal={causal}",
+        own="",
+        dtype=q.dtype,
+        flops=2 * products * q.numel() * k.shape[2] * world // (2 if causal else 1),
+        gathered_bytes=nbytes,
+        scattered_bytes=nbytes if phase == "backward" else 0,
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, H, S, D], contiguous, as [B * H, S, D]."""
+    return x.view(-1, *x.shape[2:])
+
+
+def _gathered(transport: Transport, call: Call, shared: tuple[Tensor, ...]) -> list[Tensor]:
+    """All ranks' tensors [R, ...], by one collective each."""
+    found = []
+    for tensor in shared:
+        whole = tensor.new_empty((transport.world, *tensor.shape))
+        one = Call(
+            call.operator, call.phase, call.config, Gather(_rows(tensor), _unused), shapes=call.shapes,
+            collective=_COLLECTIVE,
+        )  # fmt: skip
+        transport.all_gather(one, whole.view(transport.world, *_rows(tensor).shape))
+        found.append(whole)
+    return found
+
+
+def _unused(*_: object) -> None:
+    raise AssertionError("the transport's own copy replaces this callback")
+
+
+@torch.library.custom_op("odysseus::ring_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    group_name: str,
+    config_key: str,
+    causal: bool,
+    layout: str,
+    window: int | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    first_head: int,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, Hq, S, Dv], log-sum-exp [B, Hq, S] in fp32)."""
+    group, config = _group_by_name(group_name), OverlapConfig.from_key(config_key)
+    visits = Visits(documents, causal, layout, window, scale, dropout, seed, first_head, kernel)
+    shapes = _shapes(visits, q)
+    shared = (k.contiguous(), v.contiguous())
+    wide = accumulator_dtype(q.dtype)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=wide)
+    lse = q.new_empty(q.shape[:-1], dtype=wide)
+
+    def run(transport: Transport, settled: OverlapConfig) -> None:
+        out.zero_()
+        lse.fill_(-math.inf)
+
+        def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+            keys, values = given
+            visits.forward(transport.rank, rank, transport.world, q, keys, values, out, lse)
+
+        call = Call(
+            _NAME, "forward", settled, shapes=shapes, collective=_COLLECTIVE, exchange=Exchange(visit, shared)
+        )  # fmt: skip
+        if settled.mode != "unfused":
+            transport.execute(call)
+            return
+        whole = _gathered(transport, call, shared)
+        for hop in range(transport.world):
+            rank = (transport.rank + hop) % transport.world
+            visit(rank, tuple(x[rank] for x in whole), ())
+
+    dispatch(group, config, q.device, run, _phase("forward", q, k, v, group.size(), causal))
+    return out.to(q.dtype), lse
+
+
+@_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    group_name: str,
+    config_key: str,
+    causal: bool,
+    layout: str,
+    window: int | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    first_head: int,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(q.shape[:-1], dtype=accumulator_dtype(q.dtype))
+
+
+@torch.library.custom_op("odysseus::ring_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    documents: Tensor | None,
+    group_name: str,
+    config_key: str,
+    causal: bool,
+    layout: str,
+    window: int | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    first_head: int,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv)."""
+    group, config = _group_by_name(group_name), OverlapConfig.from_key(config_key)
+    visits = Visits(documents, causal, layout, window, scale, dropout, seed, first_head, kernel)
+    shapes = _shapes(visits, q)
+    shared = (k.contiguous(), v.contiguous())
+    sums = (torch.empty_like(shared[0]), torch.empty_like(shared[1]))
+    dq = q.new_empty(q.shape, dtype=accumulator_dtype(q.dtype))
+
+    def run(transport: Transport, settled: OverlapConfig) -> None:
+        dq.zero_()
+
+        def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+            (keys, values), (dk, dv) = given, made
+            visits.backward(transport.rank, rank, transport.world, grad, q, keys, values, out, lse, dq, dk, dv)
+
+        exchange = Exchange(visit, shared, sums=sums)
+        call = Call(_NAME, "backward", settled, shapes=shapes, collective=_COLLECTIVE, exchange=exchange)
+        if settled.mode != "unfused":
+            transport.execute(call)
+            return
+        whole = _gathered(transport, call, shared)
+        made = [torch.empty_like(x) for x in whole]
+        for hop in range(transport.world):
+            rank = (transport.rank + 1 + hop) % transport.world
+            visit(rank, tuple(x[rank] for x in whole), tuple(x[rank] for x in made))
+        for parts, total in zip(made, sums, strict=True):
+            scatter = Scatter(_rows(total), _unused)
+            one = Call(_NAME, "backward", settled, scatter=scatter, shapes=shapes, collective=_COLLECTIVE)
+            transport.reduce_scatter(one, parts.view(transport.world, *_rows(total).shape))
+
+    dispatch(group, config, q.device, run, _phase("backward", q, k, v, group.size(), causal))
+    return dq.to(q.dtype), sums[0], sums[1]
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    documents: Tensor | None,
+    group_name: str,
+    config_key: str,
+    causal: bool,
+    layout: str,
+    window: int | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    first_head: int,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, documents, *ctx.settings = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, documents)
+    ctx.mark_non_differentiable(lse)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, documents = ctx.saved_tensors
+    # All three, whichever are wanted: what ranks make for each other must not depend on what one of them wants.
+    results = torch.ops.odysseus.ring_attention_backward(grad, q, k, v, out, lse, documents, *ctx.settings)
+    wanted = (result if needed else None for result, needed in zip(results, ctx.needs_input_grad[:3], strict=True))
+    return *wanted, *[None] * (1 + len(ctx.settings))
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

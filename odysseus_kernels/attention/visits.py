@@ -1,0 +1,156 @@
+"""What one rank computes with the keys and values of another: the visits of Ring attention, forward and backward.
+
+All accumulators belong to the caller.  Nothing here communicates, so that ranks can be emulated one after another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .dropout import Dropout
+from .layout import Piece, pieces, positions, visible
+from .local import attend, attend_backward
+
+__all__ = ["Visits"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Visits:
+    """The settings of one call; see :func:`~odysseus_kernels.ring_attention`.
+
+    Attributes:
+        documents: [B, L] on the device of the queries, or None.
+        seed: of dropout.
+    """
+
+    documents: Tensor | None
+    causal: bool
+    layout: str
+    window: int | None
+    scale: float
+    dropout: float
+    seed: int
+    first_head: int
+    kernel: str
+
+    @cached_property
+    def host_documents(self) -> Tensor | None:
+        """The documents' ids where pieces are planned."""
+        return None if self.documents is None else self.documents.cpu()
+
+    def forward(
+        self, rank: int, visited: int, world: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        """Merges attention to ``visited``'s keys into ``out`` [B, Hq, S, Dv] and ``lse`` [B, Hq, S], both wide.
+
+        At first ``out`` is 0 and ``lse`` is -inf.
+        """
+        for piece in self._pieces(rank, visited, world, q):
+            rows, keys = piece.queries, piece.keys
+            mask, dropout = self._mask_and_dropout(piece, rank, visited, world, q)
+            part, part_lse = attend(
+                q[:, :, rows],
+                k[:, :, keys],
+                v[:, :, keys],
+                scale=self.scale,
+                causal=piece.kind == "causal",
+                mask=mask,
+                dropout=dropout,
+                kernel=self.kernel,
+            )
+            _merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
+
+    def backward(
+        self,
+        rank: int,
+        visited: int,
+        world: int,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """Adds to ``dq`` (wide) and writes all of ``dk`` and ``dv``: what this rank's queries make for ``visited``."""
+        planned = self._pieces(rank, visited, world, q)
+        # Pieces that share keys are added in the accumulator's type and rounded once.
+        alone = len(planned) == 1
+        totals = [x if alone or x.dtype == dq.dtype else torch.empty_like(x, dtype=dq.dtype) for x in (dk, dv)]
+        if not (alone and planned[0].keys == slice(0, k.shape[2])):
+            for total in totals:
+                total.zero_()
+        for piece in planned:
+            rows, keys = piece.queries, piece.keys
+            mask, dropout = self._mask_and_dropout(piece, rank, visited, world, q)
+            shares = attend_backward(
+                grad[:, :, rows],
+                q[:, :, rows],
+                k[:, :, keys],
+                v[:, :, keys],
+                out[:, :, rows],
+                lse[:, :, rows],
+                scale=self.scale,
+                causal=piece.kind == "causal",
+                mask=mask,
+                dropout=dropout,
+                kernel=self.kernel,
+            )
+            dq[:, :, rows] += shares[0]
+            for total, share in zip(totals, shares[1:], strict=True):
+                if alone:
+                    total[:, :, keys].copy_(share)
+                else:
+                    total[:, :, keys] += share
+        for total, result in zip(totals, (dk, dv), strict=True):
+            if total is not result:
+                result.copy_(total)
+
+    def _pieces(self, rank: int, visited: int, world: int, q: Tensor) -> list[Piece]:
+        return pieces(
+            rank,
+            visited,
+            world,
+            q.shape[2],
+            self.layout,
+            causal=self.causal,
+            window=self.window,
+            documents=self.host_documents,
+        )
+
+    def _mask_and_dropout(
+        self, piece: Piece, rank: int, visited: int, world: int, q: Tensor
+    ) -> tuple[Tensor | None, Dropout | None]:
+        if piece.kind != "masked" and not self.dropout:
+            return None, None
+        length = q.shape[2] * world
+        queries = positions(rank, world, length, self.layout, q.device)[piece.queries]
+        keys = positions(visited, world, length, self.layout, q.device)[piece.keys]
+        mask = dropout = None
+        if piece.kind == "masked":
+            ids = [None if self.documents is None else self.documents[:, where] for where in (queries, keys)]
+            mask = visible(queries, keys, *ids, causal=self.causal, window=self.window)
+        if self.dropout:
+            dropout = Dropout(self.dropout, self.seed, self.first_head, queries, keys)
+        return mask, dropout
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """``out`` and ``lse`` over some keys become those over these and other keys.
+
+    Rows that see nothing yet have log-sum-exp -inf and output 0, and weigh nothing.
+    """
+    total = torch.logaddexp(lse, part_lse)
+    # exp(-inf - 0) is 0; exp(-inf + inf) would not be a number.
+    base = total.masked_fill(total == -math.inf, 0)
+    out.mul_((lse - base).exp_()[..., None])
+    out.addcmul_(part.to(out.dtype), (part_lse - base).exp_()[..., None])
+    lse.copy_(total)

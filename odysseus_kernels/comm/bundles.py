@@ -1,0 +1,97 @@
+"""What ranks give and make in an exchange as one run of bytes, and what a rank does with what was made for it.
+
+A bundle is only a layout: tensors over memory that a transport owns.  Nothing here decides when that memory may be read
+or written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .exchange import Exchange
+from .reduce import PieceSum, accumulator_dtype
+
+__all__ = ["Bundle", "Intake", "as_bytes", "held_bundle", "made_bundle"]
+
+# A cache line: products on a peer's memory read whole vectors, and no two tensors share a line.
+_ALIGNMENT = 64
+Spec = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Tensors of any shapes and dtypes, one behind another.
+
+    Attributes:
+        specs: shape and dtype of each.
+        offsets: where each begins, in bytes.
+        nbytes: of all together.
+    """
+
+    specs: tuple[Spec, ...]
+    offsets: tuple[int, ...]
+    nbytes: int
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(specs: tuple[Spec, ...]) -> Bundle:
+        offsets, end = [], 0
+        for shape, dtype in specs:
+            offsets.append(-(-end // _ALIGNMENT) * _ALIGNMENT)
+            end = offsets[-1] + math.prod(shape) * dtype.itemsize
+        return Bundle(specs, tuple(offsets), end)
+
+    def tensors(self, raw: Tensor) -> tuple[Tensor, ...]:
+        """The tensors in ``raw``, at least ``nbytes`` bytes that begin at a multiple of 64."""
+        found = []
+        for (shape, dtype), offset in zip(self.specs, self.offsets, strict=True):
+            nbytes = math.prod(shape) * dtype.itemsize
+            found.append(raw[offset : offset + nbytes].view(dtype).view(shape))
+        return tuple(found)
+
+
+def made_bundle(exchange: Exchange) -> Bundle:
+    """What a rank makes for one other: the blocks that ``visit`` fills."""
+    sums = [(tuple(tensor.shape), tensor.dtype) for tensor in exchange.sums]
+    return Bundle.of((*sums, *((tuple(tensor.shape[1:]), tensor.dtype) for tensor in exchange.received)))
+
+
+def held_bundle(exchange: Exchange, world: int, reduce_dtype: torch.dtype) -> Bundle:
+    """The sums in progress: with more than two ranks one in the accumulator's type for each of ``sums``."""
+    if world <= 2:
+        return Bundle.of(())
+    return Bundle.of(tuple((tuple(t.shape), accumulator_dtype(t.dtype, reduce_dtype)) for t in exchange.sums))
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor."""
+    flat = tensor.detach().view(-1)
+    return flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)
+
+
+class Intake:
+    """Adds and copies what the other ranks made for this one, in the order in which it is given.
+
+    ``held`` is memory for :func:`held_bundle`.
+    """
+
+    def __init__(self, exchange: Exchange, world: int, reduce_dtype: torch.dtype, held: Tensor) -> None:
+        self._received = exchange.received
+        wide = held_bundle(exchange, world, reduce_dtype).tensors(held)
+        self._sums = [
+            PieceSum(out.view(1, 1, -1), world, reduce_dtype, as_bytes(wide[index]) if wide else None)
+            for index, out in enumerate(exchange.sums)
+        ]
+
+    def take(self, source: int, blocks: Sequence[Tensor]) -> None:
+        """``blocks`` are what rank ``source`` made; before the last rank's, the own part lies in the sums."""
+        for total, block in zip(self._sums, blocks, strict=False):
+            total.add(0, 1, block.view(1, 1, -1))
+        for out, block in zip(self._received, blocks[len(self._sums) :], strict=True):
+            out[source].copy_(block)

@@ -1,0 +1,115 @@
+"""One exchange over a process group: around the ring, each transfer from one rank to one other.
+
+Concurrency contract.  As in ``comm/collective.py``: the backend moves data, callbacks run on the calling thread, and a
+buffer is written again only after the transfer that used it has finished.  There are two slots for what arrives and
+two for what leaves, each way; a rank never holds more than two others' blocks.
+
+A transfer is an all-to-all in which a rank sends to one rank only and receives from one: the same bytes as a send and a
+receive.  Unlike those of Gloo it can be waited for in slices of time, between which lost peers are looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
+from .exchange import Exchange
+from .lanes import Lane
+from .schedule import IN_FLIGHT, Kind, Step, Task, collective_schedule
+from .transport import Call
+
+__all__ = ["ExchangeRun"]
+
+
+class ExchangeRun:
+    """The buffers and handles of one exchange."""
+
+    def __init__(self, call: Call, exchange: Exchange, lane: Lane, rank: int, world: int) -> None:
+        self._exchange, self._lane = exchange, lane
+        self._rank, self._world = rank, world
+        self._program = call.program
+        self._device = call.device
+        shared = [(tuple(tensor.shape), tensor.dtype) for tensor in exchange.shared]
+        addressed = [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in exchange.addressed]
+        self._given = Bundle.of((*shared, *addressed))
+        self._made = made_bundle(exchange)
+        held = held_bundle(exchange, world, call.config.reduce_dtype)
+        self._intake = Intake(exchange, world, call.config.reduce_dtype, self._empty(held.nbytes))
+        self._slots: dict[tuple[str, int], Tensor] = {}
+        self._work: dict[tuple[Task, int], Any] = {}
+        # Kept until the transfer has finished: the backend reads them.
+        self._sent: dict[tuple[Task, int], Tensor] = {}
+
+    def steps(self, wait: Callable[[Any], None]) -> None:
+        """Runs the schedule; ``wait`` finishes what the lane has issued."""
+        for step in collective_schedule(self._program, self._world, self._rank).steps:
+            assert step.task is not None
+            key = (step.task, step.piece)
+            if step.kind is Kind.ISSUE:
+                self._issue(step, *key)
+            elif step.kind is Kind.FINISH:
+                wait(self._work.pop(key))
+                del self._sent[key]
+            elif step.task is Task.TAKE:
+                self._intake.take(step.rank, self._made.tensors(self._slot("taken", step.piece, self._made)))
+            else:
+                self._visit(step)
+
+    def _visit(self, step: Step) -> None:
+        exchange, rank = self._exchange, self._rank
+        if step.rank == rank:
+            exchange.visit(rank, exchange.own_given(rank), exchange.own_made(rank))
+            return
+        given: tuple[Tensor, ...] = ()
+        made: tuple[Tensor, ...] = ()
+        if exchange.gives:
+            given = self._given.tensors(self._slot("given", step.piece, self._given))
+        if exchange.makes:
+            made = self._made.tensors(self._slot("made", step.piece, self._made))
+        exchange.visit(step.rank, given, made)
+
+    def _issue(self, step: Step, task: Task, hop: int) -> None:
+        """What comes from rank ``step.rank`` in this hop, and what goes to the rank opposite in the ring."""
+        source = step.rank
+        target = (2 * self._rank - source) % self._world
+        if task is Task.GIVEN:
+            sent, received = self._giving(hop, target), self._slot("given", hop, self._given)
+        else:
+            sent, received = self._slot("made", hop, self._made), self._slot("taken", hop, self._made)
+        leaving, arriving = [0] * self._world, [0] * self._world
+        leaving[target], arriving[source] = sent.numel(), received.numel()
+        group = self._lane.group
+        self._sent[task, hop] = sent
+        self._work[task, hop] = self._lane.issue(
+            lambda: dist.all_to_all_single(received, sent, arriving, leaving, group, async_op=True)
+        )
+
+    def _giving(self, hop: int, target: int) -> Tensor:
+        """What ``target`` is given.  A single tensor leaves from where it is; others are packed, shared ones once."""
+        exchange = self._exchange
+        if len(exchange.shared) + len(exchange.addressed) == 1:
+            return as_bytes(exchange.shared[0] if exchange.shared else exchange.addressed[0][target])
+        slot = hop if exchange.addressed else 0
+        packed = ("giving", slot % IN_FLIGHT) in self._slots
+        raw = self._slot("giving", slot, self._given)
+        tensors = self._given.tensors(raw)
+        if not packed:
+            for place, tensor in zip(tensors, exchange.shared, strict=False):
+                place.copy_(tensor.detach())
+        for place, tensor in zip(tensors[len(exchange.shared) :], exchange.addressed, strict=True):
+            place.copy_(tensor[target].detach())
+        return raw
+
+    def _slot(self, name: str, hop: int, bundle: Bundle) -> Tensor:
+        key = (name, hop % IN_FLIGHT)
+        if key not in self._slots:
+            self._slots[key] = self._empty(bundle.nbytes)
+        return self._slots[key]
+
+    def _empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)

@@ -1,0 +1,84 @@
+"""One exchange on the host: what is given is read where its owner published it, what is made where its maker left it.
+
+The window of the published bundle holds all that is shared, and for each peer its part of what is addressed; the own
+part stays where the caller has it.  The window of what is made has two cells, and behind them the sums in progress.
+The order of everything is the schedule's (``comm/schedule.py``), which ``comm/symmetric_host.py`` executes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bundles import Bundle, Intake, held_bundle, made_bundle
+from .exchange import Exchange
+from .leases import LeaseTable
+from .schedule import PARTIAL_CELLS, Step
+from .windows import BundleBuffer, Windows
+
+__all__ = ["HostExchange"]
+
+
+class HostExchange:
+    """The buffers of one exchange and what its steps do.
+
+    Attributes:
+        given: what this rank publishes; None if it gives nothing.
+        made: what it makes for others; None if it makes nothing.
+    """
+
+    def __init__(
+        self, exchange: Exchange, rank: int, world: int, reduce_dtype: torch.dtype, leases: LeaseTable, windows: Windows
+    ) -> None:
+        self._exchange, self._rank, self._world = exchange, rank, world
+        self._reduce_dtype, self._windows = reduce_dtype, windows
+        self.given: BundleBuffer | None = None
+        self.made: BundleBuffer | None = None
+        self._intake: Intake | None = None
+        if exchange.gives:
+            shared = [(tuple(tensor.shape), tensor.dtype) for tensor in exchange.shared]
+            addressed = [((world - 1, *tensor.shape[1:]), tensor.dtype) for tensor in exchange.addressed]
+            self.given = BundleBuffer(leases.lease(), Bundle.of((*shared, *addressed)))
+        if exchange.makes:
+            held = held_bundle(exchange, world, reduce_dtype)
+            cells = min(PARTIAL_CELLS, world - 1)
+            self.made = BundleBuffer(leases.lease(), made_bundle(exchange), cells, held.nbytes)
+
+    @property
+    def buffers(self) -> list[BundleBuffer]:
+        """In the order of their leases."""
+        return [buffer for buffer in (self.given, self.made) if buffer is not None]
+
+    @torch.no_grad()  # windows are memory, not part of anybody's graph
+    def publish(self) -> None:
+        assert self.given is not None
+        rank, exchange = self._rank, self._exchange
+        published = self._windows.cell(rank, self.given, 0)
+        for target, tensor in zip(published, exchange.shared, strict=False):
+            target.copy_(tensor)
+        for target, tensor in zip(published[len(exchange.shared) :], exchange.addressed, strict=True):
+            target[:rank].copy_(tensor[:rank])
+            target[rank:].copy_(tensor[rank + 1 :])
+
+    def visit(self, step: Step) -> None:
+        exchange, rank, peer = self._exchange, self._rank, step.rank
+        if peer == rank:
+            exchange.visit(rank, exchange.own_given(rank), exchange.own_made(rank))
+            return
+        given: tuple[Tensor, ...] = ()
+        made: tuple[Tensor, ...] = ()
+        if self.given is not None:
+            published = self._windows.cell(peer, self.given, 0)
+            shared = len(exchange.shared)
+            slot = rank - (rank > peer)  # nobody publishes a part for itself
+            given = (*published[:shared], *(tensor[slot] for tensor in published[shared:]))
+        if self.made is not None:
+            made = self._windows.cell(rank, self.made, step.writes[0].part)
+        exchange.visit(peer, given, made)
+
+    def take(self, step: Step) -> None:
+        assert self.made is not None
+        if self._intake is None:
+            held = self._windows.held(self._rank, self.made)
+            self._intake = Intake(self._exchange, self._world, self._reduce_dtype, held)
+        self._intake.take(step.rank, self._windows.cell(step.rank, self.made, step.reads[0].part))

@@ -1,0 +1,124 @@
+"""How whole sequences cut by heads and all heads cut by tokens correspond: Ulysses' two layouts.
+
+Rank r of N holds either its L/N tokens of all heads, or its heads for all L tokens.  Going from one to the other each
+rank makes one block for every other, which is the ``received`` side of an exchange: no rank stages what it sends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..comm.exchange import Exchange
+from ..comm.groups import dispatch
+from ..comm.transport import Call, Transport
+from ..config import OverlapConfig
+
+__all__ = ["HeadCut", "all_to_all", "check_head_counts", "check_mode", "fill_call", "tokens_of_ranks"]
+
+Phase = Literal["forward", "backward"]
+Fill = Callable[[int, Sequence[Tensor]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadCut:
+    """Which columns of a projection's n outputs each rank has as its heads.
+
+    Attributes:
+        features: n, of the whole projection.
+        world: number of ranks N.
+        sharers: ranks that have the same columns: 1, or N / heads where there are fewer heads than ranks.
+    """
+
+    features: int
+    world: int
+    sharers: int = 1
+
+    @property
+    def width(self) -> int:
+        """Columns of one rank."""
+        return self.features * self.sharers // self.world
+
+    def columns(self, rank: int) -> slice:
+        """Where they begin and end."""
+        first = rank // self.sharers * self.width
+        return slice(first, first + self.width)
+
+    def sum_sharers(self, parts: Tensor) -> Tensor:
+        """[..., n] from ``parts`` [world, ..., width] of all ranks; what ranks with the same columns have adds up."""
+        if self.sharers > 1:
+            wide = torch.promote_types(parts.dtype, torch.float32)
+            parts = parts.view(-1, self.sharers, *parts.shape[1:]).sum(1, dtype=wide).to(parts.dtype)
+        return parts.movedim(0, -2).flatten(-2)
+
+
+def tokens_of_ranks(tensor: Tensor, world: int) -> Tensor:
+    """``tensor`` [..., L, w], contiguous, as [world, batch, L / world, w]: a view by the rank that has the tokens."""
+    length, width = tensor.shape[-2:]
+    return tensor.view(-1, world, length // world, width).transpose(0, 1)
+
+
+def fill_call(
+    operator: str, phase: Phase, config: OverlapConfig, received: Sequence[Tensor], fill: Fill, shapes: str
+) -> Call:
+    """The call of an all-to-all: ``fill(rank, blocks)`` writes what ``rank`` is to have at this rank's place.
+
+    ``received``, ``fill``'s blocks: as :class:`~odysseus_kernels.comm.exchange.Exchange` has them.
+    """
+
+    def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+        fill(rank, made)
+
+    return Call(operator, phase, config, shapes=shapes, exchange=Exchange(visit, received=tuple(received)))
+
+
+def all_to_all(
+    operator: str,
+    phase: Phase,
+    group: dist.ProcessGroup,
+    config: OverlapConfig,
+    received: Sequence[Tensor],
+    fill: Fill,
+    shapes: str,
+) -> None:
+    """:func:`fill_call` in ``group``, with nothing else to overlap."""
+    plain = dataclasses.replace(config, mode="unfused")
+
+    def run(transport: Transport, _: OverlapConfig) -> None:
+        transport.execute(fill_call(operator, phase, plain, received, fill, shapes))
+
+    dispatch(group, plain, received[0].device, run)
+
+
+def check_head_counts(operator: str, counts: Sequence[int], world: int) -> list[int]:
+    """Ranks that share one head, for each of ``counts``.
+
+    Raises:
+        ValueError: ``world`` neither divides a count nor is a multiple of it; says which numbers of ranks would do.
+    """
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{operator}: expected numbers of heads above 0, got {tuple(counts)}")
+
+    def serves(size: int) -> bool:
+        # The first count is the query heads: those are never shared.
+        return counts[0] % size == 0 and all(count % size == 0 or size % count == 0 for count in counts)
+
+    if not serves(world):
+        possible = ", ".join(str(size) for size in range(1, counts[0] + 1) if serves(size))
+        raise ValueError(
+            f"{operator}: expected heads that {world} ranks can share out, got {tuple(counts)} heads; "
+            f"with these the number of ranks can be {possible}"
+        )
+    return [1 if count % world == 0 else world // count for count in counts]
+
+
+def check_mode(operator: str, config: OverlapConfig) -> None:
+    """Refuses ``mode="tiles"`` before anything is sent: no kernel exists for it here."""
+    if config.mode == "tiles":
+        raise ValueError(f'{operator}: expected mode "auto", "fused" or "unfused", got "tiles": it has no such kernel')

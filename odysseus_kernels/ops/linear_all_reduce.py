@@ -1,0 +1,114 @@
+"""Tensor parallelism's second half: a row-parallel linear layer fused with the all-reduce behind it.
+
+Parts of other ranks' rows leave as they are produced, and the summed rows come back.  Buffers, streams and who may run
+beside the operator are the transport's contract (``comm/symmetric_host.py``, ``comm/collective.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..comm.groups import resolve_group
+from ..config import OverlapConfig
+from ._all_reduce import sum_rows
+from ._heads import check_mode
+from ._products import multiply_lines
+from ._validate import check_bias, check_linear, group_by_name
+
+__all__ = ["linear_all_reduce"]
+
+_NAME = "linear_all_reduce"
+
+
+def linear_all_reduce(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None,
+    config: OverlapConfig | None = None,
+) -> Tensor:
+    """``y = all_reduce(x @ weight.T) + bias``, row-parallel, differentiable, the same bits on all ranks.
+
+    N ranks; k this rank's input features, n output features.
+
+    forward:          y [..., n]       = AR(x [..., k] @ weight [n, k].T) + bias [n], added in fp32
+    input gradient:   dx [..., k]      = dy @ weight
+    weight gradient:  dweight [n, k]   = dy.T @ x
+    bias gradient:    dbias [n]        = sum of dy over all but the last dimension
+
+    y is the same on all ranks, and so is dy: nothing is sent in backward.
+
+    Args:
+        x: [..., k]; the dimensions other than k are equal on all ranks, and need not divide.
+        weight: [n, k], this rank's columns.
+        bias: [n], the same on all ranks; added once, not once for each rank.
+        group: the ranks; None is the default group.
+        config: mode, transport, pieces, time limit.
+
+    Returns:
+        [..., n].
+
+    Raises:
+        ValueError: bad input, before anything is sent.
+        CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+    """
+    check_linear(_NAME, x, weight)
+    check_bias(_NAME, x, weight, bias)
+    config = config or OverlapConfig()
+    check_mode(_NAME, config)
+    resolved = resolve_group(group)
+    return torch.ops.odysseus.linear_all_reduce(x, weight, bias, resolved.group_name, config.key())
+
+
+@torch.library.custom_op("odysseus::linear_all_reduce", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, config_key: str) -> Tensor:
+    config = OverlapConfig.from_key(config_key)
+    lines = x.reshape(-1, x.shape[-1])
+    width = weight.shape[0]
+
+    def produce(start: int, stop: int, block: Tensor, bias: Tensor | None) -> None:
+        multiply_lines(block, lines[start:stop], weight.t(), bias)
+
+    y = sum_rows(
+        _NAME,
+        "forward",
+        x,
+        lines.shape[0],
+        width,
+        produce,
+        group_by_name(group_name),
+        config,
+        flops=2 * x.numel() * width,
+        shapes=f"x {[*x.shape[:-1], '*']}, weight {[width, '*']}",
+        own=str(weight.shape[1]),
+        bias=bias,
+    )
+    return y.view(*x.shape[:-1], width)
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, config_key: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, *_ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    input_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
+    lines = grad.reshape(-1, grad.shape[-1])
+    dx = (lines @ weight).view(x.shape) if input_needed else None
+    dweight = lines.t() @ x.reshape(-1, x.shape[-1]) if weight_needed else None
+    return dx, dweight, lines.sum(0) if bias_needed else None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,460 @@
+"""Ulysses' first half: linear layers with ZeRO-3 weights fused with the all-to-all behind them.
+
+One exchange does both: as a rank is visited, its rows of the weights arrive, which are the rows of its heads; their
+product with this rank's tokens is what that rank needs, and leaves while the next one is computed.  On transports that
+let ranks read one another's memory no weight is ever whole, and what is sent is not staged either.  Buffers, streams
+and who may run beside the operator are the transport's contract (``comm/exchange.py``, ``comm/symmetric_host.py``,
+``comm/collective.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..comm import functional
+from ..comm.exchange import Exchange
+from ..comm.groups import dispatch, resolve_group
+from ..comm.reduce import accumulator_dtype
+from ..comm.selection import Phase
+from ..comm.transport import Call, Transport
+from ..config import OverlapConfig
+from ._heads import HeadCut, all_to_all, check_head_counts, check_mode, fill_call, tokens_of_ranks
+from ._products import ProductSum, multiply_lines, project
+from ._validate import check_bias, check_linear, group_by_name
+
+__all__ = ["linear_all_to_all"]
+
+_NAME = "linear_all_to_all"
+Group = dist.ProcessGroup | DeviceMesh | None
+
+
+@overload
+def linear_all_to_all(
+    x: Tensor,
+    weight_shard: Tensor,
+    bias_shard: Tensor | None = None,
+    *,
+    group: Group,
+    heads: int | None = None,
+    zero3_group: Group = None,
+    config: OverlapConfig | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_all_to_all(
+    x: Tensor,
+    weight_shard: Sequence[Tensor],
+    bias_shard: Sequence[Tensor | None] | None = None,
+    *,
+    group: Group,
+    heads: Sequence[int] | None = None,
+    zero3_group: Group = None,
+    config: OverlapConfig | None = None,
+) -> tuple[Tensor, ...]: ...
+
+
+def linear_all_to_all(
+    x: Tensor,
+    weight_shard: Tensor | Sequence[Tensor],
+    bias_shard: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    group: Group,
+    heads: int | Sequence[int] | None = None,
+    zero3_group: Group = None,
+    config: OverlapConfig | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """``y = all_to_all(x @ all_gather(weight_shard).T + all_gather(bias_shard))``, differentiable.
+
+    N ranks in ``group``, each with its tokens of the sequence before and with its heads after; L whole sequence, K
+    input features, n output features of all heads.  The weights are cut over the ranks of ``zero3_group``, M of them.
+
+    forward:          y [..., L, n/N]    = A2A(x [..., L/N, K] @ AG(weight_shard [n/M, K]).T + AG(bias_shard [n/M]))
+    input gradient:   dx [..., L/N, K]   = A2A(dy) [..., L/N, n] @ AG(weight_shard)
+    weight gradient:  dweight [n/M, K]   = RS(A2A(dy).T @ x), added in fp32: the sum over all ranks' tokens
+    bias gradient:    dbias [n/M]        = RS(sum of A2A(dy))
+
+    A projection with fewer heads than ranks (key and value heads) is multiplied once, by its whole gathered weight, and
+    each head is sent to the N / heads ranks that share it, next to one another: y is then [..., L, n/heads], and the
+    gradients of those ranks add up.
+
+    Args:
+        x: [..., L/N, K], this rank's tokens; equal shapes on all ranks.
+        weight_shard: [n/M, K], this rank's rows of the weight; or several of them: one exchange then makes several
+            projections.
+        bias_shard: [n/M] or None; with several weights a tuple of these.
+        group: the ranks that exchange tokens for heads; None is the default group.
+        heads: heads of each projection, query heads first; None: all have a multiple of N.
+        zero3_group: the ranks that the weights are cut over; None is ``group``.  With Ring attention outside of
+            Ulysses these are the ranks of all rings.
+        config: mode, transport, time limit.
+
+    Returns:
+        [..., L, n/N], or a tuple of them.
+
+    Raises:
+        ValueError: bad input, before anything is sent.
+        CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+    """
+    single = isinstance(weight_shard, Tensor)
+    weights: list[Tensor] = [weight_shard] if isinstance(weight_shard, Tensor) else list(weight_shard)
+    if bias_shard is None:
+        biases: list[Tensor | None] = [None] * len(weights)
+    else:
+        biases = [bias_shard] if isinstance(bias_shard, Tensor) else list(bias_shard)
+    if not weights or len(biases) != len(weights):
+        raise ValueError(f"{_NAME}: expected as many biases as weights, got {len(biases)} and {len(weights)}")
+    for one, its_bias in zip(weights, biases, strict=True):
+        check_linear(_NAME, x, one, "weight_shard")
+        check_bias(_NAME, x, one, its_bias, "bias_shard")
+    if x.ndim < 2:
+        raise ValueError(f"{_NAME}: expected x [..., tokens, features], got shape {list(x.shape)}")
+    config = config or OverlapConfig()
+    check_mode(_NAME, config)
+    resolved = resolve_group(group)
+    owners = resolved if zero3_group is None else resolve_group(zero3_group)
+    sharers = _sharers(weights, heads, resolved.size(), owners.size())
+    present = [one for one in biases if one is not None]
+    has_bias = [one is not None for one in biases]
+    outputs = torch.ops.odysseus.linear_all_to_all(
+        x, weights, present, has_bias, sharers, resolved.group_name, owners.group_name, config.key()
+    )
+    return outputs[0] if single else tuple(outputs)
+
+
+def _sharers(weights: list[Tensor], heads: int | Sequence[int] | None, world: int, owners: int) -> list[int]:
+    """Ranks that share a head, for each projection."""
+    if owners % world:
+        raise ValueError(
+            f"{_NAME}: expected zero3_group to have a multiple of the group's {world} ranks, got {owners} ranks"
+        )
+    if heads is None:
+        return [1] * len(weights)
+    counts = [heads] if isinstance(heads, int) else list(heads)
+    if len(counts) != len(weights):
+        raise ValueError(f"{_NAME}: expected heads for each of {len(weights)} weights, got {tuple(counts)}")
+    sharers = check_head_counts(_NAME, counts, world)
+    for count, weight in zip(counts, weights, strict=True):
+        if weight.shape[0] * owners % count:
+            raise ValueError(
+                f"{_NAME}: expected the {weight.shape[0] * owners} rows of a weight ({owners} shards of "
+                f"{weight.shape[0]}) to divide by its {count} heads"
+            )
+    return sharers
+
+
+class _Sizes:
+    """Groups and sizes of one call.
+
+    Attributes:
+        group, owners: the ranks that exchange, and those that the weights are cut over.
+        together: whether these are the same, so that one exchange does all.
+        cuts: of each projection.
+        split: projections whose shards belong to one rank's heads.
+        whole: the others, whose weights are gathered whole: fewer heads than ranks.
+    """
+
+    def __init__(
+        self, x: Tensor, weights: Sequence[Tensor], sharers: Sequence[int], group_name: str, owners_name: str
+    ) -> None:
+        self.group, self.owners = group_by_name(group_name), group_by_name(owners_name)
+        self.together = group_name == owners_name
+        self.world, self.shards = self.group.size(), self.owners.size()
+        self.rows, self.features = x.shape[-2:]
+        self.lines = x.shape[:-1].numel()
+        self.batch = x.shape[:-2].numel()
+        self.cuts = [
+            HeadCut(weight.shape[0] * self.shards, self.world, count)
+            for weight, count in zip(weights, sharers, strict=True)
+        ]
+        self.split = [index for index, count in enumerate(sharers) if count == 1]
+        self.whole = [index for index, count in enumerate(sharers) if count > 1]
+        self.shapes = f"x {list(x.shape)}, sharers {list(sharers)}"
+
+    def phase(self, phase: str, dtype: torch.dtype, weights: Sequence[Tensor], *, gathers: bool, sums: bool) -> Phase:
+        nbytes = sum(weight.nbytes for weight in weights)
+        flops = 2 * self.lines * self.shards * sum(weight.numel() for weight in weights)
+        return Phase(
+            operator=_NAME,
+            phase=phase,
+            shapes=f"{self.shapes}, weights {[list(weight.shape) for weight in weights]}, {gathers}, {sums}",
+            own="",
+            dtype=dtype,
+            flops=flops * max(1, gathers + sums),
+            gathered_bytes=nbytes if gathers else 0,
+            scattered_bytes=nbytes if sums else 0,
+        )
+
+
+@torch.library.custom_op("odysseus::linear_all_to_all", mutates_args=())
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    sharers: Sequence[int],
+    group_name: str,
+    owners_name: str,
+    config_key: str,
+) -> list[Tensor]:
+    """``biases`` holds one for each weight that ``has_bias``: lists of optional tensors have no gradients."""
+    config = OverlapConfig.from_key(config_key)
+    sizes = _Sizes(x, weights, sharers, group_name, owners_name)
+    remaining = iter(biases)
+    bias_of = [next(remaining) if present else None for present in has_bias]
+    lines = x.reshape(sizes.lines, sizes.features)
+    block = lines.view(sizes.batch, sizes.rows, sizes.features)
+    outputs = [x.new_empty((*x.shape[:-2], sizes.rows * sizes.world, cut.width)) for cut in sizes.cuts]
+    received = tuple(tokens_of_ranks(output, sizes.world) for output in outputs)
+    shared = tuple(weights[i].contiguous() for i in sizes.split)
+    shared += tuple(bias.contiguous() for i in sizes.split if (bias := bias_of[i]) is not None)
+    # Products with all ranks' heads, for projections that are not multiplied as their weight arrives.
+    products: dict[int, Tensor] = {}
+
+    def shards_of(given: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """(projection, weight shard, bias shard) of the rank that is visited."""
+        its_biases = iter(given[len(sizes.split) :])
+        for i, weight in zip(sizes.split, given, strict=False):
+            yield i, weight, next(its_biases) if has_bias[i] else None
+
+    def fill(rank: int, made: Sequence[Tensor]) -> None:
+        for i, product in products.items():
+            made[i].copy_(product.view(sizes.batch, sizes.rows, -1)[..., sizes.cuts[i].columns(rank)])
+
+    def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+        fill(rank, made)
+        for i, weight, bias in shards_of(given):
+            project(made[i], block, weight, bias)
+
+    def visit_owner(owner: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+        for i, weight, bias in shards_of(given):
+            columns = slice(owner * weight.shape[0], (owner + 1) * weight.shape[0])
+            multiply_lines(products[i][:, columns], lines, weight.t(), bias)
+
+    def multiply_whole(which: Sequence[int]) -> None:
+        for i in which:
+            weight = functional.all_gather(weights[i], sizes.owners, operator=_NAME, config=config)
+            bias = bias_of[i]
+            if bias is not None:
+                bias = functional.all_gather(bias, sizes.owners, operator=_NAME, config=config)
+            products[i] = x.new_empty((sizes.lines, sizes.cuts[i].features))
+            multiply_lines(products[i], lines, weight.t(), bias)
+
+    def run(transport: Transport, settled: OverlapConfig) -> None:
+        fused = settled.mode != "unfused"
+        products.clear()
+        multiply_whole(sizes.whole if fused else range(len(weights)))
+        call = Call(_NAME, "forward", settled, shapes=sizes.shapes)
+        if fused and sizes.together:
+            transport.execute(dataclasses.replace(call, exchange=Exchange(visit, shared, received=received)))
+            return
+        if fused and sizes.split:
+            products.update({i: x.new_empty((sizes.lines, sizes.cuts[i].features)) for i in sizes.split})
+            transport.execute(dataclasses.replace(call, exchange=Exchange(visit_owner, shared)))
+        if sizes.together:
+            transport.execute(fill_call(_NAME, "forward", settled, received, fill, sizes.shapes))
+
+    phase = sizes.phase("forward", x.dtype, weights, gathers=True, sums=False)
+    dispatch(sizes.owners, config, x.device, run, phase)
+    if not sizes.together:
+        all_to_all(_NAME, "forward", sizes.group, config, received, fill, sizes.shapes)
+    return outputs
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    sharers: Sequence[int],
+    group_name: str,
+    owners_name: str,
+    config_key: str,
+) -> list[Tensor]:
+    sizes = _Sizes(x, weights, sharers, group_name, owners_name)
+    return [x.new_empty((*x.shape[:-2], sizes.rows * sizes.world, cut.width)) for cut in sizes.cuts]
+
+
+@torch.library.custom_op("odysseus::linear_all_to_all_backward", mutates_args=())
+def _backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    sharers: Sequence[int],
+    group_name: str,
+    owners_name: str,
+    config_key: str,
+    input_needed: bool,
+    weights_needed: Sequence[bool],
+    biases_needed: Sequence[bool],
+) -> list[Tensor]:
+    """[dx, dweights..., dbiases...]; an empty tensor stands for a gradient that is not needed."""
+    config = OverlapConfig.from_key(config_key)
+    sizes = _Sizes(x, weights, sharers, group_name, owners_name)
+    wide = accumulator_dtype(x.dtype)
+    lines = x.reshape(sizes.lines, sizes.features)
+    dx = x.new_empty(0)
+    dweights = [w.new_empty(w.shape if needed else (0,)) for w, needed in zip(weights, weights_needed, strict=True)]
+    # The sum over tokens and ranks stays in the accumulator's type until the end.
+    dbiases = [
+        w.new_empty(w.shape[:1] if needed else (0,), dtype=wide)
+        for w, needed in zip(weights, biases_needed, strict=True)
+    ]
+    # Gradients that something depends on, each rank's part of them, and the whole for this rank's tokens.
+    used = [i for i in range(len(weights)) if input_needed or weights_needed[i] or biases_needed[i]]
+    incoming = [tokens_of_ranks(grads[i].contiguous(), sizes.world) for i in used]
+    parts = [x.new_empty(0) for _ in used]
+    whole_grads: dict[int, Tensor] = {}
+    split = [i for i in used if i in sizes.split]
+    shared = tuple(weights[i].contiguous() for i in split) if input_needed else ()
+    sums = tuple(dweights[i] for i in split if weights_needed[i]) + tuple(dbiases[i] for i in split if biases_needed[i])
+    summed = ProductSum(x, 0, 0)
+
+    def multiply(grad_of: dict[int, Tensor], given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+        """What one shard of the weights and its columns of the gradients [lines, width] make."""
+        made_weights = iter(made)
+        made_biases = iter(made[sum(weights_needed[i] for i in split) :])
+        for place, i in enumerate(split):
+            grad = grad_of[i]
+            if input_needed:
+                summed.add(grad, given[place])
+            if weights_needed[i]:
+                multiply_lines(next(made_weights), grad.t(), lines)
+            if biases_needed[i]:
+                torch.sum(grad, 0, dtype=wide, out=next(made_biases))
+
+    def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+        grad_of = {}
+        for i, part in zip(used, given[len(shared) :], strict=True):
+            grad_of[i] = part.reshape(sizes.lines, sizes.cuts[i].width)
+            if i in sizes.whole:
+                columns = sizes.cuts[i].columns(rank)
+                whole_grads[i][:, columns] += grad_of[i]
+        multiply(grad_of, given, made)
+
+    def visit_owner(owner: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+        rows = {i: weights[i].shape[0] for i in split}
+        multiply({i: whole_grads[i][:, owner * n : (owner + 1) * n] for i, n in rows.items()}, given, made)
+
+    def fill(rank: int, made: Sequence[Tensor]) -> None:
+        for grad, block in zip(incoming, made, strict=True):
+            block.copy_(grad[rank])
+
+    def assemble() -> None:
+        """The whole gradients from the ranks' parts [world, batch, rows, width]."""
+        for i, part in zip(used, parts, strict=True):
+            whole_grads[i] = sizes.cuts[i].sum_sharers(part).reshape(sizes.lines, sizes.cuts[i].features)
+
+    def multiply_whole(which: Sequence[int]) -> None:
+        for i in which:
+            grad = whole_grads[i]
+            if input_needed:
+                weight = functional.all_gather(
+                    weights[i], sizes.owners, operator=_NAME, phase="backward", config=config
+                )
+                summed.add(grad, weight)
+            if weights_needed[i]:
+                full = x.new_empty((sizes.cuts[i].features, sizes.features))
+                multiply_lines(full, grad.t(), lines)
+                dweights[i] = functional.reduce_scatter(
+                    full, sizes.owners, operator=_NAME, phase="backward", config=config
+                )
+            if biases_needed[i]:
+                dbiases[i] = functional.reduce_scatter(
+                    grad.sum(0, dtype=wide), sizes.owners, operator=_NAME, phase="backward", config=config
+                )
+
+    def run(transport: Transport, settled: OverlapConfig) -> None:
+        nonlocal dx, summed
+        fused = settled.mode != "unfused"
+        summed = ProductSum(x, sizes.lines, sizes.features, wide=fused) if input_needed else summed
+        call = Call(_NAME, "backward", settled, shapes=sizes.shapes)
+        whole = [i for i in used if i in sizes.whole] if fused else used
+        if fused and sizes.together:
+            whole_grads.update({i: x.new_zeros((sizes.lines, sizes.cuts[i].features), dtype=wide) for i in whole})
+            addressed = tuple(grad.contiguous() for grad in incoming)
+            exchange = Exchange(visit, shared, addressed, sums)
+            transport.execute(dataclasses.replace(call, exchange=exchange))
+            whole_grads.update({i: whole_grads[i].to(x.dtype) for i in whole})
+        else:
+            if sizes.together:
+                receive()
+                transport.execute(fill_call(_NAME, "backward", settled, parts, fill, sizes.shapes))
+            assemble()
+            if fused and (shared or sums):
+                transport.execute(dataclasses.replace(call, exchange=Exchange(visit_owner, shared, (), sums)))
+        multiply_whole(whole)
+        dx = summed.total().view(x.shape) if input_needed else dx
+
+    def receive() -> None:
+        parts[:] = [x.new_empty(grad.shape) for grad in incoming]
+
+    if not sizes.together:
+        receive()
+        all_to_all(_NAME, "backward", sizes.group, config, parts, fill, sizes.shapes)
+    phase = sizes.phase("backward", x.dtype, weights, gathers=input_needed, sums=any(weights_needed))
+    dispatch(sizes.owners, config, x.device, run, phase)
+    return [dx, *dweights, *(dbias.to(x.dtype) for dbias in dbiases)]
+
+
+@_backward.register_fake
+def _(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    sharers: Sequence[int],
+    group_name: str,
+    owners_name: str,
+    config_key: str,
+    input_needed: bool,
+    weights_needed: Sequence[bool],
+    biases_needed: Sequence[bool],
+) -> list[Tensor]:
+    dx = x.new_empty(x.shape if input_needed else (0,))
+    dweights = [w.new_empty(w.shape if n else (0,)) for w, n in zip(weights, weights_needed, strict=True)]
+    dbiases = [w.new_empty(w.shape[:1] if n else (0,)) for w, n in zip(weights, biases_needed, strict=True)]
+    return [dx, *dweights, *dbiases]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, biases, has_bias, ctx.sharers, ctx.group_name, ctx.owners_name, ctx.config_key = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *weights)
+    ctx.shapes = [one.shape for one in output]
+    ctx.weights_needed = [one.requires_grad for one in weights]
+    needed = iter([one.requires_grad for one in biases])
+    ctx.biases_needed = [present and next(needed) for present in has_bias]
+    ctx.has_bias = has_bias
+
+
+def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    x, *weights = ctx.saved_tensors
+    incoming = [x.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=True)]
+    dx, *rest = torch.ops.odysseus.linear_all_to_all_backward(
+        incoming,
+        x,
+        weights,
+        ctx.sharers,
+        ctx.group_name,
+        ctx.owners_name,
+        ctx.config_key,
+        ctx.needs_input_grad[0],
+        ctx.weights_needed,
+        ctx.biases_needed,
+    )
+    count = len(weights)
+    dweights = [grad if needed else None for grad, needed in zip(rest[:count], ctx.weights_needed, strict=True)]
+    of_weights = zip(rest[count:], ctx.biases_needed, ctx.has_bias, strict=True)
+    dbiases = [grad if needed else None for grad, needed, present in of_weights if present]
+    return dx if ctx.needs_input_grad[0] else None, dweights, dbiases, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

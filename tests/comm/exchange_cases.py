@@ -1,0 +1,386 @@
+"""What ranks run in the tests of exchanges.
+
+Every rank can compute what any rank gives to any other and makes for it (:func:`_block`), so that each checks all that
+it is given, in each visit, and all that comes out.  Values are small integers: sums of them are exact in every type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import odysseus_kernels as ody
+from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.functional import all_to_all
+from odysseus_kernels.comm.groups import dispatch, group_transports
+from odysseus_kernels.comm.selection import Phase
+from odysseus_kernels.comm.symmetric_host import SymmetricHostTransport
+from odysseus_kernels.comm.transport import Call, Transport
+from odysseus_kernels.comm.windows import Windows
+from odysseus_kernels.testing.compare import nan_empty
+from odysseus_kernels.testing.faults import Jitter, kill_self
+
+Spec = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes and dtypes of an exchange; of ``addressed`` and ``received`` those of one part."""
+
+    shared: tuple[Spec, ...] = ()
+    addressed: tuple[Spec, ...] = ()
+    sums: tuple[Spec, ...] = ()
+    received: tuple[Spec, ...] = ()
+
+
+def _config(transport: str, **settings: Any) -> ody.OverlapConfig:
+    return ody.OverlapConfig(**{"mode": "fused", "transport": transport, "timeout_s": 20, **settings})
+
+
+_KINDS = ("shared", "addressed", "sums", "received")
+
+
+def _block(kind: str, index: int, spec: Spec, source: int, target: int, seed: int) -> Tensor:
+    shape, dtype = spec
+    if kind == "shared":
+        target = -1  # the same for all
+    number = (((seed * 4 + _KINDS.index(kind)) * 8 + index) * 32 + source) * 32 + target + 1
+    draw = torch.Generator().manual_seed(number)
+    values = torch.randint(-9, 10, shape, generator=draw)
+    return values > 0 if dtype == torch.bool else values.to(dtype)
+
+
+def _strided(world: int, spec: Spec) -> Tensor:
+    """[world, batch, rows, width] whose rows are contiguous and lie apart."""
+    (batch, rows, width), dtype = spec
+    return torch.full((batch, rows, world, width + 3), 77, dtype=dtype).permute(2, 0, 1, 3)[..., 1 : width + 1]
+
+
+def run_case(
+    transport: Callable[[Call], None], rank: int, world: int, case: Case, config: ody.OverlapConfig, seed: int
+) -> None:
+    """One exchange, all of it checked."""
+
+    def block(kind: str, index: int, spec: Spec, source: int, target: int) -> Tensor:
+        return _block(kind, index, spec, source, target, seed)
+
+    def part(kind: str, specs: tuple[Spec, ...], source: int, target: int) -> list[Tensor]:
+        return [block(kind, index, spec, source, target) for index, spec in enumerate(specs)]
+
+    order = []
+
+    def visit(peer: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+        order.append(peer)
+        expected = part("shared", case.shared, peer, rank) + part("addressed", case.addressed, peer, rank)
+        assert len(given) == len(expected)
+        for actual, value in zip(given, expected, strict=True):
+            assert actual.shape == value.shape and actual.dtype == value.dtype
+            assert torch.equal(actual, value), (rank, peer)
+        results = part("sums", case.sums, rank, peer) + part("received", case.received, rank, peer)
+        for target, value in zip(made, results, strict=True):
+            target.copy_(value)
+
+    with nan_empty():
+        exchange = Exchange(
+            visit,
+            tuple(part("shared", case.shared, rank, -1)),
+            tuple(
+                torch.stack([block("addressed", index, spec, rank, target) for target in range(world)])
+                for index, spec in enumerate(case.addressed)
+            ),
+            tuple(torch.empty(shape, dtype=dtype) for shape, dtype in case.sums),
+            tuple(_strided(world, spec) for spec in case.received),
+        )
+    transport(Call("probe", "forward", config, shapes=f"case {seed}", exchange=exchange))
+    first = 1 if exchange.makes else 0
+    assert order == [(rank + first + hop) % world for hop in range(world)]
+    for index, (spec, actual) in enumerate(zip(case.sums, exchange.sums, strict=True)):
+        total = sum(block("sums", index, spec, source, rank).double() for source in range(world))
+        assert torch.equal(actual.double(), total), (rank, index)
+    for index, (spec, actual) in enumerate(zip(case.received, exchange.received, strict=True)):
+        for source in range(world):
+            assert torch.equal(actual[source], block("received", index, spec, source, rank)), (rank, source, index)
+
+
+F64, F32, BF16, F16, I64 = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64
+KINDS_OF_CASES = (
+    Case(shared=(((3, 5), F32),)),
+    Case(addressed=(((7,), BF16),)),
+    Case(shared=(((3, 5), F32), ((), F64), ((1, 3), torch.bool)), addressed=(((5, 3), BF16), ((2, 3), I64))),
+    Case(sums=(((5, 7), F32),)),
+    Case(received=(((2, 3, 5), BF16), ((1, 1, 3), F64))),
+    Case(sums=(((3,), F32), ((1025,), BF16), ((2, 3), F64), ((0, 4), F32), ((33,), F16))),
+    Case(shared=(((4, 6), F32),), received=(((1, 4, 3), F32),)),
+    Case(
+        shared=(((1, 3), torch.bool), ((4, 6), BF16), ((0,), F32)),
+        addressed=(((5, 3), F64), ((1,), I64)),
+        sums=(((5, 7), BF16), ((3,), F64)),
+        received=(((2, 3, 5), F16), ((1, 1, 1), I64)),
+    ),
+)
+
+
+def _transport(rank: int, config: ody.OverlapConfig) -> Transport:
+    return group_transports(dist.group.WORLD).choose(config, torch.device("cpu"))
+
+
+def _poison(transport: Transport) -> None:
+    """Fills the own windows with NaN while nobody reads or writes them."""
+    dist.barrier()
+    if transport.name == "symmetric":
+        for window, nbytes in enumerate(transport._windows.backed):
+            transport._windows.raw(transport.rank, window)[:nbytes].fill_(255)
+    dist.barrier()
+
+
+def all_cases(rank: int, world: int, name: str) -> None:
+    """Each kind of exchange alone in poisoned memory, and then all of them back to back."""
+    config = _config(name)
+    transport = _transport(rank, config)
+    for seed, case in enumerate(KINDS_OF_CASES):
+        _poison(transport)
+        run_case(transport.execute, rank, world, case, config, seed)
+    for seed in range(2 * len(KINDS_OF_CASES)):
+        run_case(transport.execute, rank, world, KINDS_OF_CASES[seed * 5 % len(KINDS_OF_CASES)], config, seed)
+
+
+def between_operators(rank: int, world: int, name: str, seed: int, count: int) -> int:
+    """Exchanges and operators back to back, with delays that differ from rank to rank and nothing else between them."""
+    config = _config(name)
+    transport = _transport(rank, config)
+    draw = torch.Generator().manual_seed(seed)
+    jitter = Jitter(seed, rank, longest_s=0.003, share=0.2)
+    x, w = torch.full((3, 8), float(rank)), torch.ones(5, 8)
+    expected = 8.0 * torch.arange(world, dtype=F32).repeat_interleave(3)[:, None].expand(-1, 5)
+    for number in range(count):
+        jitter()
+        pick = int(torch.randint(len(KINDS_OF_CASES) + 4, (), generator=draw))
+        if pick < len(KINDS_OF_CASES):
+            run_case(transport.execute, rank, world, KINDS_OF_CASES[pick], config, number)
+        elif pick % 2:
+            assert torch.equal(ody.all_gather_linear(x, w, group=None, config=config), expected)
+        else:
+            # What is sent ahead of a call that is not made is dropped by whatever comes instead, an exchange too.
+            y = ody.zero3_linear(x, w, group=None, config=config, prefetch=w)
+            assert torch.equal(y, torch.full((3, 5 * world), 8.0 * rank))
+    return count
+
+
+def rounded_sums(rank: int, world: int) -> None:
+    """Sums of numbers that round are those of the fixed order, in the accumulator's type, on both transports alike."""
+    for dtype, reduce_dtype in ((BF16, F32), (F32, F32), (F32, F64), (F64, F32)):
+        parts = torch.randn(world, 1000, generator=torch.Generator().manual_seed(5), dtype=F64).to(dtype)
+        own = parts[rank]
+        # Received in ring order from the rank below, the own part last but one.
+        order = [parts[(rank - hop) % world] for hop in range(1, world)]
+        order.insert(world - 2, own)
+        wide = torch.float64 if dtype == F64 else reduce_dtype
+        total = order[0].to(wide)
+        for part in order[1:]:
+            total = total + part.to(wide)
+        for name in ("symmetric", "collective"):
+            config = _config(name, reduce_dtype=reduce_dtype)
+            out = torch.empty(1000, dtype=dtype)
+
+            def visit(peer: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...], own: Tensor = own) -> None:
+                made[0].copy_(own)
+
+            exchange = Exchange(visit, sums=(out,))
+            _transport(rank, config).execute(Call("probe", "forward", config, exchange=exchange))
+            assert torch.equal(out, total.to(dtype)), (name, dtype, reduce_dtype)
+
+
+def traffic(rank: int, world: int, name: str) -> list[dict[str, int]]:
+    """Bytes by collective of each kind of exchange, and what they must be."""
+    config = _config(name)
+    found = []
+    for seed, case in enumerate(KINDS_OF_CASES):
+        with ody.CommRecorder() as record:
+            run_case(_transport(rank, config).execute, rank, world, case, config, seed)
+
+        def nbytes(*specs: Spec) -> int:
+            return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)
+
+        # f times the global tensor: what is gathered or scattered is as large as all shards, what is exchanged is
+        # as large as all parts of all ranks, of which a rank has 1/N.
+        expected = {
+            "all_gather": (world - 1) * nbytes(*case.shared),
+            "reduce_scatter": (world - 1) * nbytes(*case.sums),
+            "all_to_all": (world - 1) * nbytes(*case.addressed, *case.received),
+        }
+        counted = {kind: record.bytes(operator="probe", phase="forward", collective=kind) for kind in expected}
+        assert all(row["transport"] == name for row in record.rows())
+        assert record.bytes() == sum(counted.values())
+        assert counted == expected, (case, counted, expected)
+        found.append(counted)
+    return found
+
+
+def plain(rank: int, world: int, name: str) -> None:
+    """The unfused twin, any dtype, counted; and out of a transport's own method into a strided tensor."""
+    config = _config(name)
+    for dtype in (F64, BF16, torch.bool, I64):
+        for shape in ((), (3,), (2, 0), (2, 3)):
+            everyone = [
+                torch.stack([_block("addressed", 0, (shape, dtype), a, b, 3) for b in range(world)])
+                for a in range(world)
+            ]
+            with ody.CommRecorder() as record:
+                result = all_to_all(everyone[rank], operator="probe", config=config)
+            assert torch.equal(result, torch.stack([one[rank] for one in everyone]))
+            expected = everyone[rank].nbytes * (world - 1) // world
+            assert record.bytes(operator="probe", collective="all_to_all") == record.bytes() == expected
+    full = torch.arange(6.0 * world).view(world, 3, 2) + 100 * rank
+    out = torch.empty(world, 2, 3).mT
+    transport = _transport(rank, config)
+    transport.all_to_all(Call("probe", "forward", config), full, out)
+    for source in range(world):
+        assert torch.equal(out[source], torch.arange(6.0).view(3, 2) + 6 * rank + 100 * source)
+
+
+def odd_rank(rank: int, world: int, name: str, what: str, odd: int) -> Any:
+    """One rank gives, makes or calls something else; then everybody agrees again."""
+    config = _config(name)
+    transport = _transport(rank, config)
+    agreed = KINDS_OF_CASES[-1]
+    run_case(transport.execute, rank, world, agreed, config, 0)
+    calls: dict[str, Callable[[], object]] = {
+        "shared": lambda: _run(transport, dataclasses.replace(agreed, shared=(((3, 3), F32),)), world),
+        "received": lambda: _run(transport, dataclasses.replace(agreed, received=(((2, 3, 4), F16),)), world),
+        "program": lambda: _run(transport, KINDS_OF_CASES[0], world),
+        "operator": lambda: ody.all_gather_linear(torch.ones(3, 8), torch.ones(5, 8), group=None, config=config),
+    }
+    try:
+        if rank == odd:
+            calls[what]()
+        else:
+            _run(transport, agreed, world)
+    except ody.CommunicationError as error:
+        found = type(error).__name__, str(error)
+    # A transport that was given up is replaced; the process group goes on.
+    run_case(_transport(rank, config).execute, rank, world, agreed, config, 1)
+    return found
+
+
+def _run(transport: Transport, case: Case, world: int) -> None:
+    def empty(specs: tuple[Spec, ...], *front: int) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(*front, *shape, dtype=dtype) for shape, dtype in specs)
+
+    exchange = Exchange(
+        lambda peer, given, made: None,
+        empty(case.shared),
+        empty(case.addressed, world),
+        empty(case.sums),
+        empty(case.received, world),
+    )
+    transport.execute(Call("probe", "forward", _config(transport.name), exchange=exchange))
+
+
+def killed_rank(rank: int, world: int, name: str, victim: int) -> Any:
+    """One rank dies in the middle of an exchange, when it visits its first peer."""
+    config = _config(name)
+    transport = _transport(rank, config)
+    case = KINDS_OF_CASES[-1]
+    run_case(transport.execute, rank, world, case, config, 0)
+    dist.barrier()
+
+    def visit(peer: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+        if rank == victim:
+            time.sleep(0.5)
+            kill_self()
+
+    exchange = Exchange(visit, shared=(torch.ones(3, 5),), sums=(torch.empty(7),))
+    start = time.perf_counter()
+    try:
+        transport.execute(Call("probe", "forward", config, exchange=exchange))
+    except ody.CommunicationError as error:
+        return type(error).__name__, str(error), time.perf_counter() - start
+    return "", "", time.perf_counter() - start
+
+
+def not_served(rank: int, world: int, asked: str) -> Any:
+    """A symmetric transport without exchanges: they take the collective one, and nothing else does."""
+    config = _config(asked)
+    used: list[str] = []
+
+    def run(transport: Transport, settled: ody.OverlapConfig) -> None:
+        run_case(transport.execute, rank, world, KINDS_OF_CASES[-1], settled, len(used))
+        used.append(transport.name)
+
+    phase = Phase("probe", "forward", "", "", F32, 1)
+    with (
+        mock.patch.object(SymmetricHostTransport, "serves_exchange", False),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        for given in (None, phase, phase):
+            dispatch(dist.group.WORLD, config, torch.device("cpu"), run, given)
+        assert torch.equal(all_to_all(torch.full((world, 2), rank), config=config)[:, 0], torch.arange(world))
+        with ody.CommRecorder() as record:
+            ody.all_gather_linear(torch.ones(3, 8), torch.ones(5, 8), group=None, config=config)
+    assert [row["transport"] for row in record.rows()] == ["symmetric"]
+    return used, [str(one.message) for one in caught if issubclass(one.category, ody.FallbackWarning)]
+
+
+def short_memory(rank: int, world: int, short: int) -> Any:
+    """One rank cannot back its window: all of them take the collective transport, and small calls go on as before."""
+    config = _config("symmetric")
+    used: list[str] = []
+    large = Case(shared=((((1 << 18) + 1,), F32),), sums=(((3,), F32),))
+
+    def run_of(case: Case) -> Callable[[Transport, ody.OverlapConfig], None]:
+        def run(transport: Transport, settled: ody.OverlapConfig) -> None:
+            run_case(transport.execute, rank, world, case, settled, len(used))
+            used.append(transport.name)
+
+        return run
+
+    reserve = Windows.reserve
+
+    def refuse(self: Windows, window: int, nbytes: int) -> None:
+        if rank == short and nbytes > 1 << 20:
+            raise OSError("no memory under test")
+        reserve(self, window, nbytes)
+
+    with mock.patch.object(Windows, "reserve", refuse), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for case in (KINDS_OF_CASES[-1], large, large, KINDS_OF_CASES[-1]):
+            dispatch(dist.group.WORLD, config, torch.device("cpu"), run_of(case))
+    return used, [str(one.message) for one in caught if issubclass(one.category, ody.CapacityWarning)]
+
+
+def bad_exchanges(rank: int, world: int, name: str) -> list[tuple[str, str]]:
+    """What is refused before anything is sent: on one rank only, and the others do not wait for it."""
+    config = _config(name)
+    transport = _transport(rank, config)
+    ok = torch.ones(world, 2, 3)
+    wrong: dict[str, dict[str, tuple[Tensor, ...]]] = {
+        "something": {},
+        "contiguous": {"shared": (ok.transpose(0, 1),)},
+        "for each of": {"addressed": (torch.ones(world + 1, 2),)},
+        "floating": {"sums": (torch.ones(3, dtype=I64),)},
+        "contiguous rows": {"received": (torch.ones(world, 1, 3, 2).mT,)},
+        r"[world, batch, rows, width]": {"received": (ok,)},
+    }
+    found = []
+    if rank == 0:
+        for expected, tensors in wrong.items():
+            exchange = Exchange(lambda peer, given, made: None, **tensors)
+            try:
+                transport.execute(Call("probe", "forward", config, exchange=exchange))
+            except ValueError as error:
+                found.append((expected, str(error)))
+        try:
+            all_to_all(torch.ones(world + 1, 2), config=config)
+        except ValueError as error:
+            found.append(("for each of", str(error)))
+    run_case(transport.execute, rank, world, KINDS_OF_CASES[-1], config, 0)
+    return found

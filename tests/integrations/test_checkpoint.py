@@ -1,0 +1,157 @@
+"""State goes from any distribution to any other to the bit, or is refused whole."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llama_cases import Case
+from state_cases import build, different, load, load_masters, optimizer_of, save, save_masters, snapshot
+
+import odysseus_kernels as ody
+
+GQA = Case(kv_heads=4, bias=True)
+
+
+def test_from_four_ranks_to_two_to_one(ranks, tmp_path: Path):
+    first, second = str(tmp_path / "four"), str(tmp_path / "two")
+    saved = ranks(4).run(save, first, "odysseus", GQA, 2)[0]
+    assert saved["model.norm.weight/step"] == 2
+    on_two = ranks(2).run(load, first, "odysseus", GQA, second)[0]
+    assert different(saved, on_two) == []
+    # DCP writes 4 ranks' parts; what 2 ranks wrote again is the same for a stock model without any process group.
+    assert different(saved, load(0, 1, second, "stock", GQA)) == []
+
+
+def test_to_a_mesh_with_a_ring_and_back(ranks, tmp_path: Path):
+    case = Case(tied=True, frozen=("layers.0.mlp",))
+    one, ring = str(tmp_path / "deep" / "one"), str(tmp_path / "ring")
+    saved = save(0, 1, one, "stock", case, 1)
+    assert different(saved, ranks(4).run(load, one, "2x2", case, ring)[0]) == []
+    assert different(saved, ranks(3).run(load, ring, "odysseus", case)[0]) == []
+    names = json.loads((tmp_path / "ring" / "checkpoint.json").read_text())["tensors"]
+    assert "model.model.embed_tokens.weight" in names and "model.lm_head.weight" not in names, "tied: saved once"
+    assert "optimizer.model.layers.0.mlp.up_proj.weight.exp_avg" not in names, "frozen: no state"
+
+
+def test_before_the_first_step(ranks, tmp_path: Path):
+    folder = str(tmp_path / "fresh")
+    saved = ranks(2).run(save, folder, "odysseus", GQA, 0)[0]
+    assert not any("/" in name for name in saved), "saving must not make state"
+    assert different(saved, load(0, 1, folder, "stock", GQA)) == []
+
+
+def test_master_weights_go_on_to_the_bit(ranks, tmp_path: Path):
+    folder = str(tmp_path / "masters")
+    third = ranks(2).run(save_masters, folder)[0]
+    assert third["lm_head.weight/master"].dtype == torch.float32
+    assert third["lm_head.weight"].dtype == torch.bfloat16
+    assert different(third, load_masters(0, 1, folder, "stock")) == []
+    assert different(third, ranks(2).run(load_masters, folder, "odysseus")[0]) == []
+
+
+def _refused(match: str, folder: Path, model: Any, optimizer: Any = None) -> str:
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=match) as caught:
+        ody.load_checkpoint(folder, model, optimizer)
+    assert different(before, snapshot(model, optimizer)) == [], "nothing is loaded"
+    return str(caught.value)
+
+
+def refuse_on_ranks(rank: int, world_size: int, folder: str) -> str:
+    model = build("odysseus", world_size, Case(kv_heads=4), seed=3)  # without the biases
+    return _refused("unknown to the model", Path(folder), model, optimizer_of(model))
+
+
+def test_what_does_not_fit_is_listed_and_not_loaded(ranks, tmp_path: Path):
+    folder = tmp_path / "saved"
+    save(0, 1, str(folder), "stock", GQA, 1)
+    for message in ranks(2).run(refuse_on_ranks, str(folder)):
+        assert "model.model.layers.1.self_attn.o_proj.bias" in message
+        assert "group 1 of the optimizer: model.layers.0.mlp.down_proj.bias" in message
+    wide = Case(kv_heads=4, bias=True, vocabulary=60).model()
+    message = _refused("nothing was loaded", folder, wide)
+    assert "model.lm_head.weight: expected [60, 96] torch.float32, got [120, 96] torch.float32" in message
+    _refused(r"norm.weight: expected \[96\] torch.bfloat16, got \[96\] torch.float32", folder, GQA.model().bfloat16())
+    deeper = GQA.model()
+    deeper.model.layers.append(GQA.model().model.layers[0])
+    assert "model.model.layers.2.mlp.up_proj.bias" in _refused("missing in the checkpoint", folder, deeper)
+    model = GQA.model()
+    _refused("expected SGD, got AdamW", folder, model, torch.optim.SGD(model.parameters(), lr=1.0))
+    _refused("expected 1 groups of parameters, got 2", folder, model, torch.optim.AdamW(model.parameters()))
+    master = ody.MasterWeights(torch.optim.AdamW, model.parameters())
+    _refused("expected MasterWeights of AdamW, got AdamW", folder, model, master)
+    other = Case().model()
+    _refused("expected parameters of the model, got", folder, model, torch.optim.AdamW(other.parameters()))
+    ody.save_checkpoint(tmp_path / "weights", model)
+    _refused("expected a checkpoint with an optimizer", tmp_path / "weights", model, optimizer_of(model))
+    assert ody.load_checkpoint(tmp_path / "weights", model) == {}
+
+
+def test_an_interrupted_checkpoint_does_not_look_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, model = tmp_path / "saved", GQA.model()
+    ody.save_checkpoint(folder, model, extra={"step": 1})
+
+    def interrupted(*args: Any) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("odysseus_kernels.integrations.checkpoint_files._described", interrupted)
+        with pytest.raises(RuntimeError, match=r"could not save .*rank 0: OSError\('disk full'\)"):
+            ody.save_checkpoint(folder, model, extra={"step": 2})
+        with pytest.raises(RuntimeError, match="disk full"):
+            ody.save_checkpoint(tmp_path / "new", model)
+    assert ody.load_checkpoint(folder, model)["step"] == 1, "the one before is kept"
+    _refused("new.unfinished was interrupted", tmp_path / "new", model)
+    _refused("expected a checkpoint of save_checkpoint", tmp_path / "never", model)
+    ody.save_checkpoint(folder, model, extra={"step": 3})
+    assert ody.load_checkpoint(folder, model)["step"] == 3
+    assert [path.name for path in tmp_path.iterdir() if "saved" in path.name] == ["saved"]
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("/tmp/odysseus_was_unpickled"),))
+
+
+def test_nothing_is_unpickled(tmp_path: Path):
+    model = GQA.model()
+    ody.save_checkpoint(tmp_path / "saved", model)
+    (tmp_path / "saved" / ".metadata").write_bytes(pickle.dumps(_Evil()))
+    ody.load_checkpoint(tmp_path / "saved", model)
+    for path in (tmp_path / "saved").glob("*.distcp"):
+        path.write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(RuntimeError, match=r"could not load .*Unpickl"):
+        ody.load_checkpoint(tmp_path / "saved", model)
+    assert not Path("/tmp/odysseus_was_unpickled").exists()
+    description = tmp_path / "saved" / "checkpoint.json"
+    description.write_text(description.read_text().replace("__0_0.distcp", "../other"))
+    with pytest.raises(ValueError, match="names of files within the folder"):
+        ody.load_checkpoint(tmp_path / "saved", model)
+
+
+def test_pytorch_reads_the_folder_too(tmp_path: Path):
+    import torch.distributed.checkpoint as dcp
+
+    model = GQA.model()
+    ody.save_checkpoint(tmp_path / "saved", model)
+    state = {"model.lm_head.weight": torch.zeros_like(model.lm_head.weight)}
+    dcp.load(state, checkpoint_id=tmp_path / "saved", no_dist=True)
+    assert torch.equal(state["model.lm_head.weight"], model.lm_head.weight)
+
+
+def test_what_cannot_be_saved(tmp_path: Path):
+    model = GQA.model()
+    with pytest.raises(ValueError, match="that JSON can hold"):
+        ody.save_checkpoint(tmp_path / "saved", model, extra={"when": object()})
+    with pytest.raises(ValueError, match="after parallelize"):
+        ody.save_checkpoint(tmp_path / "saved", model, optimizer_of(Case().model()))
+    assert not list(tmp_path.iterdir())
+    compiled = GQA.model()
+    compiled.model.layers[0] = torch.compile(compiled.model.layers[0])
+    ody.save_checkpoint(tmp_path / "saved", compiled)
+    ody.load_checkpoint(tmp_path / "saved", model)

@@ -1,0 +1,55 @@
+"""Packed documents do not see one another, and half precision is as exact as on one process."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from family_cases import Case, assemble, logits_pair, packed_positions, parallel_step, stock_step
+
+from odysseus_kernels.strategies import STRATEGIES
+
+PACKED = {"llama": Case(packed=True, kv_heads=4), "mistral": Case(family="mistral", packed=True, kv_heads=4)}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", PACKED)
+def test_a_token_changes_its_own_document_only(ranks, family, strategy):
+    case = PACKED[family]
+    second = int((packed_positions(case.length)[1:] == 0).nonzero()) + 1
+    documents = (slice(0, second), slice(second, case.length))
+    for world_size, ring in ((2, 1), (4, 2)):
+        for token, own, other in ((0, *documents), (second, *reversed(documents))):
+            changed = dataclasses.replace(case, changed_token=token)
+            results = ranks(world_size).run(logits_pair, case, changed, strategy, ring)
+            first, after = (assemble(results, name, case.length) for name in ("first", "second"))
+            assert torch.equal(first[:, other], after[:, other]), f"ring {ring}: exactly nothing may change"
+            assert (first[:, own] != after[:, own]).any(dim=-1).all(), f"ring {ring}: all that see the token change"
+
+
+def _errors(step, truth):
+    gradients = {
+        name: float((step["gradients"][name].double() - gradient).norm() / gradient.norm())
+        for name, gradient in truth["gradients"].items()
+    }
+    logits = float((step["logits"].double() - truth["logits"]).norm() / truth["logits"].norm())
+    return {"logits": logits, **gradients}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", ["llama", "starcoder2"])
+def test_bf16(ranks, family, strategy):
+    """The contract: at most 1.5 times the error of the single process in bf16, and 2e-3."""
+    case = Case(family=family, dtype=torch.bfloat16, kv_heads=4)
+    # The truth has the weights that bf16 can hold.
+    exact = case.model().double()
+    out = exact(**case.whole_batch(), use_cache=False)
+    out.loss.backward()
+    truth = {"logits": out.logits.detach(), "gradients": {name: p.grad for name, p in exact.named_parameters()}}
+    single = _errors(stock_step(case), truth)
+    for world_size, ring in ((2, 1), (4, 2)):
+        results = ranks(world_size).run(parallel_step, case, strategy, ring)
+        step = {"logits": assemble(results, "logits", case.length), "gradients": results[0]["gradients"]}
+        for name, error in _errors(step, truth).items():
+            assert error <= 1.5 * single[name] + 2e-3, f"ring {ring}, {name}: {error:.1e}, single {single[name]:.1e}"

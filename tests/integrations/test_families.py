@@ -1,0 +1,81 @@
+"""Every family under every strategy, plain and crossed with Ring, is the stock model: loss, logits, all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from family_cases import FAMILIES, Case, assemble, parallel_step, stock_step
+
+from odysseus_kernels.strategies import STRATEGIES
+
+# Single precision carries 6e-8 relative; sums of a few hundred products in another order lose about a digit. The
+# contract asks for 1e-5 on logits and 1e-4 on gradients.
+LOGITS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+LOSS_TOLERANCE = 1e-6
+
+# (ranks in all, ring ranks outside)
+MESHES = ((2, 1), (3, 1), (4, 1), (2, 2), (4, 2))
+# What is special about attention, masks and heads: Llama stands for all.
+VARIANTS = {
+    "grouped": Case(kv_heads=4),
+    "fewer_kv_heads": Case(family="qwen2", kv_heads=2),
+    "one_kv_head": Case(kv_heads=1),
+    "tied": Case(tied=True),
+    "vocabulary_not_divisible": Case(vocabulary=97),
+    "odd_length": Case(length=23),
+    "padding_mask": Case(padding_mask=True, length=22),
+    "packed": Case(packed=True),
+    "packed_sliding": Case(family="mistral", packed=True, kv_heads=4),
+    "one_sequence": Case(batch=1),
+}
+
+
+def check(ranks, case, strategy, world_size, ring, settings=None):
+    expected = stock_step(case)
+    results = ranks(world_size).run(parallel_step, case, strategy, ring, settings)
+    where = f"{case}, {strategy}, {world_size} ranks, ring {ring}"
+    for result in results:
+        assert result["loss"] == pytest.approx(expected["loss"], rel=LOSS_TOLERANCE), where
+    logits, truth = assemble(results, "logits", case.length), expected["logits"]
+    if case.padding_mask:
+        # What padding computes counts nowhere.
+        real = case.whole_batch()["attention_mask"].bool()
+        logits, truth = logits[real], truth[real]
+    torch.testing.assert_close(
+        logits, truth, rtol=LOGITS_TOLERANCE, atol=LOGITS_TOLERANCE, msg=lambda m: f"{where}: {m}"
+    )
+    gradients = results[0]["gradients"]
+    assert gradients.keys() == expected["gradients"].keys(), where
+    for name, gradient in expected["gradients"].items():
+        error = (gradients[name] - gradient).norm() / gradient.norm()
+        assert error <= GRADIENT_TOLERANCE, f"{where}, {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_equals_stock(ranks, family, strategy):
+    for world_size, ring in MESHES:
+        check(ranks, Case(family=family), strategy, world_size, ring)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_equals_stock(ranks, variant, strategy):
+    for world_size, ring in ((2, 1), (4, 1), (4, 2)):
+        if ring > 1 and VARIANTS[variant].batch == 1:
+            continue
+        check(ranks, VARIANTS[variant], strategy, world_size, ring)
+
+
+@pytest.mark.parametrize("transport", ("symmetric", "collective"))
+@pytest.mark.parametrize("mode", ("fused", "unfused"))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_modes_and_transports(ranks, strategy, mode, transport):
+    for world_size, ring in ((2, 1), (4, 2)):
+        check(ranks, Case(kv_heads=4), strategy, world_size, ring, {"mode": mode, "transport": transport})
+
+
+def test_saved_gathers(ranks):
+    for strategy in ("tp_sp", "odysseus"):
+        check(ranks, Case(), strategy, 2, 1, {"gathered": "save"})

@@ -1,0 +1,96 @@
+"""Activation checkpointing and torch.compile work on parallelized models as on stock ones."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from llama_cases import Case, sequence_mesh
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
+import odysseus_kernels as ody
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.nn.sequence import shard_sequence
+
+CASE = Case(kv_heads=1, bias=True)  # one key/value head: replicated parameters within the layers, too
+OPERATORS = ("all_gather_linear", "linear_reduce_scatter", "zero3_linear")
+
+
+def _model(mesh: Any) -> Any:
+    config = OverlapConfig(mode="fused", timeout_s=60)  # every call alike: no choice is measured or computed
+    return ody.parallelize(CASE.model(), mesh, config=config)
+
+
+def _step(model: Any, mesh: Any) -> tuple[float, dict[str, torch.Tensor], dict[str, dict[str, int]]]:
+    """Loss, this rank's gradients, and bytes by phase and operator."""
+    with ody.CommRecorder() as record:
+        loss = model(**shard_sequence(CASE.whole_batch(), mesh)).loss
+        loss.backward()
+    sent = {
+        phase: {name: record.bytes(operator=name, phase=phase) for name in {str(r["operator"]) for r in record.rows()}}
+        for phase in ("forward", "backward")
+    }
+    return loss.item(), {name: p.grad.to_local() for name, p in model.named_parameters()}, sent
+
+
+def checkpointing(rank: int, world_size: int) -> None:
+    mesh = sequence_mesh(world_size)
+    loss, gradients, sent = _step(_model(mesh), mesh)
+    for context in ("selective", "whole"):
+        model = _model(mesh)
+        options: dict[str, Any] = {"use_reentrant": False}
+        if context == "selective":
+            options["context_fn"] = ody.selective_checkpoint
+        model.gradient_checkpointing_enable(options)
+        # Otherwise a recomputation ends where backward needs no more, before a layer's last product.
+        with set_checkpoint_early_stop(False) if context == "whole" else contextlib.nullcontext():
+            its_loss, its_gradients, its_sent = _step(model, mesh)
+        assert its_loss == loss
+        for name, gradient in gradients.items():
+            assert torch.equal(its_gradients[name], gradient), f"{context}: {name}"
+        assert its_sent["backward"] == sent["backward"]
+        if context == "selective":
+            assert its_sent["forward"] == sent["forward"], "nothing is sent again"
+            continue
+        head = model.lm_head.weight.to_local().nbytes * (world_size - 1)  # not in a layer, not computed again
+        for name in OPERATORS:
+            outside = head if name == "zero3_linear" else 0
+            assert sent["forward"][name] > outside
+            assert its_sent["forward"][name] == 2 * sent["forward"][name] - outside, name
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_selective_checkpointing_sends_nothing_again(ranks, world_size):
+    ranks(world_size).run(checkpointing)
+
+
+def compiled(rank: int, world_size: int) -> None:
+    mesh = sequence_mesh(world_size)
+    loss, gradients, sent = _step(_model(mesh), mesh)
+    model = _model(mesh)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend=backend)  # an error where a graph would break
+    its_loss, its_gradients, its_sent = _step(model, mesh)
+    assert its_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        # The same operations, some of them decomposed into others: single precision's rounding, a few times over.
+        torch.testing.assert_close(its_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+    assert its_sent == sent
+    assert graphs
+    for graph in graphs:
+        called = {str(node.target) for node in graph.graph.nodes}
+        assert {f"odysseus.{name}.default" for name in OPERATORS} <= called
+
+
+@pytest.mark.slow
+def test_layers_compile_without_graph_breaks(ranks):
+    ranks(2).run(compiled)

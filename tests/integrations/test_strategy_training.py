@@ -1,0 +1,40 @@
+"""Training under every strategy, plain and crossed with Ring, is training the stock model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from family_cases import Case, optimize, train_steps
+
+from odysseus_kernels.strategies import STRATEGIES
+
+STEPS = 50
+# The contract's figure for 50 losses in single precision.
+LOSS_TOLERANCE = 1e-4
+CASE = Case(kv_heads=4, length=47)
+MESHES = {"tp": (2, 1), "tp_sp": (3, 1), "ulysses": (4, 1), "odysseus": (3, 1)}
+
+
+@pytest.fixture(scope="module")
+def stock():
+    model = CASE.model()
+    losses = optimize(model, [CASE.whole_batch()] * STEPS)
+    assert losses[-1] < 0.8 * losses[0], "this run must learn, or equal losses say little"
+    return {"losses": losses, "parameters": {name: p.detach() for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_losses_and_parameters(ranks, stock, strategy, crossed):
+    world_size, ring = (4, 2) if crossed else MESHES[strategy]
+    results = ranks(world_size).run(train_steps, CASE, strategy, ring, STEPS)
+    for step, truth in enumerate(stock["losses"]):
+        assert results[0]["losses"][step] == pytest.approx(truth, rel=LOSS_TOLERANCE), step
+    for result in results[1:]:
+        assert result["losses"] == results[0]["losses"], "ranks must agree to the bit"
+        for name, parameter in result["parameters"].items():
+            assert torch.equal(parameter, results[0]["parameters"][name]), f"{name}: ranks must see one parameter"
+    for name, truth in stock["parameters"].items():
+        error = (results[0]["parameters"][name] - truth).norm() / truth.norm()
+        # Adam divides by the gradients' own size, which lifts their rounding where they are small.
+        assert error < 1e-3, f"{name}: {error:.1e}"

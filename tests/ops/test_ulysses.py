@@ -1,0 +1,166 @@
+"""Ulysses' operators: every mode × transport × dtype × number of ranks against fp64, bytes, refusals, graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import ulysses_cases as cases
+
+from odysseus_kernels.testing.spawn import RankPools
+
+OPERATORS = tuple(cases.CHECKS)
+TRANSPORTS = ("symmetric", "collective")
+# Query heads that share key and value heads on one rank; the other cases have fewer of these than ranks.
+BASE: dict[str, Any] = {"heads": 2}
+
+
+@pytest.mark.parametrize("world", (1, 2, 3, 4))
+@pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16"))
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_against_fp64(ranks: RankPools, operator: str, transport: str, dtype: str, world: int) -> None:
+    ranks(world).run(cases.check, operator, dtype, transport, BASE)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    ("world", "problem"),
+    (
+        pytest.param(2, {"kv_heads": 1}, id="one key head, 2 ranks"),
+        pytest.param(3, {"kv_heads": 1, "heads": 1}, id="one key head, 3 ranks"),
+        pytest.param(4, {"kv_heads": 2}, id="two key heads, 4 ranks"),
+        pytest.param(2, {"bias": False, "contiguous": False}, id="strided, no bias"),
+        pytest.param(2, {"batch": (), "rows": 1}, id="single row"),
+        pytest.param(2, {"batch": (2, 2), "rows": 70}, id="long rows in two batch dimensions"),
+    ),
+)
+def test_shapes(ranks: RankPools, operator: str, transport: str, world: int, problem: dict[str, Any]) -> None:
+    ranks(world).run(cases.check, operator, "float64", transport, problem)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("operator", OPERATORS[:2])
+@pytest.mark.parametrize(
+    ("world", "problem"),
+    (
+        pytest.param(4, {"rings": 2}, id="2 rings of 2"),
+        pytest.param(4, {"rings": 2, "kv_heads": 1}, id="2 rings of 2, one key head"),
+        pytest.param(3, {"rings": 3, "batch": ()}, id="3 rings of 1"),
+        pytest.param(4, {"rings": 4, "kv_heads": 1}, id="4 rings of 1"),
+    ),
+)
+@pytest.mark.parametrize("dtype", ("float64", "bfloat16"))
+def test_weights_cut_over_several_rings(
+    ranks: RankPools, operator: str, transport: str, world: int, problem: dict[str, Any], dtype: str
+) -> None:
+    ranks(world).run(cases.check, operator, dtype, transport, problem)
+
+
+@pytest.mark.parametrize(("world", "problem"), ((2, {"kv_heads": 1}), (3, {}), (4, {"kv_heads": 2})))
+def test_references(ranks: RankPools, world: int, problem: dict[str, Any]) -> None:
+    ranks(world).run(cases.check_references, problem)
+
+
+@pytest.mark.parametrize("world", (1, 2, 4))
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("mode", ("fused", "unfused"))
+def test_bytes_equal_the_formula(ranks: RankPools, mode: str, transport: str, world: int) -> None:
+    """Weights f·Pa forward, 2·f·Pa backward; activations 2·f·(L/N)·(d + κ) each way.
+
+    κ is N·head_dim where there are fewer key and value heads than ranks.
+    """
+    tokens, head_dim, features = 12, 12, 24
+    for rings, dtype in ((1, "float32"), (1, "bfloat16"), (2, "float32")):
+        size = world // rings
+        for kv_heads in {1, size} if size else ():
+            share = (world - 1) / world * getattr(torch, dtype).itemsize
+            inside = (size - 1) / size * getattr(torch, dtype).itemsize
+            d, kappa = 2 * size * head_dim, max(size, kv_heads) * head_dim
+            weights, out = (d + 2 * kv_heads * head_dim) * features * share, d * features * share
+            qkv, o = tokens * (d + 2 * kappa) * inside, tokens * d * inside
+            expected = {
+                "linear_all_to_all": _by_collective(weights, qkv),
+                "all_to_all_linear": _by_collective(out, o),
+            }
+            expected = {name: counts for name, counts in expected.items() if counts}
+            for found in ranks(world).run(cases.traffic, mode, transport, dtype, kv_heads, rings):
+                assert found == expected
+
+
+def _by_collective(weights: float, activations: float) -> dict[str, int]:
+    counts = {
+        "forward all_gather": weights,
+        "backward all_gather": weights,
+        "backward reduce_scatter": weights,
+        "forward all_to_all": activations,
+        "backward all_to_all": activations,
+    }
+    return {name: round(count) for name, count in counts.items() if count}
+
+
+@pytest.mark.parametrize(("world", "kv_heads"), ((2, 2), (4, 2), (4, 1)))
+def test_bytes_of_attention(ranks: RankPools, world: int, kv_heads: int) -> None:
+    tokens, head_dim, share = 12, 12, 4 * (world - 1) / world
+    count = round(tokens * head_dim * (2 * world + 2 * max(world, kv_heads) + 2 * world) * share)
+    expected = {f"ulysses_attention {phase} all_to_all": count for phase in ("forward", "backward")}
+    assert ranks(world).run(cases.attention_traffic, kv_heads) == [expected] * world
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_any_subset_of_gradients(ranks: RankPools, world: int) -> None:
+    ranks(world).run(cases.some_gradients)
+
+
+def test_default_attention_is_causal(ranks: RankPools) -> None:
+    ranks(3).run(cases.causal)
+
+
+def test_the_same_bits_every_time(ranks: RankPools) -> None:
+    ranks(4).run(cases.same_mode_same_bits)
+
+
+EXPECTED = {
+    "inner": ("weight_shard", "in_features 7"),
+    "bias": ("[6]", "[5]"),
+    "biases": ("1 and 2",),
+    "vector": ("[..., tokens, features]", "[8]"),
+    "heads": ("2 ranks", "(6, 3)", "can be 1, 3"),
+    "head counts": ("each of 2 weights", "(4,)"),
+    "head rows": ("12 rows", "8 heads"),
+    "no heads": ("above 0", "(0,)"),
+    "tiles": ('"tiles"',),
+    "out inner": ("in_features 7", "[2, 4, 8]"),
+    "out length": ("divides by 2 ranks", "[2, 3, 6]"),
+    "out bias": ("[4]", "[8]"),
+    "out dtype": ("float32", "float64"),
+    "zero3 group": ("multiple of the group's 2 ranks", "1 ranks"),
+    "attention dims": ("[batch, heads, tokens, head_dim]", "[2, 4, 8]"),
+    "attention heads": ("2 ranks", "(3, 3)", "can be 1, 3"),
+    "attention kv": ("4 query, 3 key and 3 value heads",),
+    "attention dtype": ("float32", "float64"),
+}
+
+
+def test_refusals(ranks: RankPools) -> None:
+    for messages in ranks(2).run(cases.messages):
+        assert set(messages) == set(EXPECTED)
+        for name, parts in EXPECTED.items():
+            for part in parts:
+                assert part in messages[name], f"{name}: {part!r} is not in {messages[name]!r}"
+
+
+def test_an_attention_of_another_shape_is_refused(ranks: RankPools) -> None:
+    for message in ranks(2).run(cases.attention_that_returns_nonsense):
+        assert "[1, 1, 8, 'any']" in message and "[1, 8, 1, 8]" in message
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_opcheck(ranks: RankPools, world: int) -> None:
+    ranks(world).run(cases.opcheck)
+
+
+def test_compile_with_fullgraph(ranks: RankPools) -> None:
+    ranks(2).run(cases.compiled, timeout=200)
