@@ -85,6 +85,7 @@ class _Layer(nn.Module):
         if self.strategy in ("tp_sp", "odysseus"):
             x = _Gathered.apply(x, whole)
         query, key, value = (F.linear(x, w) for w in (self.query, self.key, self.value))
+        key, value = self._repeated(key), self._repeated(value)
         query, key, value = self._heads(query, self.heads), self._heads(key), self._heads(value)
         query, key = apply_rotary_pos_emb(query, key, *rotation)
         out = self._attend(query, key, value)
@@ -94,13 +95,17 @@ class _Layer(nn.Module):
         y = F.linear(out.reshape(1, out.shape[1], -1), self.output)
         return y if self.strategy == "tp" else _Scattered.apply(y, rows, whole)
 
+    def _repeated(self, projected: Tensor) -> Tensor:
+        """Keys or values of this rank's tokens with each head as often as ranks of Ulysses share it."""
+        shared = self.world // self.all_kv_heads
+        if self.strategy != "ulysses" or shared < 2:
+            return projected
+        heads = projected.view(1, projected.shape[1], self.all_kv_heads, self.head_dim)
+        return heads.repeat_interleave(shared, dim=2)
+
     def _heads(self, projected: Tensor, heads: int | None = None) -> Tensor:
         """[1, heads of this rank, tokens, head_dim]."""
-        heads = heads or self.kv_heads
-        if self.strategy == "ulysses" and heads == self.kv_heads and self.all_kv_heads < self.world:
-            each = projected.view(1, projected.shape[1], self.all_kv_heads, self.head_dim)
-            projected = each.repeat_interleave(self.world // self.all_kv_heads, dim=2)
-        return projected.reshape(1, -1, heads, self.head_dim).transpose(1, 2)
+        return projected.reshape(1, -1, heads or self.kv_heads, self.head_dim).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[1, tokens, heads, head_dim]"""

@@ -88,8 +88,8 @@ def expected_saved(case: LayerCase, variant: Variant, world: int, element_size: 
     head_dim = case.hidden // case.heads
     return {
         **{name: case.layers * count for name, count in layer.items()},
-        # Its input and the normalised input, and one number for each token.
-        "last norm": rows * (case.hidden * (4 + max(element_size, 4)) + 4),
+        # Its input in fp32 and the normalised input, and one number in fp32 for each token.
+        "last norm": rows * (case.hidden * (4 + element_size) + 4),
         # Cosines and sines for all tokens that attention sees, shared by all layers.
         "rotation": 2 * ring_tokens * head_dim * element_size,
     }

@@ -104,7 +104,7 @@ def _draw_bytes(axis: Any, row: dict[str, Any]) -> None:
             labelled.add(label)
     _finish(axis, names, "bytes that a rank sends in a step (bars: recorded)", "MiB")
     if labelled:
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, loc="lower right")
 
 
 def _draw_memory(axis: Any, row: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ def _draw_memory(axis: Any, row: dict[str, Any]) -> None:
             labelled.add("formula")
     _finish(axis, names, "memory: saved for backward, and peak of a step (grey)", "MiB")
     if labelled:
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, loc="lower right")
 
 
 def main() -> int:

@@ -34,8 +34,11 @@ _OPERATORS = (
     "all_to_all_linear",
     "ring_attention",
     "replicated_parameter",
+    "zero3_linear_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
+    "sequence_loss",
 )
-"""Operators that the formulas are about; a model's loss and vocabulary-parallel head are counted beside them."""
+"""Operators that the formulas are about; positions and masks are counted beside them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +130,8 @@ def expected_traffic(case: LayerCase, variant: Variant, world: int, element_size
     parts = [layer] * case.layers + [formulas.replicated_traffic(case.hidden, strategy, seq, **sizes)]
     if case.level == "model":
         parts.append(formulas.replicated_traffic(case.vocabulary * case.hidden, strategy, seq, **sizes))
-        if strategy in ("ulysses", "odysseus"):
-            # Whole on every rank where they do not divide it.
-            if case.vocabulary % world:
-                parts.append(formulas.replicated_traffic(case.vocabulary * case.hidden, strategy, seq, **sizes))
-            else:
-                parts.append(formulas.head_traffic(case.vocabulary, case.hidden, seq, **sizes))
+        head = formulas.head_traffic(case.vocabulary, case.hidden, strategy, seq, tokens=case.tokens, **sizes)
+        parts.append(head)
     total: formulas.Traffic = {}
     for part in parts:
         for key, count in part.items():

@@ -30,8 +30,8 @@ error: largest relative Frobenius error of output, input gradient and weight gra
 
 BYTES_FOOTER = """\
 Bytes that each rank sends in one step, counted by the recorder, beside the formula of planner/formulas.py for the same
-collectives; = where they agree to the byte on every rank and for every operator. beside: loss, masks and
-vocabulary-parallel heads, which the formulas leave out.
+collectives; = where they agree to the byte on every rank and for every operator. beside: positions and
+masks, which the formulas leave out.
 saved: storages that autograd keeps, parameters left out, beside the formula. peak: most bytes held in a step beside
 outputs and gradients. kept: buffers of the transports. The largest over ranks, MiB."""
 

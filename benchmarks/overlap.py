@@ -235,8 +235,9 @@ def main() -> int:
     count = len(settings.rows)
     print(f"{count} rows on {arguments.ranks} ranks; {arguments.size} shapes", file=sys.stderr, flush=True)
     backend = "gloo" if arguments.device == "cpu" else "cpu:gloo,cuda:nccl"
-    # Else the profiler, which counts memory, greets for each call.
-    environment = {"KINETO_LOG_LEVEL": "99"} if arguments.memory or arguments.level != "operator" else {}
+    # Else the profiler, which counts memory, greets for each call and warns of what was allocated before.
+    quiet = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment = quiet if arguments.memory or arguments.level != "operator" else {}
     # Ranks import what they run by its module's name, which this file has not while it is the program.
     from benchmarks.overlap import measure_rows as run
 

@@ -284,10 +284,55 @@ def replicated_traffic(elements: int, strategy: str, world: int, *, ring: int = 
     return ledger.result()
 
 
-def head_traffic(vocabulary: int, hidden: int, world: int, *, ring: int = 1, element_size: int = 4) -> Traffic:
-    """Bytes for a ZeRO-3 head [vocabulary, hidden] on each rank's tokens (``"ulysses"`` and ``"odysseus"``)."""
-    ledger = _Ledger(element_size)
-    ledger.zero3("zero3_linear", ring * world, vocabulary * hidden)
+def head_traffic(
+    vocabulary: int,
+    hidden: int,
+    strategy: str,
+    world: int,
+    *,
+    tokens: int,
+    ring: int = 1,
+    element_size: int = 4,
+) -> Traffic:
+    """Bytes for a language head [vocabulary, hidden], not tied to the embedding, with its mean cross-entropy.
+
+    Under ``"ulysses"`` and ``"odysseus"`` the weight is ZeRO-3 and no logits travel.  Under tensor parallelism ranks of
+    seq have parts of the vocabulary: hidden states of all tokens come to them, statistics of each token (two numbers)
+    and gradients go back.  A head that the ranks do not divide is whole on all of them.
+
+    Raises:
+        ValueError: as :func:`traffic` does for ``strategy``.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {STRATEGIES}, got {strategy!r}")
+    ledger, everyone = _Ledger(element_size), ring * world
+    different = ring * (1 if strategy == "tp" else world)
+    zero3 = strategy in ("ulysses", "odysseus")
+    if vocabulary % (everyone if zero3 else world):
+        ledger.replicated(different, vocabulary * hidden)
+    elif zero3:
+        ledger.zero3("zero3_linear_cross_entropy", everyone, vocabulary * hidden)
+    else:
+        ledger.replicated(ring, vocabulary * hidden // world)
+        name, wide = "vocab_parallel_linear_cross_entropy", _Ledger(max(4, element_size))
+        if strategy == "tp":
+            rows = tokens // ring
+            wide.shard("forward", name, "all_gather", world, 2 * rows)
+            ledger.all_reduce("backward", name, world, rows * hidden)
+        else:
+            rows = tokens // everyone
+            labels = _Ledger(8)
+            labels.shard("forward", name, "all_gather", world, rows)
+            ledger.shard("forward", name, "all_gather", world, rows * hidden)
+            wide.shard("forward", name, "all_to_all", world, 2 * rows)
+            ledger.shard("backward", name, "all_gather", world, rows * hidden)
+            wide.shard("backward", name, "all_gather", world, rows + 1)
+            ledger.shard("backward", name, "reduce_scatter", world, rows * hidden)
+            ledger.bytes.update(labels.bytes)
+        ledger.bytes.update(wide.bytes)
+    loss = _Ledger(8)  # the sum and the number of tokens, in fp64
+    loss.all_reduce("forward", "sequence_loss", different, 2)
+    ledger.bytes.update(loss.bytes)
     return ledger.result()
 
 

@@ -129,9 +129,29 @@ def test_checkpointing_repeats_the_forward() -> None:
     assert elements(twice, "backward") == elements(once, "backward")
 
 
-def test_head_on_own_tokens() -> None:
-    sent = head_traffic(128, 64, 4, element_size=1)
+def test_heads_and_losses() -> None:
+    # ZeRO-3: 3 V d f = 3 * 128 * 64 * 3/4; and the sum and count of the loss: 2 * 3 ranks * 8 bytes.
+    sent = head_traffic(128, 64, "odysseus", 4, tokens=L, element_size=1)
+    assert sent.pop(("forward", "sequence_loss", "all_reduce")) == 2 * 3 * 8
     assert sum(sent.values()) == 3 * 128 * 64 * 3 // 4
+    name = "vocab_parallel_linear_cross_entropy"
+    # s = 32 tokens of d = 64 to one peer and back, and for each of them a label, two statistics, one logsumexp.
+    assert head_traffic(128, 64, "tp_sp", 2, tokens=L) == {
+        ("forward", name, "all_gather"): 32 * 64 * 4 + 32 * 8,
+        ("forward", name, "all_to_all"): 32 * 2 * 4,
+        ("backward", name, "all_gather"): 32 * 64 * 4 + (32 + 1) * 4,
+        ("backward", name, "reduce_scatter"): 32 * 64 * 4,
+        ("forward", "sequence_loss", "all_reduce"): 16,
+    }
+    assert head_traffic(128, 64, "tp", 2, tokens=L) == {
+        ("forward", name, "all_gather"): 64 * 2 * 4,
+        ("backward", name, "all_reduce"): 2 * 32 * 64 * 4,
+    }
+    # Rows that the ranks do not divide: whole on all of them, gradients all-reduced.
+    odd = head_traffic(127, 64, "odysseus", 2, tokens=L, element_size=1)
+    assert odd["backward", "replicated_parameter", "all_reduce"] == 127 * 64
+    with pytest.raises(ValueError, match="strategy: expected"):
+        head_traffic(128, 64, "other", 2, tokens=L)
 
 
 @pytest.mark.parametrize(

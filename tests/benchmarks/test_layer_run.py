@@ -1,0 +1,96 @@
+"""Layers, a model and peers on ranks: small shapes, real operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from benchmarks.layer_ranks import LayerSettings, run_layer_rows
+from benchmarks.layer_workload import LayerWorkload
+from benchmarks.layers import LayerCase, make_variants
+from odysseus_kernels.strategies import STRATEGIES
+from odysseus_kernels.testing.spawn import RankPool
+
+LAYER = LayerCase("small", "layer", 32, 64, 96, 4, 4)
+GQA = LayerCase("small GQA", "layer", 32, 64, 96, 4, 1)
+MODEL = LayerCase("small", "model", 32, 64, 96, 4, 2, layers=2, vocabulary=40)
+TRANSPORTS = ("symmetric", "collective")
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    assert row["wrong"] == []
+    for name, entry in row["bytes"].items():
+        assert entry["equal"], (name, entry)
+        assert sum(entry["formula"].values()) > 0
+    for name, entry in row["memory"].items():
+        if "formula" in entry:
+            formula = sum(entry["formula"].values())
+            assert abs(entry["saved"] - formula) <= 0.01 * formula, (name, entry)
+    assert all(len(values) == 1 and values[0] > 0 for values in row["samples_s"].values())
+
+
+def _run_with_a_wrong_layer(rank: int, world_size: int, settings: LayerSettings) -> list[dict[str, Any]]:
+    right = LayerWorkload.runnable
+
+    def wrong(self: LayerWorkload, model: Any, *others: Any) -> Any:
+        # One weight of one rank, scaled by a thousandth, must be enough.
+        if rank == 1:
+            with torch.no_grad():
+                model.model.layers[0].mlp.down_proj.weight.to_local().mul_(1.001)
+        return right(self, model, *others)
+
+    LayerWorkload.runnable = wrong  # type: ignore[method-assign]
+    try:
+        return run_layer_rows(rank, world_size, settings)
+    finally:
+        LayerWorkload.runnable = right  # type: ignore[method-assign]
+
+
+def _plain_all_to_all(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's tokens of numbered elements, their heads and the way back, which is the gradient's too."""
+    import torch.distributed as dist
+
+    whole = torch.arange(2 * 6 * 4 * 3, dtype=torch.float32).view(2, 6, 4, 3)
+    mine = whole.chunk(world_size, 1)[rank].contiguous().requires_grad_()
+    heads = peers.PlainAllToAll.apply(dist.group.WORLD, mine, 2, 1)
+    heads.backward(heads.detach())
+    return heads.detach(), mine.detach(), mine.grad
+
+
+def test_all_variants_and_peers_are_right_counted_and_timed() -> None:
+    with RankPool(2, environment={"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}) as pool:
+        variants = make_variants(
+            tuple(STRATEGIES), TRANSPORTS, gathered=("regather", "save"), peers=peers.present_peers("layer")
+        )
+        settings = LayerSettings((LAYER, GQA), tuple(variants), "float32", repeats=1)
+        rows, again = pool.run(run_layer_rows, settings)
+        assert rows == again
+        for row in rows:
+            _check_row(row)
+        row, gqa = rows
+        assert row["refused"] == {}
+        assert set(row["samples_s"]) == {variant.name for variant in variants}
+        # One key/value head on two ranks: ours share it, the peers cannot.
+        assert set(gqa["refused"]) == set(peers.present_peers("layer"))
+
+        own = make_variants(("odysseus",), ("symmetric",))
+        settings = LayerSettings((LAYER,), tuple(own), "float32", repeats=1)
+        (row,) = pool.run(_run_with_a_wrong_layer, settings)[0]
+        assert row["wrong"] == ["odysseus unfused symmetric", "odysseus fused symmetric"]
+        assert list(row["samples_s"]) == ["odysseus alone"]
+
+        settings = LayerSettings((MODEL,), tuple(make_variants(tuple(STRATEGIES), ("symmetric",))), "float32", 1)
+        (row,) = pool.run(run_layer_rows, settings)[0]
+        _check_row(row)
+        assert row["loss"] > 0
+
+        settings = LayerSettings((LAYER,), tuple(own), "bfloat16", repeats=1)
+        (row,) = pool.run(run_layer_rows, settings)[0]
+        _check_row(row)
+
+        whole = torch.arange(2 * 6 * 4 * 3, dtype=torch.float32).view(2, 6, 4, 3)
+        for rank, (heads, mine, back) in enumerate(pool.run(_plain_all_to_all)):
+            assert torch.equal(heads, whole.chunk(2, 2)[rank])
+            assert torch.equal(back, mine)
