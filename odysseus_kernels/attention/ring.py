@@ -122,6 +122,12 @@ def _group_by_name(name: str) -> dist.ProcessGroup:
     return torch._C._distributed_c10d._resolve_process_group(cast(Any, name))
 
 
+def _output(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, Hq, S, Dv], laid out as [B, S, Hq, Dv]: what follows reads heads side by side, and keeps no copy of it."""
+    batch, heads, rows, _ = q.shape
+    return q.new_empty((batch, rows, heads, v.shape[-1]), dtype=dtype).transpose(1, 2)
+
+
 def _shapes(visits: Visits, q: Tensor) -> str:
     """What must be equal on all ranks beside keys and values."""
     settings = f"causal={visits.causal}, {visits.layout}, window={visits.window}, scale={visits.scale:.6g}"
@@ -195,7 +201,7 @@ def _forward(
     shapes = _shapes(visits, q)
     shared = (k.contiguous(), v.contiguous())
     wide = accumulator_dtype(q.dtype)
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=wide)
+    out = _output(q, v, wide)
     lse = q.new_empty(q.shape[:-1], dtype=wide)
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
@@ -238,8 +244,7 @@ def _(
     first_head: int,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty(q.shape[:-1], dtype=accumulator_dtype(q.dtype))
+    return _output(q, v, q.dtype), q.new_empty(q.shape[:-1], dtype=accumulator_dtype(q.dtype))
 
 
 @torch.library.custom_op("odysseus::ring_attention_backward", mutates_args=())

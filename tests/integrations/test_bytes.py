@@ -42,6 +42,8 @@ def shape(case: Case) -> LayerShape:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_recorder_equals_formula(ranks, strategy, world_size, ring):
     runs = [(case, settings) for case, several in CASES for settings in several]
+    if (world_size, ring) != (2, 1):
+        runs = [(case, {}) for case, _ in CASES]
     if world_size == 3:
         runs = [(case, settings) for case, settings in runs if case.kv_heads == 12]
     if strategy in ("tp_sp", "odysseus"):
