@@ -58,7 +58,7 @@ def save_pretrained(
 
     Raises:
         ValueError: if ``folder`` is a file, or ``max_shard_bytes`` is not positive.
-        OSError: on the first rank, if it could not write; a RuntimeError on the others.
+        RuntimeError: on every rank but the first, if that could not write; there it is what went wrong.
     """
     target = Path(folder)
     if target.is_file():
@@ -68,6 +68,7 @@ def save_pretrained(
     ignored = set(model._keys_to_ignore_on_save or ())
     first = not dist.is_initialized() or dist.get_rank() == 0
     files, failure = _Files(target, max_shard_bytes), None
+    # Whatever goes wrong on the first rank is raised at the end: the others wait for its part in every gather.
     for name, tensor in model_tensors(model).items():
         if name in ignored:
             continue
@@ -75,12 +76,12 @@ def save_pretrained(
         if first and failure is None:
             try:
                 files.add(revert_weight_conversion(model, {name: whole.cpu().contiguous()}))
-            except Exception as error:  # noqa: BLE001  (the others wait for this rank's part in the next gather)
+            except Exception as error:  # noqa: BLE001
                 failure = error
     if first and failure is None:
         try:
             files.finish(model)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001
             failure = error
     failed = _anywhere(failure is not None, next(model.parameters()).device.type)
     if failure is not None:

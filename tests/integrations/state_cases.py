@@ -23,7 +23,9 @@ def by_hand(model: nn.Module, mesh: Any) -> None:
             placements: list[Placement] = [Replicate(), Replicate()]
             if "proj" in _name(model, module):
                 rows = [Shard(0), Shard(0)] if "mlp" in _name(model, module) else [Replicate(), Shard(0)]
-                placements = [Replicate(), Shard(1)] if "o_proj" in _name(model, module) else rows
+                placements = rows
+                if "o_proj" in _name(model, module):
+                    placements = [Replicate(), Shard(1) if parameter.ndim == 2 else Replicate()]
             if id(parameter) not in done:
                 local = whole_to_local(parameter.detach(), mesh, placements)
                 done[id(parameter)] = nn.Parameter(local, requires_grad=parameter.requires_grad)
