@@ -133,8 +133,9 @@ def stock_step(case: Case) -> dict[str, Any]:
     return {"loss": out.loss.item(), "logits": out.logits.detach(), "gradients": gradients}
 
 
+@functools.cache
 def make_mesh(world_size: int, ring: int) -> DeviceMesh:
-    """All ranks: ``ring`` ring ranks outside of the ranks of seq."""
+    """All ranks: ``ring`` ring ranks outside of the ranks of seq.  Made once: groups and their memory cost a second."""
     if ring == 1:
         return init_device_mesh("cpu", (world_size,), mesh_dim_names=("seq",))
     return init_device_mesh("cpu", (ring, world_size // ring), mesh_dim_names=("ring", "seq"))
@@ -230,9 +231,15 @@ def optimize(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[float]:
     return losses
 
 
+@functools.cache
+def data_mesh(sizes: tuple[int, int, int]) -> DeviceMesh:
+    """All three dimensions."""
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "ring", "seq"))
+
+
 def data_parallel_step(rank: int, world_size: int, case: Case, strategy: str, sizes: tuple[int, int, int]) -> Any:
     """Gradients, whole on rank 0, of a step with FSDP2 over ``"dp"``, whose ranks have batches of their own."""
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "ring", "seq"))
+    mesh = data_mesh(sizes)
     model = parallel_model(case, strategy, mesh)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh["dp"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -109,6 +110,7 @@ def stock_step(case: Case) -> dict[str, Any]:
     return {"loss": out.loss.item(), "logits": out.logits.detach(), "gradients": gradients}
 
 
+@functools.cache
 def sequence_mesh(world_size: int) -> DeviceMesh:
     """The mesh of all ranks."""
     return init_device_mesh("cpu", (world_size,), mesh_dim_names=("seq",))
