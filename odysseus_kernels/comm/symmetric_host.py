@@ -35,15 +35,15 @@ __all__ = ["SymmetricHostTransport", "window_bytes"]
 # of 128 rows took 7 % longer than of 256; from 512 to 4096 rows pieces made no difference).
 _PIECE_ROWS = 1024
 _MAX_PIECES = 4
-# Address space is free until it is used, but not endless: 16 windows of each rank, mapped by every rank, and several
-# groups in a process share 47 bits.
-_ALL_WINDOWS_BYTES = 1 << 40
+# Address space is free until it is used, but not endless: 16 windows of each rank, mapped by every rank, and many groups
+# in a process share 47 bits.
+_ALL_WINDOWS_BYTES = 1 << 38
 
 
 def window_bytes(directory: str, world: int) -> int:
-    """Address space of one window: all that the file system could ever back."""
+    """Address space of one window: all that the file system could ever back if every rank needs as much."""
     status = os.statvfs(directory)
-    return max(4096, min(status.f_blocks * status.f_frsize, _ALL_WINDOWS_BYTES // world))
+    return max(4096, min(status.f_blocks * status.f_frsize, _ALL_WINDOWS_BYTES) // world)
 
 
 class Rendezvous(Protocol):

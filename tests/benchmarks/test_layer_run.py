@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks import peers
@@ -11,10 +12,11 @@ from benchmarks.layer_ranks import LayerSettings, run_layer_rows
 from benchmarks.layer_workload import LayerWorkload
 from benchmarks.layers import LayerCase, make_variants
 from odysseus_kernels.strategies import STRATEGIES
-from odysseus_kernels.testing.spawn import RankPool
+from odysseus_kernels.testing.spawn import RankPool, RankPools
 
 LAYER = LayerCase("small", "layer", 32, 64, 96, 4, 4)
 GQA = LayerCase("small GQA", "layer", 32, 64, 96, 4, 1)
+LONG = LayerCase("long", "layer", 256, 64, 96, 4, 2)
 MODEL = LayerCase("small", "model", 32, 64, 96, 4, 2, layers=2, vocabulary=40)
 TRANSPORTS = ("symmetric", "collective")
 
@@ -94,3 +96,17 @@ def test_all_variants_and_peers_are_right_counted_and_timed() -> None:
         for rank, (heads, mine, back) in enumerate(pool.run(_plain_all_to_all)):
             assert torch.equal(heads, whole.chunk(2, 2)[rank])
             assert torch.equal(back, mine)
+
+
+RINGS = [(2, 2), (4, 1), (4, 2)]  # ranks in all, ring ranks
+
+
+@pytest.mark.parametrize(("world_size", "ring"), RINGS)
+def test_bytes_and_memory_on_other_meshes(ranks: RankPools, world_size: int, ring: int) -> None:
+    variants = make_variants(tuple(STRATEGIES), ("symmetric",), ring=ring, gathered=("regather", "save"))
+    variants = [variant for variant in variants if variant.ring == ring and variant.mode != "unfused"]
+    settings = LayerSettings((LAYER, LONG), tuple(variants), "float32", repeats=1)
+    for row in ranks(world_size).run(run_layer_rows, settings)[0]:
+        _check_row(row)
+        assert row["refused"] == {}
+        assert len(row["memory"]) == len(variants)

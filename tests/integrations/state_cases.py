@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from llama_cases import Case, sequence_mesh
+from family_cases import make_mesh
+from llama_cases import Case
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from transformers import LlamaForCausalLM
 
@@ -48,12 +48,14 @@ def whole_to_local(whole: torch.Tensor, mesh: Any, placements: Any) -> DTensor:
 
 
 def build(distribution: str, world_size: int, case: Case, seed: int = 0) -> LlamaForCausalLM:
-    """The case's model: "stock", "odysseus" on all ranks, or "2x2" by hand."""
+    """The case's model: "stock", a strategy on all ranks, "ring+" and a strategy across 2 ring ranks, "2x2" by hand."""
     model = case.model(seed)
-    if distribution == "odysseus":
-        ody.parallelize(model, sequence_mesh(world_size), config=OverlapConfig(timeout_s=60))
-    elif distribution == "2x2":
-        by_hand(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "seq")))
+    if distribution == "2x2":
+        by_hand(model, make_mesh(world_size, 2))
+    elif distribution != "stock":
+        ring = 2 if distribution.startswith("ring+") else 1
+        mesh = make_mesh(world_size, ring)
+        ody.parallelize(model, mesh, distribution.removeprefix("ring+"), config=OverlapConfig(timeout_s=60))
     return model
 
 
@@ -146,6 +148,22 @@ def save(rank: int, world_size: int, folder: str, distribution: str, case: Case,
     for step in range(steps):
         give_gradients(model, step)
         optimizer.step()
+    ody.save_checkpoint(folder, model, optimizer, extra=EXTRA)
+    found = snapshot(model, optimizer)
+    return found if rank == 0 else None
+
+
+def save_trained(rank: int, world_size: int, folder: str, distribution: str, case: Case) -> dict[str, Any] | None:
+    """Saves after three steps of real training; what was saved, from rank 0."""
+    model = build(distribution, world_size, case)
+    optimizer = optimizer_of(model)
+    mesh = make_mesh(world_size, 2 if distribution.startswith("ring+") else 1)
+    batch = ody.shard_sequence(case.whole_batch(), mesh, distribution.removeprefix("ring+"))
+    for _ in range(3):
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
     ody.save_checkpoint(folder, model, optimizer, extra=EXTRA)
     found = snapshot(model, optimizer)
     return found if rank == 0 else None

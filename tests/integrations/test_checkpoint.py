@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 from llama_cases import Case
-from state_cases import build, different, load, load_masters, optimizer_of, save, save_masters, snapshot
+from state_cases import (
+    build,
+    different,
+    load,
+    load_masters,
+    optimizer_of,
+    save,
+    save_masters,
+    save_trained,
+    snapshot,
+)
 
 import odysseus_kernels as ody
 
@@ -24,6 +34,19 @@ def test_from_four_ranks_to_two_to_one(ranks, tmp_path: Path):
     on_two = ranks(2).run(load, first, "odysseus", GQA, second)[0]
     assert different(saved, on_two) == []
     # DCP writes 4 ranks' parts; what 2 ranks wrote again is the same for a stock model without any process group.
+    assert different(saved, load(0, 1, second, "stock", GQA)) == []
+
+
+@pytest.mark.parametrize(
+    ("on_four", "on_two"),
+    [("odysseus", "ulysses"), ("ring+ulysses", "tp_sp"), ("tp", "odysseus"), ("ring+tp_sp", "ring+odysseus")],
+)
+def test_between_strategies(ranks, tmp_path: Path, on_four, on_two):
+    """Trained on four ranks under one strategy, loaded and saved on two under another, loaded by one stock process."""
+    first, second = str(tmp_path / "four"), str(tmp_path / "two")
+    saved = ranks(4).run(save_trained, first, on_four, GQA)[0]
+    assert saved["model.layers.1.mlp.down_proj.weight/step"] == 3
+    assert different(saved, ranks(2).run(load, first, on_two, GQA, second)[0]) == []
     assert different(saved, load(0, 1, second, "stock", GQA)) == []
 
 

@@ -1,4 +1,4 @@
-"""Packed documents do not see one another, and half precision is as exact as on one process."""
+"""Packed documents do not see one another, half precision is as exact as on one process, dropout is whole under Ring."""
 
 from __future__ import annotations
 
@@ -53,3 +53,17 @@ def test_bf16(ranks, family, strategy):
         step = {"logits": assemble(results, "logits", case.length), "gradients": results[0]["gradients"]}
         for name, error in _errors(step, truth).items():
             assert error <= 1.5 * single[name] + 2e-3, f"ring {ring}, {name}: {error:.1e}, single {single[name]:.1e}"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_dropout_under_ring_does_not_depend_on_how_heads_and_tokens_are_cut(ranks, strategy):
+    """It is drawn by head and position of the whole sequence: every mesh with a ring drops the same."""
+    case = Case(kv_heads=4, changes=(("attention_dropout", 0.3),))
+    first = ranks(2).run(parallel_step, case, strategy, 2)
+    assert abs(first[0]["loss"] - stock_step(Case(kv_heads=4))["loss"]) > 1e-4, "something is dropped"
+    for world_size, ring in ((4, 2), (4, 4)):
+        results = ranks(world_size).run(parallel_step, case, strategy, ring)
+        assert results[0]["loss"] == pytest.approx(first[0]["loss"], rel=1e-6)
+        for name, gradient in first[0]["gradients"].items():
+            error = (results[0]["gradients"][name] - gradient).norm() / gradient.norm()
+            assert error <= 1e-4, f"ring {ring}, {name}: {error:.1e}"

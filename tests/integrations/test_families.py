@@ -63,8 +63,6 @@ def test_family_equals_stock(ranks, family, strategy):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant_equals_stock(ranks, variant, strategy):
     for world_size, ring in ((2, 1), (4, 1), (4, 2)):
-        if ring > 1 and VARIANTS[variant].batch == 1:
-            continue
         check(ranks, VARIANTS[variant], strategy, world_size, ring)
 
 
@@ -78,4 +76,5 @@ def test_modes_and_transports(ranks, strategy, mode, transport):
 
 def test_saved_gathers(ranks):
     for strategy in ("tp_sp", "odysseus"):
-        check(ranks, Case(), strategy, 2, 1, {"gathered": "save"})
+        for world_size, ring in ((2, 1), (4, 2)):
+            check(ranks, Case(), strategy, world_size, ring, {"gathered": "save"})

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.master import MasterWeights
-from odysseus_kernels.nn.parameters import distribute_parameter
+from odysseus_kernels.nn.parameters import Cut, distribute_parameter
 from odysseus_kernels.testing.compare import relative_error, unit_roundoff
 
 STEPS, MICRO_BATCHES = 40, 8
@@ -116,10 +116,8 @@ def test_wide_and_frozen_parameters_are_left_alone():
 
 def on_ranks(rank: int, world_size: int) -> list[torch.Tensor]:
     group = SequenceGroup.of(init_device_mesh("cpu", (world_size,), mesh_dim_names=("seq",)))
-    placements = (Shard(0), Shard(1), Replicate())
-    parameters = [
-        distribute_parameter(p, group, place) for p, place in zip(_parameters(torch.bfloat16), placements, strict=True)
-    ]
+    cuts = (Cut(0), Cut(1), Cut())
+    parameters = [distribute_parameter(p, group, cut) for p, cut in zip(_parameters(torch.bfloat16), cuts, strict=True)]
     optimizer = MasterWeights(torch.optim.AdamW, parameters, lr=1e-2, foreach=True)
     for step in range(3):
         _loss(parameters, step).backward()

@@ -31,7 +31,7 @@ def refusals(rank: int, world_size: int) -> None:
     ):
         with pytest.raises(ValueError, match=match):
             shard_sequence(batch, mesh)
-    with pytest.raises(ValueError, match=r"strategy: expected one of \['odysseus'\], got 'ring'"):
+    with pytest.raises(ValueError, match=r"strategy: expected one of \['odysseus', 'tp', .*\], got 'ring'"):
         shard_sequence({"input_ids": ids}, mesh, "ring")
     for name in STRATEGIES:
         shard_sequence({"input_ids": ids}, mesh, name)
@@ -60,7 +60,8 @@ def test_given_positions_go_on_through_the_padding(ranks):
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     results = ranks(3).run(cut, {"input_ids": torch.zeros(2, 5, dtype=torch.int64), "position_ids": positions})
     assert _joined(results, "position_ids") == [[0, 1, 2, 0, 1, 2]] * 2
-    assert results[0].keys() == {"input_ids", "position_ids"}
+    assert _joined(results, "counted_tokens") == [[1] * 5 + [0]] * 2
+    assert results[0].keys() == {"input_ids", "position_ids", "counted_tokens"}
 
 
 def test_sequences_shorter_than_the_ranks(ranks):
