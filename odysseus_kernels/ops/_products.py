@@ -198,6 +198,42 @@ class WeightGradient:
             return None
         return (self._sum if self._started else self._sum.zero_()).to(self._dtype)
 
+    def wide_bias(self) -> Tensor:
+        """The bias's gradient [n], which is needed, in the accumulator's type."""
+        assert self._bias is not None
+        return self._bias
+
     def bias(self) -> Tensor | None:
         """The bias's gradient [n] in the weight's type."""
         return None if self._bias is None else self._bias.to(self._dtype)
+
+
+class CommonBiasGradient:
+    """Sum of all ranks' rows of a gathered gradient, the same bits on every rank.
+
+    Ranks visit one another's rows in orders of their own, and their own ones whole where those of others come in
+    pieces.  A replicated parameter must not drift apart by such roundings: the sums of all pieces are kept, one's own rows
+    are added in the pieces of the others, and all of them in the order of ranks.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, world: int) -> None:
+        self._weight, self._rank, self._world = weight, rank, world
+        self._parts: dict[tuple[int, int, int], Tensor] = {}
+
+    def add(self, source: int, start: int, stop: int, block: Tensor) -> None:
+        """Rows ``start`` to ``stop`` of ``source``: block [batch, rows, inner * n]."""
+        if source != self._rank:
+            self._parts[source, start, stop] = self._of(block)
+
+    def total(self, own: Tensor) -> Tensor:
+        """The gradient [n] in the weight's type; ``own`` [batch, rows, inner * n] are all rows of this rank."""
+        pieces = sorted({(start, stop) for _, start, stop in self._parts}) or [(0, own.shape[1])]
+        for start, stop in pieces:
+            self._parts[self._rank, start, stop] = self._of(own[:, start:stop])
+        total = torch.stack([self._parts[source, *piece] for source in range(self._world) for piece in pieces]).sum(0)
+        return total.to(self._weight.dtype)
+
+    def _of(self, block: Tensor) -> Tensor:
+        found = WeightGradient(self._weight, weight_needed=False, bias_needed=True)
+        found.add(block, None)
+        return found.wide_bias()

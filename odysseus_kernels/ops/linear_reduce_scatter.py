@@ -19,7 +19,7 @@ from ..comm.selection import Phase
 from ..comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
 from ..config import OverlapConfig
 from . import _tiles
-from ._products import Layout, WeightGradient, multiply, project
+from ._products import CommonBiasGradient, Layout, WeightGradient, multiply, project
 from ._validate import check_bias, check_dim, check_linear, group_by_name
 
 __all__ = ["linear_reduce_scatter"]
@@ -43,7 +43,8 @@ def linear_reduce_scatter(
     forward:          y [..., L/N, n]  = RS(x [..., L, k] @ weight [n, k].T) + bias [n], added in fp32
     input gradient:   dx [..., L, k]   = AG(dy) [..., L, n] @ weight
     weight gradient:  dweight [n, k]   = AG(dy).T @ x
-    bias gradient:    dbias [n]        = sum of AG(dy) over all but the last dimension: complete on every rank
+    bias gradient:    dbias [n]        = sum of AG(dy) over all but the last dimension: complete on every rank, to
+                                         the same bits
 
     One gather of dy feeds all gradients, chunk by chunk.
 
@@ -151,13 +152,18 @@ def _backward(
     whole = layout.blocks(x.contiguous()) if weight_needed else None
     dx = x.new_empty(x.shape if input_needed else (0,))
     dx_blocks = layout.blocks(dx) if input_needed else None
+    shard = layout.blocks(grad.contiguous())
     total = WeightGradient(weight, weight_needed=False)
+    bias = CommonBiasGradient(weight, group.rank(), world)
 
     def consume(source: int, start: int, stop: int, block: Tensor) -> None:
         part = slice(source * rows + start, source * rows + stop)
         if dx_blocks is not None:
             multiply(dx_blocks[:, part], block, weight)
-        total.add(block, None if whole is None else whole[:, part])
+        if whole is not None:
+            total.add(block, whole[:, part])
+        if bias_needed:
+            bias.add(source, start, stop, block)
 
     def tiles(found: TileGather) -> None:
         if dx_blocks is not None:
@@ -170,9 +176,9 @@ def _backward(
     can_tile = _tiles.can_serve(layout, [weight]) and not bias_needed
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
-        nonlocal total
-        total = WeightGradient(weight, weight_needed=weight_needed, bias_needed=bias_needed)
-        shard = layout.blocks(grad.contiguous())
+        nonlocal total, bias
+        total = WeightGradient(weight, weight_needed=weight_needed)
+        bias = CommonBiasGradient(weight, group.rank(), world)
         gather = Gather(shard, consume, tiles=tiles if can_tile else None)
         call = Call(_NAME, "backward", settled, gather, None, shapes)
         if settled.mode != "unfused":
@@ -181,10 +187,14 @@ def _backward(
         full = shard.new_empty((world, *shard.shape))
         transport.all_gather(call, full)
         if layout.batch == 1:
-            full = full.view(1, 1, layout.rows, shard.shape[2])
+            together = full.view(1, layout.rows, shard.shape[2])
             if dx_blocks is not None:
-                multiply(dx_blocks, full[0], weight)
-            total.add(full[0], whole)
+                multiply(dx_blocks, together, weight)
+            if whole is not None:
+                total.add(together, whole)
+            if bias_needed:
+                for source in range(world):
+                    bias.add(source, 0, rows, full[source])
             return
         for source in range(world):
             consume(source, 0, rows, full[source])
@@ -200,7 +210,7 @@ def _backward(
         tiles=can_tile,
     )
     dispatch(group, config, x.device, run, phase)
-    results = [total.weight(), total.bias()]
+    results = [total.weight(), bias.total(shard) if bias_needed else None]
     return [dx, *(x.new_empty(0) if result is None else result for result in results)]
 
 

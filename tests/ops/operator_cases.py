@@ -235,3 +235,19 @@ def check(
     for mode, kept, pieces in itertools.product(MODES, gathered, chunks):
         config = ody.OverlapConfig(mode=mode, transport=transport, gathered=kept, chunks_per_rank=pieces, timeout_s=30)
         CHECKS[operator](rank, world, Problem(**problem), getattr(torch, dtype), config)
+
+
+def bias_gradients(rank: int, world: int, dtype: str, transport: str, before: tuple[int, ...]) -> list[Tensor]:
+    """Gradients of linear_reduce_scatter's bias on this rank, for every mode and several numbers of pieces."""
+    found = []
+    for mode, pieces in (("unfused", "auto"), ("fused", 1), ("fused", 3), ("fused", 7)):
+        config = ody.OverlapConfig(mode=mode, transport=transport, chunks_per_rank=pieces, timeout_s=30)  # type: ignore[arg-type]
+        torch.manual_seed(3)
+        kind = getattr(torch, dtype)
+        weight, bias = torch.randn(17, 8, dtype=kind), leaf(torch.randn(17, dtype=kind))
+        x, grad = torch.randn(*before, 150 * world, 8, dtype=kind), torch.randn(*before, 150 * world, 17, dtype=kind)
+        y = ody.linear_reduce_scatter(x, weight, bias, group=None, config=config)
+        y.backward(shard(grad, -2, rank, world))
+        assert bias.grad is not None
+        found.append(bias.grad)
+    return found

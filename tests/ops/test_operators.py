@@ -6,6 +6,7 @@ from typing import Any
 
 import operator_cases as cases
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,17 @@ def test_against_fp64(ranks: RankPools, operator: str, transport: str, dtype: st
 )
 def test_shapes(ranks: RankPools, operator: str, transport: str, world: int, problem: dict[str, Any]) -> None:
     ranks(world).run(cases.check, operator, "float64", transport, problem, (1, 3, "auto"), ("regather",))
+
+
+@pytest.mark.parametrize("before", ((), (2,)))
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_bias_gradients_are_the_same_bits(ranks: RankPools, dtype: str, transport: str, before: tuple[int, ...]) -> None:
+    """Ranks visit chunks in orders of their own; a replicated parameter must not drift apart by that."""
+    for world in (2, 3, 4):
+        first, *others = ranks(world).run(cases.bias_gradients, dtype, transport, before)
+        for other in others:
+            assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
