@@ -15,7 +15,7 @@ from benchmarks.layers import LayerCase, Variant
 from benchmarks.memory import peak_of_others, record_allocations
 from odysseus_kernels.comm.groups import group_transports
 from odysseus_kernels.config import OverlapConfig
-from odysseus_kernels.planner import formulas
+from odysseus_kernels.planner.memory import head_saved, saved
 
 __all__ = ["expected_saved", "measure_memory_of_step", "saved_for_backward"]
 
@@ -44,7 +44,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def measure_memory_of_step(runnable: Runnable, variant: Variant) -> dict[str, int]:
-    """Bytes on this rank: ``saved``, ``peak`` (both 0 where the level has no forward of its own), ``reserved``.
+    """Bytes on this rank: ``saved`` (0 for a peer's whole model), ``peak``, ``reserved``.
 
     ``peak`` is what torch allocates in a step and holds at one moment, without outputs and gradients of parameters and
     input; ``gradients`` are these gradients; ``reserved`` are the buffers that the transports keep.
@@ -69,12 +69,12 @@ def measure_memory_of_step(runnable: Runnable, variant: Variant) -> dict[str, in
 
 
 def expected_saved(case: LayerCase, variant: Variant, world: int, element_size: int) -> dict[str, int]:
-    """What the formulas say is kept, by what it is, for the layers, the last norm and the rotation between them.
+    """What the formulas say is kept, by what it is, for the layers, the last norm, the rotation, and a model's head.
 
     ``world``: ranks of ring and seq together.
     """
     seq = world // variant.ring
-    layer = formulas.saved(
+    layer = saved(
         case.shape,
         variant.strategy,
         seq,
@@ -86,10 +86,13 @@ def expected_saved(case: LayerCase, variant: Variant, world: int, element_size: 
     ring_tokens = case.tokens // variant.ring
     rows = ring_tokens if variant.strategy == "tp" else ring_tokens // seq
     head_dim = case.hidden // case.heads
+    sizes = {"tokens": case.tokens, "ring": variant.ring, "element_size": element_size}
+    head = head_saved(case.hidden, variant.strategy, seq, **sizes) if case.level == "model" else 0
     return {
         **{name: case.layers * count for name, count in layer.items()},
         # Its input in fp32 and the normalised input, and one number in fp32 for each token.
         "last norm": rows * (case.hidden * (4 + element_size) + 4),
         # Cosines and sines for all tokens that attention sees, shared by all layers.
         "rotation": 2 * ring_tokens * head_dim * element_size,
+        "head": head,
     }

@@ -164,7 +164,7 @@ def _memory(
     case: LayerCase, variant: Variant, work: LayerWorkload, runnable: Runnable, dtype: torch.dtype
 ) -> dict[str, Any]:
     found: dict[str, Any] = _largest(measure_memory_of_step(runnable, variant))
-    if variant.kind == "ours" and case.level == "layer":
+    if variant.kind == "ours":
         found["formula"] = expected_saved(case, variant, work.world, dtype.itemsize)
     return found
 

@@ -216,7 +216,11 @@ class LayerWorkload:
         parameters = dict(model.named_parameters())
         if self.case.level == "model":
             batch = {name: tensor for name, tensor in batch.items() if name != "position_ids"}
-            return Runnable(stepper(parameters, lambda: model(**batch).loss, None, None), parameters, positions)
+
+            def loss() -> Tensor:
+                return model(**batch).loss  # type: ignore[no-any-return]
+
+            return Runnable(stepper(parameters, loss, None, None), parameters, positions, forward=loss)
         leaf = self.x[:, positions].contiguous().requires_grad_()
         grad = self.grad[:, positions].contiguous()
 

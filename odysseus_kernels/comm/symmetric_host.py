@@ -35,8 +35,8 @@ __all__ = ["SymmetricHostTransport", "window_bytes"]
 # of 128 rows took 7 % longer than of 256; from 512 to 4096 rows pieces made no difference).
 _PIECE_ROWS = 1024
 _MAX_PIECES = 4
-# Address space is free until it is used, but not endless: 16 windows of each rank, mapped by every rank, and many groups
-# in a process share 47 bits.
+# Address space is free until it is used, but not endless: 16 windows of each rank, mapped by every rank, and many
+# groups in a process share 47 bits.
 _ALL_WINDOWS_BYTES = 1 << 38
 
 

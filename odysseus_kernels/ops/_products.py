@@ -212,8 +212,8 @@ class CommonBiasGradient:
     """Sum of all ranks' rows of a gathered gradient, the same bits on every rank.
 
     Ranks visit one another's rows in orders of their own, and their own ones whole where those of others come in
-    pieces.  A replicated parameter must not drift apart by such roundings: the sums of all pieces are kept, one's own rows
-    are added in the pieces of the others, and all of them in the order of ranks.
+    pieces.  A replicated parameter must not drift apart by such roundings: the sums of all pieces are kept, one's own
+    rows are added in the pieces of the others, and all of them in the order of ranks.
     """
 
     def __init__(self, weight: Tensor, rank: int, world: int) -> None:

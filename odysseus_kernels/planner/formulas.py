@@ -1,4 +1,4 @@
-"""What one decoder layer sends and keeps on each rank, in whole bytes: COMMUNICATION formulas, operator by operator.
+"""What one decoder layer sends on each rank, in whole bytes, operator by operator; what it keeps is in memory.py.
 
 L tokens of the whole sequence times batch, R ring ranks outside of N seq ranks, W = R * N ranks in all, s = L / W
 tokens of each rank, T = L / R tokens of each ring rank.  d hidden size, q and k widths of all query and key/value heads
@@ -37,7 +37,7 @@ import dataclasses
 from collections import Counter
 from typing import Literal
 
-__all__ = ["STRATEGIES", "LayerShape", "Traffic", "head_traffic", "replicated_traffic", "saved", "traffic"]
+__all__ = ["STRATEGIES", "LayerShape", "Traffic", "check_sizes", "head_traffic", "replicated_traffic", "traffic"]
 
 STRATEGIES = ("tp", "tp_sp", "ulysses", "odysseus")
 """Strategies that have formulas."""
@@ -92,7 +92,8 @@ class LayerShape:
         return max(self.kv_heads, world) * self.head_dim
 
 
-def _check(shape: LayerShape, strategy: str, world: int, ring: int, tokens: int, gathered: str) -> None:
+def check_sizes(shape: LayerShape, strategy: str, world: int, ring: int, tokens: int, gathered: str) -> None:
+    """Raises ValueError for what no layer could be cut into, or an unknown strategy."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {STRATEGIES}, got {strategy!r}")
     if gathered not in ("regather", "save"):
@@ -180,7 +181,7 @@ def traffic(
     Raises:
         ValueError: sizes that the ranks do not divide, or an unknown strategy.
     """
-    _check(shape, strategy, world, ring, tokens, gathered)
+    check_sizes(shape, strategy, world, ring, tokens, gathered)
     ledger = _Ledger(element_size)
     _attention(ledger, shape, strategy, world, ring, tokens, gathered)
     _feed_forward(ledger, shape, strategy, world, ring, tokens, gathered)
@@ -334,60 +335,3 @@ def head_traffic(
     loss.all_reduce("forward", "sequence_loss", different, 2)
     ledger.bytes.update(loss.bytes)
     return ledger.result()
-
-
-def saved(
-    shape: LayerShape,
-    strategy: str,
-    world: int,
-    *,
-    tokens: int,
-    ring: int = 1,
-    gathered: Literal["regather", "save"] = "regather",
-    element_size: int = 4,
-    fused_activation: bool = False,
-    stock_norms: bool = True,
-    checkpointing: bool = False,
-) -> dict[str, int]:
-    """Bytes that each rank keeps for the backward of one decoder layer, by what they are; parameters are not counted.
-
-    The formula's part is s * (6d + 2dk + 3i): inputs and outputs of both norms, queries, attention's output, keys and
-    values, and what the feed-forward network keeps, of which an activation that is no kernel of its own makes 4i (in a
-    plain network 2i).  What strategies keep beyond: Ulysses attention's output in both layouts (s * d), TP its input
-    whole four times (4(N - 1) s * d), and with ``"save"`` each gathered input ((N - 1) s * d).
-
-    Args:
-        shape, strategy, world, tokens, ring, gathered, element_size: as in :func:`traffic`.
-        fused_activation: whether activation and gate are one operator that recomputes.
-        stock_norms: norms are chains of operators, as in transformers: each keeps the normalised input as well, one
-            number in fp32 for each token, and its input in fp32 where that is another tensor.
-        checkpointing: whether the whole layer is recomputed: its input is all that is kept.
-
-    Returns:
-        Bytes of ``"activations"``, ``"log-sum-exp"``, ``"strategy"`` and ``"norms"``; their sum is the layer's.
-
-    Raises:
-        ValueError: as :func:`traffic` does, and for ``qk_norm``.
-    """
-    _check(shape, strategy, world, ring, tokens, gathered)
-    if shape.qk_norm:
-        raise ValueError("qk_norm: expected a layer without norms of queries and keys: no formula says what they keep")
-    own = tokens // (ring * world)
-    rows = tokens // ring if strategy == "tp" else own  # tokens outside of attention
-    d, i = shape.hidden, shape.intermediate
-    if checkpointing:
-        return {"activations": rows * d * element_size, "log-sum-exp": 0, "strategy": 0, "norms": 0}
-    inner = (3 if fused_activation else 4) if shape.gated else 2
-    attention = own * (2 * shape.query + 2 * shape.used_key_value(world))
-    activations = own * (4 * d + inner * i) + attention
-    beyond = {"tp": 4 * (rows - own) * d, "ulysses": own * shape.query}.get(strategy, 0)
-    if gathered == "save":
-        beyond += {"tp_sp": 2, "odysseus": 1}.get(strategy, 0) * (world - 1) * own * d
-    # In fp32 the normalised input; in other types that, and the input in fp32 in place of the input.
-    norms = 2 * rows * 4 * (d + 1) if stock_norms else 0
-    return {
-        "activations": activations * element_size,
-        "log-sum-exp": tokens // ring * (shape.heads // world) * max(4, element_size),
-        "strategy": beyond * element_size,
-        "norms": norms,
-    }

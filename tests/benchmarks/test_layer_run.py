@@ -17,8 +17,10 @@ from odysseus_kernels.testing.spawn import RankPool, RankPools
 LAYER = LayerCase("small", "layer", 32, 64, 96, 4, 4)
 GQA = LayerCase("small GQA", "layer", 32, 64, 96, 4, 1)
 LONG = LayerCase("long", "layer", 256, 64, 96, 4, 2)
+GROWING = {world: LayerCase("growing", "layer", 512 * world, 256, 704, 8, 8) for world in (2, 4)}
 MODEL = LayerCase("small", "model", 32, 64, 96, 4, 2, layers=2, vocabulary=40)
 TRANSPORTS = ("symmetric", "collective")
+ROTATIONS = 2  # while they are made, angles and their doubled copy stand beside cosines and sines
 
 
 def _check_row(row: dict[str, Any]) -> None:
@@ -98,6 +100,18 @@ def test_all_variants_and_peers_are_right_counted_and_timed() -> None:
             assert torch.equal(back, mine)
 
 
+def test_peak_at_a_fixed_share_of_the_sequence_does_not_grow_with_the_ranks(ranks: RankPools) -> None:
+    """Beside the rotation's cosines and sines, which are those of all tokens: 2 L head_dim."""
+    peaks = {}
+    for world, case in GROWING.items():
+        variants = tuple(make_variants(("odysseus",), ("symmetric",))[-1:])
+        (row,) = ranks(world).run(run_layer_rows, LayerSettings((case,), variants, "float32", repeats=1))[0]
+        _check_row(row)
+        (memory,) = row["memory"].values()
+        peaks[world] = memory["peak"] + memory["gradients"] - ROTATIONS * memory["formula"]["rotation"]
+    assert peaks[4] <= 1.01 * peaks[2], peaks
+
+
 RINGS = [(2, 2), (4, 1), (4, 2)]  # ranks in all, ring ranks
 
 
@@ -105,7 +119,7 @@ RINGS = [(2, 2), (4, 1), (4, 2)]  # ranks in all, ring ranks
 def test_bytes_and_memory_on_other_meshes(ranks: RankPools, world_size: int, ring: int) -> None:
     variants = make_variants(tuple(STRATEGIES), ("symmetric",), ring=ring, gathered=("regather", "save"))
     variants = [variant for variant in variants if variant.ring == ring and variant.mode != "unfused"]
-    settings = LayerSettings((LAYER, LONG), tuple(variants), "float32", repeats=1)
+    settings = LayerSettings((LAYER, LONG, MODEL), tuple(variants), "float32", repeats=1)
     for row in ranks(world_size).run(run_layer_rows, settings)[0]:
         _check_row(row)
         assert row["refused"] == {}

@@ -1,4 +1,4 @@
-"""Packed documents do not see one another, half precision is as exact as on one process, dropout is whole under Ring."""
+"""Packed documents do not see one another, half precision is as exact as on one process, dropout under Ring."""
 
 from __future__ import annotations
 

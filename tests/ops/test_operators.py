@@ -51,7 +51,9 @@ def test_shapes(ranks: RankPools, operator: str, transport: str, world: int, pro
 @pytest.mark.parametrize("before", ((), (2,)))
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_bias_gradients_are_the_same_bits(ranks: RankPools, dtype: str, transport: str, before: tuple[int, ...]) -> None:
+def test_bias_gradients_are_the_same_bits(
+    ranks: RankPools, dtype: str, transport: str, before: tuple[int, ...]
+) -> None:
     """Ranks visit chunks in orders of their own; a replicated parameter must not drift apart by that."""
     for world in (2, 3, 4):
         first, *others = ranks(world).run(cases.bias_gradients, dtype, transport, before)

@@ -12,9 +12,9 @@ from odysseus_kernels.planner.formulas import (
     Traffic,
     head_traffic,
     replicated_traffic,
-    saved,
     traffic,
 )
+from odysseus_kernels.planner.memory import head_saved, saved
 
 # d = 64, q = 64, dk = 64, i = 96: Ld = 4096 at L = 64; Pf = 3 * 64 * 96 = 18432; Pa = 4 * 64 * 64 = 16384.
 MHA = LayerShape(hidden=64, intermediate=96, heads=8, kv_heads=8, head_dim=8)
@@ -202,3 +202,10 @@ def test_bad_input(arguments: tuple[str, int, int, int, str], message: str) -> N
         saved(LayerShape(64, 96, 8, 8, 8, qk_norm=True), "tp", 2, tokens=64)
     with pytest.raises(ValueError, match="3 ranks divide"):
         traffic(LayerShape(64, 100, 6, 6, 8), "odysseus", 3, tokens=66)
+
+
+def test_a_head_keeps_no_logits():
+    # 16 of 64 tokens: hidden states in 4 bytes, target and number of the token in 8, log-sum-exp in 4.
+    assert head_saved(64, "odysseus", 4, tokens=L) == head_saved(64, "ulysses", 2, tokens=L, ring=2) == 16 * (256 + 20)
+    assert head_saved(64, "tp", 4, tokens=L, element_size=2) == 64 * (128 + 20)
+    assert head_saved(64, "tp_sp", 4, tokens=L) == 16 * (256 + 20) + 8 * 64

@@ -1,0 +1,83 @@
+"""What one decoder layer, and a language head, keep for backward on each rank, in whole bytes.
+
+Symbols as in formulas.py: L tokens over W = R * N ranks, s = L / W, hidden size d, key/value width dk, intermediate
+size i.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .formulas import LayerShape, check_sizes
+
+__all__ = ["head_saved", "saved"]
+
+
+def saved(
+    shape: LayerShape,
+    strategy: str,
+    world: int,
+    *,
+    tokens: int,
+    ring: int = 1,
+    gathered: Literal["regather", "save"] = "regather",
+    element_size: int = 4,
+    fused_activation: bool = False,
+    stock_norms: bool = True,
+    checkpointing: bool = False,
+) -> dict[str, int]:
+    """Bytes that each rank keeps for the backward of one decoder layer, by what they are; parameters are not counted.
+
+    The formula's part is s * (6d + 2dk + 3i): inputs and outputs of both norms, queries, attention's output, keys and
+    values, and what the feed-forward network keeps, of which an activation that is no kernel of its own makes 4i (in a
+    plain network 2i).  What strategies keep beyond: Ulysses attention's output in both layouts (s * d), TP its input
+    whole four times (4(N - 1) s * d), and with ``"save"`` each gathered input ((N - 1) s * d).
+
+    Args:
+        shape, strategy, world, tokens, ring, gathered, element_size: as in :func:`~.formulas.traffic`.
+        fused_activation: whether activation and gate are one operator that recomputes.
+        stock_norms: norms are chains of operators, as in transformers: each keeps the normalised input as well, one
+            number in fp32 for each token, and its input in fp32 where that is another tensor.
+        checkpointing: whether the whole layer is recomputed: its input is all that is kept.
+
+    Returns:
+        Bytes of ``"activations"``, ``"log-sum-exp"``, ``"strategy"`` and ``"norms"``; their sum is the layer's.
+
+    Raises:
+        ValueError: as :func:`~.formulas.traffic` does, and for ``qk_norm``.
+    """
+    check_sizes(shape, strategy, world, ring, tokens, gathered)
+    if shape.qk_norm:
+        raise ValueError("qk_norm: expected a layer without norms of queries and keys: no formula says what they keep")
+    own = tokens // (ring * world)
+    rows = tokens // ring if strategy == "tp" else own  # tokens outside of attention
+    d, i = shape.hidden, shape.intermediate
+    if checkpointing:
+        return {"activations": rows * d * element_size, "log-sum-exp": 0, "strategy": 0, "norms": 0}
+    inner = (3 if fused_activation else 4) if shape.gated else 2
+    attention = own * (2 * shape.query + 2 * shape.used_key_value(world))
+    activations = own * (4 * d + inner * i) + attention
+    beyond = {"tp": 4 * (rows - own) * d, "ulysses": own * shape.query}.get(strategy, 0)
+    if gathered == "save":
+        beyond += {"tp_sp": 2, "odysseus": 1}.get(strategy, 0) * (world - 1) * own * d
+    # In fp32 the normalised input; in other types that, and the input in fp32 in place of the input.
+    norms = 2 * rows * 4 * (d + 1) if stock_norms else 0
+    return {
+        "activations": activations * element_size,
+        "log-sum-exp": tokens // ring * (shape.heads // world) * max(4, element_size),
+        "strategy": beyond * element_size,
+        "norms": norms,
+    }
+
+
+def head_saved(hidden: int, strategy: str, world: int, *, tokens: int, ring: int = 1, element_size: int = 4) -> int:
+    """Bytes kept for the backward of a language head with its loss, and of the embedding: no logits.
+
+    For each of the rank's tokens its hidden state, its target, its log-sum-exp and its number in the vocabulary; under
+    TP-SP the targets of all tokens of seq as well.  The head is one that the ranks divide, as in
+    :func:`~.formulas.head_traffic`.
+    """
+    shared = tokens // ring
+    rows = shared if strategy == "tp" else shared // world
+    gathered = 8 * shared if strategy == "tp_sp" else 0
+    return rows * (hidden * element_size + 8 + max(4, element_size) + 8) + gathered
