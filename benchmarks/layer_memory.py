@@ -44,7 +44,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def measure_memory_of_step(runnable: Runnable, variant: Variant) -> dict[str, int]:
-    """Bytes on this rank: ``saved`` (0 for a peer's whole model), ``peak``, ``reserved``.
+    """Bytes on this rank: ``saved`` (0 for compute alone), ``peak``, ``reserved``.
 
     ``peak`` is what torch allocates in a step and holds at one moment, without outputs and gradients of parameters and
     input; ``gradients`` are these gradients; ``reserved`` are the buffers that the transports keep.

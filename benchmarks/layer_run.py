@@ -91,13 +91,14 @@ def make_layer_document(
 
     summarized = [layer_report.summarize_layer({**row, "dtype": arguments.dtype}) for row in rows]
     names = ("level", "ring", "gathered", "strategies")
+    present = [] if arguments.no_peers else peers.present_peers(arguments.level)
     given = {**common["arguments"], **{name: getattr(arguments, name) for name in names}}
     return {
         **common,
         "kind": arguments.level,
         "arguments": given,
         "absent": {} if arguments.no_peers else peers.absent_peers(arguments.level),
-        "all_to_all": None if arguments.no_peers else peers.describe_ulysses(),
+        "all_to_all": peers.describe_ulysses() if peers.FSDP_ULYSSES in present else None,
         "rows": summarized,
         "targets": layer_report.judge_layers(summarized),
     }
