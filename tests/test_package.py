@@ -29,41 +29,33 @@ COLLECTIVES = {
 # fmt: on
 
 PROBE = """
-import json, sys, threading, time
+import json, sys, threading
 import torch
 before = set(sys.modules)
 threads = threading.active_count()
-start = time.perf_counter()
 import odysseus_kernels
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before),
-                  "threads": threading.active_count() - threads, "file": odysseus_kernels.__file__}))
+print(json.dumps({"modules": sorted(set(sys.modules) - before), "threads": threading.active_count() - threads,
+                  "file": odysseus_kernels.__file__}))
 """
 
 
-def import_once() -> dict[str, object]:
+def test_import_is_cheap_and_silent() -> None:
     run = subprocess.run(
         [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert run.stderr == ""
     (line,) = run.stdout.splitlines()  # nothing but the probe's own line is printed
-    return json.loads(line)
-
-
-def test_import_is_cheap_and_silent() -> None:
-    imported = import_once()
+    imported = json.loads(line)
     assert imported["file"] == odysseus_kernels.__file__
-    loaded = set(imported["modules"])
-    assert not loaded & {"transformers", "triton", "flash_attn", "matplotlib", "rich", "odysseus_kernels._C"}
-    assert not {name for name in loaded if name.startswith("odysseus_kernels.testing")}
     assert imported["threads"] == 0
-    # The first import of all may have had to write bytecode, and a busy machine may disturb any one of them.
-    seconds = float(str(imported["seconds"]))
-    for _ in range(3):
-        if seconds >= 0.3:
-            seconds = min(seconds, float(str(import_once()["seconds"])))
-    assert seconds < 0.3
+    # Seconds differ between machines and moments; what is loaded beside torch does not.
+    loaded = set(imported["modules"])
+    ours = {name for name in loaded if name.partition(".")[0] == "odysseus_kernels"}
+    assert {name.partition(".")[0] for name in loaded - ours} <= sys.stdlib_module_names
+    assert "odysseus_kernels._C" not in ours
+    rooms = {".".join(name.split(".")[:2]) for name in ours}
+    assert not rooms & {f"odysseus_kernels.{room}" for room in ("integrations", "strategies", "nn", "testing")}
 
 
 def test_extension_is_built_and_typed() -> None:

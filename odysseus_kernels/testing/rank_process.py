@@ -43,6 +43,7 @@ class Setup:
     timeout: float
     backend: str
     folder: str
+    environment: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Reference:
 
 def serve(setup: Setup, channel: multiprocessing.connection.Connection) -> None:
     """Body of a rank: joins the group, then runs functions until the channel ends."""
+    os.environ.clear()  # a fork server's environment is as old as the server
+    os.environ.update(setup.environment)
     stacks = stack_path(setup.folder, setup.rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the ranks

@@ -100,7 +100,8 @@ class RankPool:
         threads: intra-op threads of each rank.
         timeout: seconds that one function may take, unless the call says otherwise; also the process group's.
         backend: backend of ``torch.distributed``.
-        environment: variables set in the ranks.
+        environment: variables set in the ranks before they import anything.  Ranks without any on Gloo are forked from
+            a server that has imported torch, in milliseconds; others start Python anew.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class RankPool:
         self.timeout = timeout
         self.backend = backend
         self.environment = dict(environment or {})
-        self._processes: list[Any] = []  # multiprocessing.context.SpawnProcess, which has no public name
+        self._processes: list[Any] = []  # of a multiprocessing context; its types have no public names
         self._channels: list[multiprocessing.connection.Connection] = []
         self._folder: Path | None = None
         self._job = START_JOB
@@ -181,14 +182,21 @@ class RankPool:
     def _start(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="odysseus-ranks-"))
         self._job = START_JOB
-        context = multiprocessing.get_context("spawn")
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCH_NUM_THREADS")}
         # Gloo looks for an interface by the host's name, which containers often cannot resolve.
         loopback = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+        context: Any  # of the two types, which have no public base
+        if self.environment or self.backend != "gloo":
+            context = multiprocessing.get_context("spawn")
+        else:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([serve.__module__])
         with _environment({**loopback, **threads, **self.environment}):
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
-                setup = Setup(rank, self.world_size, self.threads, self.timeout, self.backend, str(self._folder))
+                setup = Setup(
+                    rank, self.world_size, self.threads, self.timeout, self.backend, str(self._folder), dict(os.environ)
+                )
                 process = context.Process(target=serve, args=(setup, theirs), name=f"rank{rank}", daemon=True)
                 process.start()
                 theirs.close()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import ulysses_cases as cases
+import ulysses_properties as properties
 
 from odysseus_kernels.testing.spawn import RankPool, RankPools
 
@@ -87,7 +88,7 @@ def test_bytes_equal_the_formula(ranks: RankPools, mode: str, transport: str, wo
                 "all_to_all_linear": _by_collective(out, o),
             }
             expected = {name: counts for name, counts in expected.items() if counts}
-            for found in ranks(world).run(cases.traffic, mode, transport, dtype, kv_heads, rings):
+            for found in ranks(world).run(properties.traffic, mode, transport, dtype, kv_heads, rings):
                 assert found == expected
 
 
@@ -107,7 +108,7 @@ def test_bytes_of_attention(ranks: RankPools, world: int, kv_heads: int) -> None
     tokens, head_dim, share = 12, 12, 4 * (world - 1) / world
     count = round(tokens * head_dim * (2 * world + 2 * max(world, kv_heads) + 2 * world) * share)
     expected = {f"ulysses_attention {phase} all_to_all": count for phase in ("forward", "backward")}
-    assert ranks(world).run(cases.attention_traffic, kv_heads) == [expected] * world
+    assert ranks(world).run(properties.attention_traffic, kv_heads) == [expected] * world
 
 
 @pytest.mark.parametrize("world", (1, 2))
@@ -146,7 +147,7 @@ EXPECTED = {
 
 
 def test_refusals(ranks: RankPools) -> None:
-    for messages in ranks(2).run(cases.messages):
+    for messages in ranks(2).run(properties.messages):
         assert set(messages) == set(EXPECTED)
         for name, parts in EXPECTED.items():
             for part in parts:
@@ -154,13 +155,13 @@ def test_refusals(ranks: RankPools) -> None:
 
 
 def test_an_attention_of_another_shape_is_refused(ranks: RankPools) -> None:
-    for message in ranks(2).run(cases.attention_that_returns_nonsense):
+    for message in ranks(2).run(properties.attention_that_returns_nonsense):
         assert "[1, 1, 8, 'any']" in message and "[1, 8, 1, 8]" in message
 
 
 @pytest.mark.parametrize("world", (1, 2))
 def test_opcheck(ranks: RankPools, world: int) -> None:
-    ranks(world).run(cases.opcheck)
+    ranks(world).run(properties.opcheck)
 
 
 def test_inputs_that_attention_ignores(ranks: RankPools) -> None:
@@ -169,7 +170,7 @@ def test_inputs_that_attention_ignores(ranks: RankPools) -> None:
 
 def test_saved_for_backward(ranks: RankPools) -> None:
     """The input of the projections, and what the output projection has received: as many elements as its input."""
-    for first, both in ranks(3).run(cases.saved):
+    for first, both in ranks(3).run(properties.saved):
         assert first == [] and both == [2 * 6 * 3 * 24]
 
 
@@ -177,8 +178,8 @@ def test_saved_for_backward(ranks: RankPools) -> None:
 @pytest.mark.parametrize("operator", OPERATORS[:2])
 def test_no_weight_is_ever_whole(ranks: RankPools, operator: str, world: int) -> None:
     """Fused, on shared memory, not even a shard of another rank is copied; unfused the whole weight is."""
-    assert max(ranks(world).run(cases.largest_allocation, operator, "fused")) < 1
-    assert min(ranks(world).run(cases.largest_allocation, operator, "unfused")) >= world
+    assert max(ranks(world).run(properties.largest_allocation, operator, "fused")) < 1
+    assert min(ranks(world).run(properties.largest_allocation, operator, "unfused")) >= world
 
 
 def test_modes_that_are_measured(tmp_path: Path) -> None:
@@ -187,4 +188,4 @@ def test_modes_that_are_measured(tmp_path: Path) -> None:
 
 
 def test_compile_and_recompute(ranks: RankPools) -> None:
-    ranks(2).run(cases.compiled, timeout=200)
+    ranks(2).run(properties.compiled, timeout=200)
