@@ -11,4 +11,5 @@ fi
 ruff check .
 lint-imports --no-logo
 mypy
-exec python -m pytest
+# Two processes: tests with ranks in the one, long tests without ranks in the other (tests/conftest.py).
+exec python -m pytest -n 2 --dist loadgroup

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -237,13 +238,27 @@ def data_mesh(sizes: tuple[int, int, int]) -> DeviceMesh:
     return init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "ring", "seq"))
 
 
-def data_parallel_step(rank: int, world_size: int, case: Case, strategy: str, sizes: tuple[int, int, int]) -> Any:
-    """Gradients, whole on rank 0, of a step with FSDP2 over ``"dp"``, whose ranks have batches of their own."""
-    mesh = data_mesh(sizes)
-    model = parallel_model(case, strategy, mesh)
+def fully_sharded(model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
+    """FSDP2: whole weights exist for one layer at a time."""
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh["dp"])
-    fully_shard(model, mesh=mesh["dp"])
+    return fully_shard(model, mesh=mesh["dp"])
+
+
+def replicated(model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
+    """What DistributedDataParallel is for plain tensors: weights stay, gradients are averaged."""
+    return replicate(model, mesh=mesh["dp"])
+
+
+DATA_PARALLEL = {"fully_shard": fully_sharded, "replicate": replicated}
+
+
+def data_parallel_step(
+    rank: int, world_size: int, case: Case, strategy: str, sizes: tuple[int, int, int], wrapper: str
+) -> Any:
+    """Gradients, whole on rank 0, of a step with a wrapper over ``"dp"``, whose ranks have batches of their own."""
+    mesh = data_mesh(sizes)
+    model = DATA_PARALLEL[wrapper](parallel_model(case, strategy, mesh), mesh)
     rows = {name: t.chunk(sizes[0])[mesh.get_local_rank("dp")] for name, t in case.whole_batch().items()}
     loss = model(**shard_sequence(rows, mesh, strategy)).loss
     loss.backward()

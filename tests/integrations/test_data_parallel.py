@@ -1,9 +1,9 @@
-"""FSDP2 over the mesh's outermost dimension, around every strategy and Ring."""
+"""FSDP2, and its replicate, over the mesh's outermost dimension, around every strategy and Ring."""
 
 from __future__ import annotations
 
 import pytest
-from family_cases import Case, data_parallel_step
+from family_cases import DATA_PARALLEL, Case, data_parallel_step
 
 from odysseus_kernels.strategies import STRATEGIES
 
@@ -21,8 +21,9 @@ def truth():
 
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (2, 2, 1)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_fsdp_outside(ranks, truth, strategy, sizes):
-    results = ranks(4).run(data_parallel_step, CASE, strategy, sizes)
+@pytest.mark.parametrize("wrapper", DATA_PARALLEL)
+def test_data_parallelism_outside(ranks, truth, wrapper, strategy, sizes):
+    results = ranks(4).run(data_parallel_step, CASE, strategy, sizes, wrapper)
     for rank, result in enumerate(results):
         assert result["loss"] == pytest.approx(truth["losses"][rank // 2], rel=1e-6)
     for name, gradient in truth["gradients"].items():
