@@ -11,5 +11,26 @@ fi
 ruff check .
 lint-imports --no-logo
 mypy
-# Two processes: tests with ranks in the one, long tests without ranks in the other (tests/conftest.py).
-exec python -m pytest -n 2 --dist loadgroup
+
+# Long tests that start no ranks run beside all others: those leave one core idle half of the time.
+alone=(
+  tests/comm/test_device_schedule.py
+  tests/comm/test_schedule.py
+  tests/comm/test_symmetric_device.py
+  tests/kernels/test_compiled.py
+  tests/kernels/test_interpreted.py
+  tests/kernels/test_specialized.py
+  tests/test_ext_cuda.py
+  tests/test_ext_cuda_binary.py
+  tests/test_run_gpu.py
+)
+log=$(mktemp)
+nice python -m pytest -p no:cacheprovider "${alone[@]}" >"$log" 2>&1 &
+beside=$!
+trap 'kill "$beside" 2>/dev/null || true; rm -f "$log"' EXIT
+status=0
+python -m pytest "${alone[@]/#/--ignore=}" || status=$?
+wait "$beside" || status=$?
+echo "Beside them: tests that start no ranks"
+cat "$log"
+exit "$status"

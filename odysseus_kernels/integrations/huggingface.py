@@ -54,7 +54,8 @@ def parallelize(
 
     Note:
         Ranks that differ in ``"dp"`` alone hold copies and other sequences. Their gradients are not touched here: wrap
-        the layers with ``torch.distributed.fsdp.fully_shard(layer, mesh=mesh["dp"])`` afterwards.
+        the layers with ``torch.distributed.fsdp.fully_shard(layer, mesh=mesh["dp"])`` afterwards, or the model with
+        ``replicate`` of ``torch.distributed._composable.replicate_with_fsdp``.
     """
     chosen = get_strategy(strategy)
     group = chosen.group(SequenceGroup.of(mesh, config))
