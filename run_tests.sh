@@ -13,7 +13,7 @@ lint-imports --no-logo
 mypy
 
 # Long tests that start no ranks run beside all others: those leave one core idle half of the time.
-alone=(
+without_ranks=(
   tests/comm/test_device_schedule.py
   tests/comm/test_schedule.py
   tests/comm/test_symmetric_device.py
@@ -25,11 +25,13 @@ alone=(
   tests/test_run_gpu.py
 )
 log=$(mktemp)
-nice python -m pytest -p no:cacheprovider "${alone[@]}" >"$log" 2>&1 &
+# Without a cache: the two would write one file.
+nice python -m pytest -p no:cacheprovider "${without_ranks[@]}" >"$log" 2>&1 &
 beside=$!
 trap 'kill "$beside" 2>/dev/null || true; rm -f "$log"' EXIT
+trap 'exit 130' INT  # pytest makes a summary of Ctrl-C; nobody wants to wait for the others then
 status=0
-python -m pytest "${alone[@]/#/--ignore=}" || status=$?
+python -m pytest "${without_ranks[@]/#/--ignore=}" || status=$?
 wait "$beside" || status=$?
 echo "Beside them: tests that start no ranks"
 cat "$log"

@@ -100,8 +100,8 @@ class RankPool:
         threads: intra-op threads of each rank.
         timeout: seconds that one function may take, unless the call says otherwise; also the process group's.
         backend: backend of ``torch.distributed``.
-        environment: variables set in the ranks before they import anything.  Ranks without any on Gloo are forked from
-            a server that has imported torch, in milliseconds; others start Python anew.
+        environment: variables set in the ranks.  Libraries read some as they are loaded: with any, and with a backend
+            for GPUs, ranks start Python anew; else they are forked from a server that has imported torch.
     """
 
     def __init__(
@@ -185,12 +185,9 @@ class RankPool:
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCH_NUM_THREADS")}
         # Gloo looks for an interface by the host's name, which containers often cannot resolve.
         loopback = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
-        context: Any  # of the two types, which have no public base
-        if self.environment or self.backend != "gloo":
-            context = multiprocessing.get_context("spawn")
-        else:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([serve.__module__])
+        method = "spawn" if self.environment or self.backend != "gloo" else "forkserver"
+        context: Any = multiprocessing.get_context(method)  # the common base of contexts names no Process
+        context.set_forkserver_preload([serve.__module__])
         with _environment({**loopback, **threads, **self.environment}):
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
