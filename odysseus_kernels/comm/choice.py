@@ -29,7 +29,8 @@ from ..errors import CommunicationError, RankMismatchError
 from ..planner.cost_model import MEASURED_MARGIN, MODEL_MARGIN, pick_mode
 from .choice_cache import CachedChoice, ChoiceCache
 from .decision import ChoiceKey, Decision, explain
-from .transport import CapacityExceededError, describe_mismatch, short_text, signature_hash
+from .mismatch import describe_mismatch, short_text, signature_hash
+from .transport import CapacityExceededError
 
 __all__ = ["ChoiceCache", "ChoiceKey", "Choices", "CudaTimer", "Decision", "HostTimer", "Timer", "explain"]
 

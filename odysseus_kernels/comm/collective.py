@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,20 +28,17 @@ from ..errors import CommunicationError, PeerLostError, RankMismatchError, Signa
 from .backend import WaitTimeoutError, all_gather_single, reduce_scatter_single
 from .bundles import as_bytes
 from .collective_exchange import ExchangeRun
+from .collective_run import Ahead, CollectiveRun
 from .handshakes import Handshakes
 from .lanes import Lane, make_lane
 from .membership import Member, lost_members, lost_members_soon
-from .reduce import PieceSum, accumulator_dtype
-from .schedule import IN_FLIGHT, Kind, Step, Task, collective_schedule, piece_bounds
-from .transport import Call, Scatter, SentAhead, Transport, describe_mismatch, row_pieces, short_text, signature_hash
+from .mismatch import describe_mismatch, short_text, signature_hash
+from .reduce import accumulator_dtype
+from .transport import Call, Transport
 
 __all__ = ["CollectiveTransport"]
 
 _TEXT_BYTES = 384
-# Pieces of a shard: enough that the first product starts early, few and large enough that issuing them and multiplying
-# narrow blocks does not cost more than it hides (on two cores, 4 MB pieces did best from 4 MB to 32 MB).
-_PIECES = 4
-_PIECE_BYTES = 4 << 20
 
 
 class CollectiveTransport(Transport):
@@ -54,7 +51,7 @@ class CollectiveTransport(Transport):
         self._reference = weakref.ref(group)  # a destroyed group must be free to go
         self._members = members
         self._sequence = 0
-        self._ahead: _Ahead | None = None
+        self._ahead: Ahead | None = None
         self._lane: Lane | None = None
         self._handshakes: Handshakes | None = None  # on a GPU
 
@@ -98,9 +95,9 @@ class CollectiveTransport(Transport):
                 exchange = ExchangeRun(call, call.exchange, lane, self.rank, self.world)
                 exchange.steps(lambda work: self._wait(call, work))
                 return
-            run = _Run(self, call, self._begin(call))
+            run = CollectiveRun(call, self._begin(call), self.rank, self.world)
             self._handshake(call, ", prefetched" if run.adopt(self._take_ahead(call)) else "")
-            ahead = run.steps(sends_ahead=not self._capturing)
+            ahead = run.steps(lambda work: self._wait(call, work), sends_ahead=not self._capturing)
             if not (call.keeps_ahead or self._capturing):
                 self._ahead = ahead
 
@@ -116,7 +113,7 @@ class CollectiveTransport(Transport):
         """A graph neither waits for what lies outside of it nor leaves anything under way."""
         return self._handshakes is not None and torch.cuda.is_current_stream_capturing()
 
-    def _take_ahead(self, call: Call) -> _Ahead | None:
+    def _take_ahead(self, call: Call) -> Ahead | None:
         """What was sent ahead for this call; it has arrived then, even if this call will not use it."""
         if self._ahead is None or call.keeps_ahead or self._capturing:
             return None
@@ -243,160 +240,3 @@ class CollectiveTransport(Transport):
                     raise self._lost(call, gone, reason) from error
                 raise PeerLostError(f"{self._where(call)}: a peer left the group ({reason})") from error
             raise
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ahead:
-    """The first piece of a shard that the next call is expected to gather, under way or arrived."""
-
-    sent: SentAhead
-    work: Any
-    piece: Tensor  # what the backend reads
-    gathered: Tensor
-
-
-class _Run:
-    """The buffers and handles of one call."""
-
-    def __init__(self, transport: CollectiveTransport, call: Call, lane: Lane) -> None:
-        self._transport = transport
-        self._call = call
-        self._lane = lane
-        self._world, self._rank = transport.world, transport.rank
-        chunks = call.config.chunks_per_rank
-        self._pieces = {
-            Task.ALL_GATHER: _pieces(chunks, call.gather.shard) if call.gather else 1,
-            Task.ALL_TO_ALL: _pieces(chunks, call.scatter.out) if call.scatter else 1,
-        }
-        self._work: dict[tuple[Task, int], Any] = {}
-        self._buffers: dict[tuple[str, int], Tensor] = {}
-        # Kept until the collective has finished: the backend reads them.
-        self._sent: dict[tuple[Task, int], Tensor] = {}
-        self._sums: PieceSum | None = None
-        if call.scatter is not None:
-            out, dtype = call.scatter.out, call.config.reduce_dtype
-            rows = -(-out.shape[1] // self._pieces[Task.ALL_TO_ALL])
-            nbytes = PieceSum.held_bytes(out, self._world, dtype, rows)
-            held = torch.empty(nbytes, dtype=torch.uint8, device=out.device)
-            self._sums = PieceSum(out, self._world, dtype, held)
-
-    def adopt(self, ahead: _Ahead | None) -> bool:
-        """Takes over the first piece if it was sent ahead; says whether it was."""
-        if ahead is None or not ahead.sent.serves(self._call, self._pieces[Task.ALL_GATHER]):
-            return False
-        self._buffers["gathered", 0] = ahead.gathered
-        self._work[Task.ALL_GATHER, 0] = ahead.work
-        return True
-
-    def steps(self, *, sends_ahead: bool) -> _Ahead | None:
-        """Runs the schedule; returns what was sent ahead meanwhile for the next call."""
-        ahead = None
-        prefetch = self._call.gather.prefetch if self._call.gather and sends_ahead else None
-        schedule = collective_schedule(
-            self._call.program,
-            self._world,
-            self._rank,
-            gather_pieces=self._pieces[Task.ALL_GATHER],
-            scatter_pieces=self._pieces[Task.ALL_TO_ALL],
-        )
-        for step in schedule.steps:
-            assert step.task is not None
-            if step.kind is Kind.ISSUE:
-                # A first piece that was sent ahead is under way already.
-                if (step.task, step.piece) not in self._work:
-                    self._issue(step.task, step.piece)
-                if prefetch is not None and (step.task, step.piece + 1) == (Task.ALL_GATHER, self._gather_pieces):
-                    ahead = self._send_ahead(prefetch)
-            elif step.kind is Kind.FINISH:
-                self._transport._wait(self._call, self._work.pop((step.task, step.piece)))
-                self._sent.pop((step.task, step.piece), None)
-            else:
-                self._compute(step)
-        return ahead
-
-    @property
-    def _gather_pieces(self) -> int:
-        return self._pieces[Task.ALL_GATHER]
-
-    def _send_ahead(self, shard: Tensor) -> _Ahead:
-        pieces = _pieces(self._call.config.chunks_per_rank, shard)
-        start, stop = piece_bounds(shard.shape[1], pieces, 0)
-        piece = shard[:, start:stop].contiguous()
-        most = -(-shard.shape[1] // pieces)
-        gathered = shard.new_empty(self._world * shard.shape[0] * most * shard.shape[2])
-        target = gathered[: self._world * piece.numel()]
-        group = self._lane.group
-        work = self._lane.issue(lambda: all_gather_single(target, piece.view(-1), group, async_op=True))
-        return _Ahead(SentAhead.of(self._call, shard, pieces), work, piece, gathered)
-
-    def _block(self, name: str, piece: int, like: Tensor, rows: int, slots: int, most: int) -> Tensor:
-        """Buffer ``name`` of ``piece``: [slots, batch, rows, width], made once for each of the pieces in flight."""
-        batch, _, width = like.shape
-        key = (name, piece % IN_FLIGHT)
-        if key not in self._buffers:
-            self._buffers[key] = like.new_empty(slots * batch * most * width)
-        return self._buffers[key][: slots * batch * rows * width].view(slots, batch, rows, width)
-
-    def _bounds(self, task: Task, rows: int, piece: int) -> tuple[int, int, int]:
-        start, stop = piece_bounds(rows, self._pieces[task], piece)
-        return start, stop, -(-rows // self._pieces[task])
-
-    def _gathered(self, piece: int) -> tuple[int, int, Tensor]:
-        assert self._call.gather is not None
-        shard = self._call.gather.shard
-        start, stop, most = self._bounds(Task.ALL_GATHER, shard.shape[1], piece)
-        return start, stop, self._block("gathered", piece, shard, stop - start, self._world, most)
-
-    def _exchanged(self, name: str, piece: int) -> tuple[int, int, Tensor]:
-        assert self._call.scatter is not None
-        out = self._call.scatter.out
-        start, stop, most = self._bounds(Task.ALL_TO_ALL, out.shape[1], piece)
-        return start, stop, self._block(name, piece, out, stop - start, self._world - 1, most)
-
-    def _slot(self, peer: int) -> int:
-        """Place of ``peer`` among the others: no rank sends itself anything."""
-        return peer - (peer > self._rank)
-
-    def _issue(self, task: Task, piece: int) -> None:
-        group = self._lane.group
-        if task is Task.ALL_GATHER:
-            assert self._call.gather is not None
-            start, stop, gathered = self._gathered(piece)
-            own = self._call.gather.shard[:, start:stop].contiguous()
-            self._sent[task, piece] = own
-            self._work[task, piece] = self._lane.issue(
-                lambda: all_gather_single(gathered.view(-1), own.view(-1), group, async_op=True)
-            )
-            return
-        _, _, sent = self._exchanged("sent", piece)
-        _, _, received = self._exchanged("received", piece)
-        splits = [0 if peer == self._rank else sent[0].numel() for peer in range(self._world)]
-        self._work[task, piece] = self._lane.issue(
-            lambda: dist.all_to_all_single(received.view(-1), sent.view(-1), splits, splits, group, async_op=True)
-        )
-
-    def _compute(self, step: Step) -> None:
-        if step.task is Task.CONSUME:
-            gather = self._call.gather
-            assert gather is not None
-            if step.rank == self._rank:
-                gather.consume(self._rank, 0, gather.shard.shape[1], gather.shard)
-                return
-            start, stop, gathered = self._gathered(step.piece)
-            gather.consume(step.rank, start, stop, gathered[step.rank])
-            return
-        scatter: Scatter | None = self._call.scatter
-        assert scatter is not None and self._sums is not None
-        if step.task is Task.ADD:
-            start, stop, received = self._exchanged("received", step.piece)
-            self._sums.add(start, stop, received[self._slot(step.rank)])
-            return
-        start, stop, sent = self._exchanged("sent", step.piece)
-        own = step.rank == self._rank
-        block = scatter.out[:, start:stop] if own else sent[self._slot(step.rank)]
-        scatter.produce(step.rank, start, stop, block)
-
-
-def _pieces(chunks_per_rank: int | Literal["auto"], chunk: Tensor) -> int:
-    size = chunk.numel() * chunk.element_size()
-    return row_pieces(chunks_per_rank, chunk.shape[1], auto=max(1, min(_PIECES, size // _PIECE_BYTES)))

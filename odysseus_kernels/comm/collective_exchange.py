@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
+from .collective_schedule import IN_FLIGHT, collective_schedule
 from .exchange import Exchange
 from .lanes import Lane
-from .schedule import IN_FLIGHT, Kind, Step, Task, collective_schedule
+from .schedule import Kind, Step, Task
 from .transport import Call
 
 __all__ = ["ExchangeRun"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import RankMismatchError
 from .backend import all_gather_single, exchange_device, wait
-from .transport import describe_mismatch, signature_hash
+from .mismatch import describe_mismatch, signature_hash
 
 __all__ = ["Handshakes"]
 

@@ -18,7 +18,7 @@ from ..config import OverlapConfig
 from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
 from .backend import WaitTimeoutError, all_gather_single, exchange_device, wait
 from .membership import Member, lost_members, lost_members_soon, this_member
-from .transport import describe_mismatch, short_text
+from .mismatch import describe_mismatch, short_text
 
 __all__ = ["Introduction", "Meeting"]
 

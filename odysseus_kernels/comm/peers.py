@@ -10,7 +10,8 @@ import contextlib
 from typing import Any
 
 from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
-from .transport import Call, describe_mismatch, signature_hash
+from .mismatch import describe_mismatch, signature_hash
+from .transport import Call
 
 __all__ = ["Peers"]
 

@@ -41,7 +41,6 @@ __all__ = [
     "Task",
     "Word",
     "chunk_order",
-    "collective_schedule",
     "piece_bounds",
     "symmetric_schedule",
 ]
@@ -51,13 +50,9 @@ Program = Literal["gather", "scatter", "gather+scatter", "exchange", "exchange:g
 
 SHARD = "shard"
 PARTIAL = "partial"
-_RECEIVED = "received"
-_GIVING = "giving"
-_PROGRAMS = ", ".join(f'"{name}"' for name in get_args(Program))
+PROGRAMS = ", ".join(f'"{name}"' for name in get_args(Program))
 # Two cells for outgoing partial results: one is read by its target while the next is computed.
 PARTIAL_CELLS = 2
-# Two sets of collective buffers: one travels while the other is multiplied.
-IN_FLIGHT = 2
 
 
 class Kind(enum.Enum):
@@ -273,7 +268,7 @@ def symmetric_schedule(
     if min(gather_pieces, scatter_pieces) < 1:
         raise ValueError(f"schedule: expected at least 1 piece, got {gather_pieces} and {scatter_pieces}")
     if program not in get_args(Program):
-        raise ValueError(f"program: expected one of {_PROGRAMS}, got {program!r}")
+        raise ValueError(f"program: expected one of {PROGRAMS}, got {program!r}")
     exchange = program.startswith("exchange")
     if exchange:
         gather_pieces = scatter_pieces = 1
@@ -301,114 +296,3 @@ def symmetric_schedule(
 def publication(rank: int, gather_pieces: int = 1) -> tuple[Step, ...]:
     """The steps of a prefetch: the publication that a later ``published`` schedule leaves out."""
     return tuple(_publish(rank, gather_pieces))
-
-
-@functools.lru_cache(maxsize=1024)
-def collective_schedule(
-    program: Program,
-    world: int,
-    rank: int,
-    *,
-    order: ChunkOrder = "ring",
-    gather_pieces: int = 1,
-    scatter_pieces: int = 1,
-) -> Schedule:
-    """Steps of ``rank`` for ``program`` over asynchronous collectives of a process group.
-
-    Piece k travels while piece k - 1 multiplies; at most two pieces are in flight.  Ranks issue the same collectives
-    in the same order, which is what a process group asks for.
-    """
-    if world < 2 or not 0 <= rank < world:
-        raise ValueError(f"schedule: expected 0 <= rank < world and world >= 2, got rank {rank} of {world}")
-    if program not in get_args(Program):
-        raise ValueError(f"program: expected one of {_PROGRAMS}, got {program!r}")
-    if program.startswith("exchange"):
-        given, made = program != "exchange:made", program != "exchange:given"
-        return Schedule(tuple(_pairwise(world, rank, given=given, made=made)), {}, {})
-    others = [peer for peer in chunk_order(world, rank, order) if peer != rank]
-
-    def gather_step(kind: Kind, piece: int) -> Step:
-        region = (Region(rank, SHARD, piece % IN_FLIGHT),)
-        return Step(kind, Task.ALL_GATHER, rank, piece, writes=region if kind is Kind.ISSUE else ())
-
-    def scatter_step(kind: Kind, piece: int) -> Step:
-        sent, received = Region(rank, PARTIAL, piece % IN_FLIGHT), Region(rank, _RECEIVED, piece % IN_FLIGHT)
-        issued = kind is Kind.ISSUE
-        reads, writes = ((sent,), (received,)) if issued else ((), ())
-        return Step(kind, Task.ALL_TO_ALL, rank, piece, reads=reads, writes=writes)
-
-    def scatter() -> Iterator[Step]:
-        def add(piece: int) -> Iterator[Step]:
-            yield scatter_step(Kind.FINISH, piece)
-            received = (Region(rank, _RECEIVED, piece % IN_FLIGHT),)
-            yield from (Step(Kind.COMPUTE, Task.ADD, peer, piece, reads=received) for peer in sources)
-
-        targets = [(rank + hop + 1) % world for hop in range(world - 1)]
-        sources = [(rank - hop - 1) % world for hop in range(world - 1)]
-        for piece in range(scatter_pieces):
-            sent = (Region(rank, PARTIAL, piece % IN_FLIGHT),)
-            yield from (Step(Kind.COMPUTE, Task.PRODUCE, peer, piece, writes=sent) for peer in targets)
-            yield scatter_step(Kind.ISSUE, piece)
-            yield Step(Kind.COMPUTE, Task.PRODUCE, rank, piece)
-            if piece:
-                yield from add(piece - 1)
-        yield from add(scatter_pieces - 1)
-
-    def gather() -> Iterator[Step]:
-        yield Step(Kind.COMPUTE, Task.CONSUME, rank, -1)
-        for piece in range(gather_pieces):
-            yield gather_step(Kind.FINISH, piece)
-            region = (Region(rank, SHARD, piece % IN_FLIGHT),)
-            yield from (Step(Kind.COMPUTE, Task.CONSUME, peer, piece, reads=region) for peer in others)
-            if piece + IN_FLIGHT < gather_pieces:
-                yield gather_step(Kind.ISSUE, piece + IN_FLIGHT)
-
-    steps: list[Step] = []
-    if program in ("gather", "gather+scatter"):
-        steps.extend(gather_step(Kind.ISSUE, piece) for piece in range(min(IN_FLIGHT, gather_pieces)))
-    if program in ("scatter", "gather+scatter"):
-        steps.extend(scatter())
-    if program in ("gather", "gather+scatter"):
-        steps.extend(gather())
-    return Schedule(tuple(steps), {}, {})
-
-
-def _pairwise(world: int, rank: int, *, given: bool, made: bool) -> Iterator[Step]:
-    """An exchange in transfers around the ring: in hop h every rank gives to rank - h - 1 what that one visits with.
-
-    What the next rank gave travels while one is visited, and so does what was made for the last one; ``piece`` is the
-    hop.  Transfers are issued in the same order on all ranks.
-    """
-
-    def transfer(kind: Kind, task: Task, hop: int) -> Step:
-        names = (_GIVING, SHARD) if task is Task.GIVEN else (PARTIAL, _RECEIVED)
-        sent, received = (Region(rank, name, hop % IN_FLIGHT) for name in names)
-        peer = (rank + hop + 1) % world if task is Task.GIVEN else (rank - hop - 1) % world  # whom it comes from
-        issued = kind is Kind.ISSUE
-        return Step(kind, task, peer, hop, reads=(sent,) if issued else (), writes=(received,) if issued else ())
-
-    def take(hop: int) -> Iterator[Step]:
-        yield transfer(Kind.FINISH, Task.MADE, hop)
-        received = (Region(rank, _RECEIVED, hop % IN_FLIGHT),)
-        yield Step(Kind.COMPUTE, Task.TAKE, (rank - hop - 1) % world, hop, reads=received)
-
-    own = Step(Kind.COMPUTE, Task.VISIT, rank, -1)
-    if given:
-        yield transfer(Kind.ISSUE, Task.GIVEN, 0)
-    if not made:
-        yield own
-    for hop in range(world - 1):
-        if given:
-            yield transfer(Kind.FINISH, Task.GIVEN, hop)
-            if hop + 1 < world - 1:
-                yield transfer(Kind.ISSUE, Task.GIVEN, hop + 1)
-        reads = (Region(rank, SHARD, hop % IN_FLIGHT),) if given else ()
-        writes = (Region(rank, PARTIAL, hop % IN_FLIGHT),) if made else ()
-        yield Step(Kind.COMPUTE, Task.VISIT, (rank + hop + 1) % world, hop, reads=reads, writes=writes)
-        if made:
-            yield transfer(Kind.ISSUE, Task.MADE, hop)
-            if hop:
-                yield from take(hop - 1)
-    if made:
-        yield own
-        yield from take(world - 2)

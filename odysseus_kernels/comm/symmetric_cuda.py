@@ -28,10 +28,11 @@ from .device_call import WarmUpNeededError
 from .device_schedule import COMPUTE, RECEIVE, STREAMS
 from .ledger import Ledger
 from .lowering import WINDOWS, WORDS, Operations, word_index
+from .mismatch import short_text
 from .schedule import SHARD
 from .supervisor import Supervisor
 from .symmetric_device import SymmetricDeviceTransport
-from .transport import Call, CapacityExceededError, short_text
+from .transport import Call, CapacityExceededError
 
 __all__ = ["CudaDevice", "PeerMemory", "TorchSymmetricMemory", "connect", "device_identity"]
 

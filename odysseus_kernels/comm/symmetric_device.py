@@ -30,8 +30,9 @@ from .device_call import Device, Scratch, WarmUpNeededError, check_sums, check_t
 from .device_schedule import AHEAD, MAX_PIECES, RECEIVE, device_schedule, drop_schedule, tile_schedule
 from .leases import Lease, LeaseTable
 from .lowering import WINDOWS, Block, Layout, Plan, lower, receive_bytes
+from .mismatch import short_text
 from .schedule import SHARD, Schedule, Step, Task
-from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces, short_text
+from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces
 
 __all__ = ["SymmetricDeviceTransport"]
 

@@ -23,10 +23,11 @@ from .. import _ext
 from ..errors import CapacityWarning
 from .host_exchange import HostExchange
 from .leases import LeaseTable
+from .mismatch import short_text
 from .peers import Peers
 from .reduce import PieceSum
 from .schedule import SHARD, Kind, Schedule, Step, Task, publication, symmetric_schedule
-from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces, short_text
+from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces
 from .windows import BundleBuffer, PartialBuffer, ShardBuffer, Windows
 
 __all__ = ["SymmetricHostTransport", "window_bytes"]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from odysseus_kernels.comm.collective_schedule import collective_schedule
 from odysseus_kernels.comm.schedule import (
     PARTIAL,
     SHARD,
@@ -21,7 +22,6 @@ from odysseus_kernels.comm.schedule import (
     Task,
     Word,
     chunk_order,
-    collective_schedule,
     piece_bounds,
     symmetric_schedule,
 )

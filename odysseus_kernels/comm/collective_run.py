@@ -1,0 +1,184 @@
+"""A gather, a scatter or both over asynchronous collectives, a piece in flight while another multiplies.
+
+The concurrency contract is that of ``comm/collective.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .backend import all_gather_single
+from .collective_schedule import IN_FLIGHT, collective_schedule
+from .lanes import Lane
+from .reduce import PieceSum
+from .schedule import Kind, Step, Task, piece_bounds
+from .transport import Call, Scatter, SentAhead, row_pieces
+
+__all__ = ["Ahead", "CollectiveRun"]
+
+# Pieces of a shard: enough that the first product starts early, few and large enough that issuing them and multiplying
+# narrow blocks does not cost more than it hides (on two cores, 4 MB pieces did best from 4 MB to 32 MB).
+_PIECES = 4
+_PIECE_BYTES = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """The first piece of a shard that the next call is expected to gather, under way or arrived."""
+
+    sent: SentAhead
+    work: Any
+    piece: Tensor  # what the backend reads
+    gathered: Tensor
+
+
+class CollectiveRun:
+    """One call on one rank: its buffers, and the handles of what is under way."""
+
+    def __init__(self, call: Call, lane: Lane, rank: int, world: int) -> None:
+        self._call = call
+        self._lane = lane
+        self._rank, self._world = rank, world
+        chunks = call.config.chunks_per_rank
+        self._pieces = {
+            Task.ALL_GATHER: _pieces(chunks, call.gather.shard) if call.gather else 1,
+            Task.ALL_TO_ALL: _pieces(chunks, call.scatter.out) if call.scatter else 1,
+        }
+        self._work: dict[tuple[Task, int], Any] = {}
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+        # Kept until the collective has finished: the backend reads them.
+        self._sent: dict[tuple[Task, int], Tensor] = {}
+        self._sums: PieceSum | None = None
+        if call.scatter is not None:
+            out, dtype = call.scatter.out, call.config.reduce_dtype
+            rows = -(-out.shape[1] // self._pieces[Task.ALL_TO_ALL])
+            nbytes = PieceSum.held_bytes(out, self._world, dtype, rows)
+            held = torch.empty(nbytes, dtype=torch.uint8, device=out.device)
+            self._sums = PieceSum(out, self._world, dtype, held)
+
+    def adopt(self, ahead: Ahead | None) -> bool:
+        """Takes over the first piece if it was sent ahead; says whether it was."""
+        if ahead is None or not ahead.sent.serves(self._call, self._pieces[Task.ALL_GATHER]):
+            return False
+        self._buffers["gathered", 0] = ahead.gathered
+        self._work[Task.ALL_GATHER, 0] = ahead.work
+        return True
+
+    def steps(self, wait: Callable[[Any], None], *, sends_ahead: bool) -> Ahead | None:
+        """Runs the schedule; ``wait`` waits for a handle.  Returns what was sent ahead meanwhile for the next call."""
+        ahead = None
+        prefetch = self._call.gather.prefetch if self._call.gather and sends_ahead else None
+        schedule = collective_schedule(
+            self._call.program,
+            self._world,
+            self._rank,
+            gather_pieces=self._pieces[Task.ALL_GATHER],
+            scatter_pieces=self._pieces[Task.ALL_TO_ALL],
+        )
+        for step in schedule.steps:
+            assert step.task is not None
+            if step.kind is Kind.ISSUE:
+                # A first piece that was sent ahead is under way already.
+                if (step.task, step.piece) not in self._work:
+                    self._issue(step.task, step.piece)
+                if prefetch is not None and (step.task, step.piece + 1) == (Task.ALL_GATHER, self._gather_pieces):
+                    ahead = self._send_ahead(prefetch)
+            elif step.kind is Kind.FINISH:
+                wait(self._work.pop((step.task, step.piece)))
+                self._sent.pop((step.task, step.piece), None)
+            else:
+                self._compute(step)
+        return ahead
+
+    @property
+    def _gather_pieces(self) -> int:
+        return self._pieces[Task.ALL_GATHER]
+
+    def _send_ahead(self, shard: Tensor) -> Ahead:
+        pieces = _pieces(self._call.config.chunks_per_rank, shard)
+        start, stop = piece_bounds(shard.shape[1], pieces, 0)
+        piece = shard[:, start:stop].contiguous()
+        most = -(-shard.shape[1] // pieces)
+        gathered = shard.new_empty(self._world * shard.shape[0] * most * shard.shape[2])
+        target = gathered[: self._world * piece.numel()]
+        group = self._lane.group
+        work = self._lane.issue(lambda: all_gather_single(target, piece.view(-1), group, async_op=True))
+        return Ahead(SentAhead.of(self._call, shard, pieces), work, piece, gathered)
+
+    def _block(self, name: str, piece: int, like: Tensor, rows: int, slots: int, most: int) -> Tensor:
+        """Buffer ``name`` of ``piece``: [slots, batch, rows, width], made once for each of the pieces in flight."""
+        batch, _, width = like.shape
+        key = (name, piece % IN_FLIGHT)
+        if key not in self._buffers:
+            self._buffers[key] = like.new_empty(slots * batch * most * width)
+        return self._buffers[key][: slots * batch * rows * width].view(slots, batch, rows, width)
+
+    def _bounds(self, task: Task, rows: int, piece: int) -> tuple[int, int, int]:
+        start, stop = piece_bounds(rows, self._pieces[task], piece)
+        return start, stop, -(-rows // self._pieces[task])
+
+    def _gathered(self, piece: int) -> tuple[int, int, Tensor]:
+        assert self._call.gather is not None
+        shard = self._call.gather.shard
+        start, stop, most = self._bounds(Task.ALL_GATHER, shard.shape[1], piece)
+        return start, stop, self._block("gathered", piece, shard, stop - start, self._world, most)
+
+    def _exchanged(self, name: str, piece: int) -> tuple[int, int, Tensor]:
+        assert self._call.scatter is not None
+        out = self._call.scatter.out
+        start, stop, most = self._bounds(Task.ALL_TO_ALL, out.shape[1], piece)
+        return start, stop, self._block(name, piece, out, stop - start, self._world - 1, most)
+
+    def _slot(self, peer: int) -> int:
+        """Place of ``peer`` among the others: no rank sends itself anything."""
+        return peer - (peer > self._rank)
+
+    def _issue(self, task: Task, piece: int) -> None:
+        group = self._lane.group
+        if task is Task.ALL_GATHER:
+            assert self._call.gather is not None
+            start, stop, gathered = self._gathered(piece)
+            own = self._call.gather.shard[:, start:stop].contiguous()
+            self._sent[task, piece] = own
+            self._work[task, piece] = self._lane.issue(
+                lambda: all_gather_single(gathered.view(-1), own.view(-1), group, async_op=True)
+            )
+            return
+        _, _, sent = self._exchanged("sent", piece)
+        _, _, received = self._exchanged("received", piece)
+        splits = [0 if peer == self._rank else sent[0].numel() for peer in range(self._world)]
+        self._work[task, piece] = self._lane.issue(
+            lambda: dist.all_to_all_single(received.view(-1), sent.view(-1), splits, splits, group, async_op=True)
+        )
+
+    def _compute(self, step: Step) -> None:
+        if step.task is Task.CONSUME:
+            gather = self._call.gather
+            assert gather is not None
+            if step.rank == self._rank:
+                gather.consume(self._rank, 0, gather.shard.shape[1], gather.shard)
+                return
+            start, stop, gathered = self._gathered(step.piece)
+            gather.consume(step.rank, start, stop, gathered[step.rank])
+            return
+        scatter: Scatter | None = self._call.scatter
+        assert scatter is not None and self._sums is not None
+        if step.task is Task.ADD:
+            start, stop, received = self._exchanged("received", step.piece)
+            self._sums.add(start, stop, received[self._slot(step.rank)])
+            return
+        start, stop, sent = self._exchanged("sent", step.piece)
+        own = step.rank == self._rank
+        block = scatter.out[:, start:stop] if own else sent[self._slot(step.rank)]
+        scatter.produce(step.rank, start, stop, block)
+
+
+def _pieces(chunks_per_rank: int | Literal["auto"], chunk: Tensor) -> int:
+    size = chunk.numel() * chunk.element_size()
+    return row_pieces(chunks_per_rank, chunk.shape[1], auto=max(1, min(_PIECES, size // _PIECE_BYTES)))
