@@ -1,11 +1,9 @@
 """Schedules for devices with copy engines: the same steps as on a CPU host, on several streams.
 
 A GPU does not multiply out of a peer's memory: copy engines bring chunks into local slots, or carry partial results to
-their owner, while products run.  So a rank has several streams, steps of one stream run in order, and order between
-streams of a rank comes from events (RECORD, DEPEND), between ranks from signal words, as everywhere.
-
-Copies between ranks take two streams in turn: on one alone, a link would idle while an event and the start of the next
-copy follow one another.
+their owner, while products run.  So a rank has several streams (``comm/device_streams.py``), steps of one stream run in
+order, and order between streams of a rank comes from events (RECORD, DEPEND), between ranks from signal words, as
+everywhere.
 
 ``gather``
     a rank copies its shard into its window, and pulls the others' chunks, piece by piece, into ``slots`` local slots.
@@ -18,65 +16,47 @@ and compares with ``epoch * EPOCH + value``.  So nothing of a call is a constant
 be replayed.  ``FINAL`` is set last in each use; a value of ``FINAL - EPOCH`` therefore waits for the previous use to be
 over, which is all that stands between calls.
 
-No order of hardware queues is assumed: collapsed into one stream, in the order of the steps, a schedule is free of
-deadlocks too (CUDA_DEVICE_MAX_CONNECTIONS decides about speed, never about progress).
+Where a wait stands decides which own signals it comes after, also in a graph.  None of these edges delays anything that
+could run, as long as ranks are in step:
+
+* the first fetch of a piece comes after the publication of that piece: peers publish it at that time, too;
+* the window's readers release it after the last fetch: before, another reader still reads anyway;
+* arrivals of a piece are waited for after the own pushes of that piece: what arrives last was pushed last;
+* credit for a piece is waited for after the own sum of the piece before the last one, for whose peers' sums it waits.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
+from .device_streams import COMPUTE, COPY_STREAMS, LOCAL, SIGNALS, STREAMS, WAITS, Builder
 from .schedule import SHARD, ChunkOrder, Kind, Program, Region, Schedule, Step, Task, Word, chunk_order
 
 __all__ = [
-    "ADD_STREAM",
+    "AHEAD",
     "COMPUTE",
+    "COPY_STREAMS",
     "EPOCH",
-    "FETCH_SIGNALS",
-    "FETCH_STREAMS",
-    "FETCH_WAITS",
     "FINAL",
+    "LOCAL",
     "MAX_PIECES",
     "OUT",
     "PREVIOUS_USE",
-    "PUBLISH_STREAM",
-    "PUSH_CREDITS",
-    "PUSH_SIGNALS",
-    "PUSH_STREAMS",
     "RECEIVE",
     "RECEIVE_SETS",
+    "SIGNALS",
     "SLOT",
     "STAGE",
     "STAGES",
     "STREAMS",
+    "WAITS",
     "device_schedule",
     "drop_schedule",
     "receive_part",
     "tile_schedule",
 ]
 
-COMPUTE = "compute"  # the caller's stream: products
-PUBLISH_STREAM = "publish"  # the copy of the own shard into its window
-FETCH_STREAMS = ("fetch 0", "fetch 1")  # copies of the others' shards
-FETCH_WAITS = "fetch waits"
-FETCH_SIGNALS = "fetch signals"
-PUSH_STREAMS = ("push 0", "push 1")  # copies of partial results to their owners
-PUSH_SIGNALS = "push signals"
-PUSH_CREDITS = "push credits"
-ADD_STREAM = "add"  # sums of what arrived
-STREAMS = (
-    COMPUTE,
-    PUBLISH_STREAM,
-    *FETCH_STREAMS,
-    FETCH_WAITS,
-    FETCH_SIGNALS,
-    *PUSH_STREAMS,
-    PUSH_SIGNALS,
-    PUSH_CREDITS,
-    ADD_STREAM,
-)
-
+AHEAD = "ahead"  # a window: the shard of a later call
 SLOT = "slot"  # local: chunks that were pulled
 STAGE = "stage"  # local: partial results on their way out
 RECEIVE = "receive"  # a window: partial results from all sources
@@ -97,119 +77,109 @@ def receive_part(world: int, owner: int, source: int, set_: int) -> int:
     return set_ * (world - 1) + (owner - source) % world - 1
 
 
-class _Builder:
-    """Steps in the order in which a host enqueues them."""
-
-    def __init__(self, world: int, rank: int) -> None:
-        self.world, self.rank = world, rank
-        self.peers = [(rank + hop) % world for hop in range(1, world)]
-        self.steps: list[Step] = []
-        self._events = 0
-        self._forked: dict[str, int] = {}
-        self._begin = self.record(COMPUTE)
-
-    def record(self, stream: str) -> int:
-        """An event behind everything that the stream has so far."""
-        event, self._events = self._events, self._events + 1
-        self.steps.append(Step(Kind.RECORD, event=event, stream=stream))
-        return event
-
-    def depend(self, stream: str, *events: int | None) -> None:
-        for event in events:
-            if event is not None:
-                self.steps.append(Step(Kind.DEPEND, event=event, stream=stream))
-
-    def add(self, stream: str, step: Step) -> None:
-        if stream != COMPUTE and stream not in self._forked:
-            self._forked[stream] = self._begin
-            self.depend(stream, self._begin)
-        self.steps.append(step)
-
-    def join(self) -> None:
-        """Everything happens before what the caller's stream does next: buffers may then be freed and used again."""
-        for stream in self._forked:
-            self.depend(COMPUTE, self.record(stream))
-
-    # ---- steps with a word -------------------------------------------------------------------------------------------
-
-    def wait(self, stream: str, word: Word, value: int, *, peer: int, piece: int = 0, inside: bool = False) -> None:
-        self.add(stream, Step(Kind.WAIT, None, peer, piece, word, value, stream=stream, inside=inside))
-
-    def signal(self, stream: str, word: Word, value: int, *, peer: int, piece: int = 0, inside: bool = False) -> None:
-        kind = Kind.SIGNAL if word.is_ready else Kind.RELEASE
-        self.add(stream, Step(kind, None, peer, piece, word, value, stream=stream, inside=inside))
-
-
-class _Gather(_Builder):
+class _Gather(Builder):
     """Pulls; also the part of a combined program that scatters in between."""
 
     def begin_gather(self, order: ChunkOrder, pieces: int, slots: int, *, published: bool, words: bool = False) -> None:
-        """Publishes and starts the first fetches; with ``words`` an arrival is a local word instead of an event."""
+        """Publishes; with ``words`` an arrival is a local word instead of an event."""
         sources = [source for source in chunk_order(self.world, self.rank, order) if source != self.rank]
         self._order = order
         self._fetches = [(source, piece) for source in sources for piece in range(pieces)]
         self._slots = min(slots, len(self._fetches))
         self._pieces = pieces
         self._words = words
+        self._arrived: list[int] = []
         self._fetched: list[int] = []
+        self._newest_fetch: dict[str, int] = {}
         self._consumed: list[int | None] = []
-        if not published:
-            self.publish(pieces)
-            if words:
-                # A copy within a device may be a kernel, for which one that spins leaves no room: it goes first.
-                self.depend(COMPUTE, self.record(PUBLISH_STREAM))
-        for _ in range(self._slots):
-            self._fetch()
+        self._to_publish = [] if published else self._publication(SHARD, pieces)
 
-    def publish(self, pieces: int) -> None:
+    def _publication(self, buffer: str, pieces: int) -> list[tuple[Step, int]]:
+        """Copies of a shard into its window, each with the value of the signal behind it."""
         for peer in self.peers:
-            self.wait(FETCH_WAITS, Word(self.rank, SHARD, 0, peer), PREVIOUS_USE, peer=peer)
-        free = self.record(FETCH_WAITS)
-        ready = Word(self.rank, SHARD, 0, self.rank)
-        for piece in range(pieces):
-            window = (Region(self.rank, SHARD, piece),)
-            step = Step(Kind.COPY, Task.PUBLISH, self.rank, piece, writes=window, stream=PUBLISH_STREAM)
-            if piece == 0:
-                self.depend(PUBLISH_STREAM, free)
-            self.add(PUBLISH_STREAM, step)
-            self.depend(FETCH_SIGNALS, self.record(PUBLISH_STREAM))
-            self.signal(FETCH_SIGNALS, ready, _value(piece, pieces), peer=self.rank, piece=piece)
+            self.wait(LOCAL, Word(self.rank, buffer, 0, peer), PREVIOUS_USE, peer=peer)
+        windows = [(Region(self.rank, buffer, piece),) for piece in range(pieces)]
+        return [
+            (Step(Kind.COPY, Task.PUBLISH, self.rank, piece, writes=window, stream=LOCAL), _value(piece, pieces))
+            for piece, window in enumerate(windows)
+        ]
+
+    def _publish(self, step: Step, value: int) -> None:
+        self.add(LOCAL, step)
+        ready = Word(self.rank, step.writes[0].buffer, 0, self.rank)
+        self.signal(LOCAL, ready, value, peer=self.rank, piece=step.piece)
+
+    def publish_and_fetch(self) -> None:
+        """The own pieces, and the others' into all slots, piece by piece in step with the peers."""
+        for index in range(max(len(self._to_publish), self._slots)):
+            if index < len(self._to_publish):
+                self._publish(*self._to_publish[index])
+            if index < self._slots:
+                self._await()
+                self._fetch()
+        if self._words and self._to_publish:
+            # A copy within a device may be a kernel, for which one that spins leaves no room: it goes first.
+            self.depend(COMPUTE, self.record(LOCAL))
+
+    def publish(self) -> None:
+        """The own pieces alone."""
+        for step, value in self._to_publish:
+            self._publish(step, value)
+
+    def _await(self) -> None:
+        """The next piece is there."""
+        source, piece = self._fetches[len(self._arrived)]
+        self.wait(WAITS, Word(source, SHARD, 0, source), piece + 1, peer=source, piece=piece)
+        self._arrived.append(self.record(WAITS))
 
     def _fetch(self) -> None:
         """The next piece into the next slot."""
-        index = len(self._fetched)
-        stream = FETCH_STREAMS[index % len(FETCH_STREAMS)]
+        index, stream = len(self._fetched), self.copy_stream()
         source, piece = self._fetches[index]
-        self.wait(FETCH_WAITS, Word(source, SHARD, 0, source), piece + 1, peer=source, piece=piece)
-        arrived = self.record(FETCH_WAITS)
         free = self._consumed[index - self._slots] if index >= self._slots else None
-        self.depend(stream, arrived, free)
+        self.depend(stream, self._arrived[index], free)
         window, slot = Region(source, SHARD, piece), Region(self.rank, SLOT, index % self._slots)
         self.add(stream, Step(Kind.COPY, Task.FETCH, source, piece, reads=(window,), writes=(slot,), stream=stream))
         self._fetched.append(self.record(stream))
-        last = piece == self._pieces - 1
-        if not (last or self._words):
-            return
-        # The last copy of each stream: those before are done then, too.
-        self.depend(FETCH_SIGNALS, *self._fetched[-len(FETCH_STREAMS) :])
+        self._newest_fetch[stream] = self._fetched[-1]
         if self._words:
-            visit = index // self._pieces
-            here = Word(self.rank, SLOT, visit, self.rank)
-            self.signal(FETCH_SIGNALS, here, piece + 1, peer=source, piece=piece)
-        if last:
-            # One release for the whole chunk: the owner overwrites it at once or not at all.
-            self.signal(FETCH_SIGNALS, Word(source, SHARD, 0, self.rank), FINAL, peer=source, piece=piece)
+            self.depend(SIGNALS, self._fetched[-1])
+            here = Word(self.rank, SLOT, index // self._pieces, self.rank)
+            self.signal(SIGNALS, here, piece + 1, peer=source, piece=piece, to_peers=False)
 
-    def finish_gather(self) -> None:
-        """Consumes in order; each consumed piece makes room for a fetch."""
+    def finish_gather(self, ahead: int = 0, *, whole: bool = False) -> None:
+        """Consumes in order; each consumed piece makes room for a fetch.
+
+        Args:
+            ahead: pieces of another shard, published as soon as no fetch is left whose wait would come behind it.
+            whole: nothing is consumed before all has been fetched.
+        """
+        if whole:
+            self.depend(COMPUTE, self.record(SIGNALS))
         visits = iter(range(len(self._fetches)))
+        fetching = True
         for source in chunk_order(self.world, self.rank, self._order):
-            if source == self.rank:
-                # Read where the caller has it: whole, and without waiting for anything.
-                self.add(COMPUTE, Step(Kind.COMPUTE, Task.CONSUME, source, -1, inside=self._words))
-                continue
-            for _ in range(self._pieces):
-                self._consume(next(visits))
+            for _ in range(1 if source == self.rank else self._pieces):
+                if fetching and len(self._fetched) == len(self._fetches) and not self._words:
+                    self._end_fetches(ahead)
+                    fetching = False
+                if source == self.rank:
+                    # Read where the caller has it: whole, and without waiting for anything.
+                    self.add(COMPUTE, Step(Kind.COMPUTE, Task.CONSUME, source, -1, inside=self._words))
+                else:
+                    self._consume(next(visits))
+        if fetching:
+            self._end_fetches(ahead)
+
+    def _end_fetches(self, ahead: int) -> None:
+        if ahead:
+            for step, value in self._publication(AHEAD, ahead):
+                self._publish(step, value)
+        # The last copy of each stream: those before are done then, too.
+        self.depend(SIGNALS, *self._newest_fetch.values())
+        for source in dict.fromkeys(source for source, _ in self._fetches):
+            word = Word(source, SHARD, 0, self.rank)
+            self.signal(SIGNALS, word, FINAL, peer=source, piece=self._pieces - 1)
 
     def _consume(self, index: int) -> None:
         source, piece = self._fetches[index]
@@ -224,41 +194,65 @@ class _Gather(_Builder):
         more = len(self._fetched) < len(self._fetches)
         self._consumed.append(self.record(COMPUTE) if more else None)
         if more:
+            self._await()
             self._fetch()
 
 
 class _Both(_Gather):
     """Gathers, scatters, or gathers while it scatters."""
 
-    def scatter(self, pieces: int) -> None:
+    def begin_scatter(self) -> None:
+        """Waits for the previous use of the receive windows, ahead of everything that this call signals."""
+        self._free = self._credits(0)
+
+    def _credits(self, piece: int) -> int:
+        """Room for a piece in all owners' windows."""
+        value = piece - RECEIVE_SETS + 1 if piece >= RECEIVE_SETS else PREVIOUS_USE
+        for target in self.peers:
+            self.wait(WAITS, Word(target, RECEIVE, 0, target), value, peer=target, piece=piece)
+        return self.record(WAITS)
+
+    def scatter(self, pieces: int, *, fetches: bool = False) -> None:
         """Pieces outside, targets inside: a piece is complete at its owner early, and buffers are pieces, not chunks.
 
         The own part of a piece comes last, so that the others' are on their way meanwhile.
+
+        With ``fetches`` slots are filled during the last piece: in one stream what is fetched, in the other what is
+        pushed, for a link carries both ways at once, and no push is behind a peer that has not published.
         """
         pushed: list[int] = []
+        free = self._free
         for piece in range(pieces):
-            value = piece - RECEIVE_SETS + 1 if piece >= RECEIVE_SETS else PREVIOUS_USE
+            # Ahead of this piece's signals, which it would come after.
+            later = piece + 1
+            free_later = self._credits(later) if RECEIVE_SETS <= later < pieces else free
+            filling = self._slots if fetches and later == pieces else 0
+            for _ in range(filling):
+                self._await()
             for target in self.peers:
-                credit = Word(target, RECEIVE, 0, target)
-                self.wait(PUSH_CREDITS, credit, value, peer=target, piece=piece)
-            free = self.record(PUSH_CREDITS)
-            for target in self.peers:
-                index = len(pushed)
-                stream = PUSH_STREAMS[index % len(PUSH_STREAMS)]
-                stage = (Region(self.rank, STAGE, index % STAGES),)
-                self.depend(COMPUTE, pushed[index - STAGES] if index >= STAGES else None)
-                self.add(COMPUTE, Step(Kind.COMPUTE, Task.PRODUCE, target, piece, writes=stage))
-                produced = self.record(COMPUTE)
-                self.depend(stream, produced, free)
-                slot = Region(target, RECEIVE, receive_part(self.world, target, self.rank, piece % RECEIVE_SETS))
-                step = Step(Kind.COPY, Task.PUSH, target, piece, reads=stage, writes=(slot,), stream=stream)
-                self.add(stream, step)
-                pushed.append(self.record(stream))
-                self.depend(PUSH_SIGNALS, pushed[-1])
-                arrived = Word(target, RECEIVE, 0, self.rank)
-                self.signal(PUSH_SIGNALS, arrived, _value(piece, pieces), peer=target, piece=piece)
+                self._push(target, piece, pieces, pushed, free)
+                if filling:
+                    self._fetch()
+                    filling -= 1
+            for _ in range(filling):
+                self._fetch()
             self.add(COMPUTE, self._own(piece))
             self._sum(piece, pieces, RECEIVE_SETS)
+            free = free_later
+
+    def _push(self, target: int, piece: int, pieces: int, pushed: list[int], free: int) -> None:
+        """Produces a partial result and sends it to its owner."""
+        index, stream = len(pushed), self.copy_stream()
+        stage = (Region(self.rank, STAGE, index % STAGES),)
+        self.depend(COMPUTE, pushed[index - STAGES] if index >= STAGES else None)
+        self.add(COMPUTE, Step(Kind.COMPUTE, Task.PRODUCE, target, piece, writes=stage))
+        self.depend(stream, self.record(COMPUTE), free)
+        slot = Region(target, RECEIVE, receive_part(self.world, target, self.rank, piece % RECEIVE_SETS))
+        self.add(stream, Step(Kind.COPY, Task.PUSH, target, piece, reads=stage, writes=(slot,), stream=stream))
+        pushed.append(self.record(stream))
+        self.depend(SIGNALS, pushed[-1])
+        arrived = Word(target, RECEIVE, 0, self.rank)
+        self.signal(SIGNALS, arrived, _value(piece, pieces), peer=target, piece=piece)
 
     def scatter_tiles(self) -> None:
         """The same by one kernel: it stores straight into the owners' receive slots and signals by itself."""
@@ -279,15 +273,15 @@ class _Both(_Gather):
         received = []
         for source in reversed(self.peers):  # in the order in which they send: rank - 1 first
             arrived = Word(self.rank, RECEIVE, 0, source)
-            self.wait(ADD_STREAM, arrived, piece + 1, peer=source, piece=piece)
+            self.wait(LOCAL, arrived, piece + 1, peer=source, piece=piece)
             part = receive_part(self.world, self.rank, source, piece % sets)
             received.append(Region(self.rank, RECEIVE, part))
-        self.depend(ADD_STREAM, own)
+        self.depend(LOCAL, own)
         out = (Region(self.rank, OUT, piece),)
-        step = Step(Kind.COMPUTE, Task.ADD, self.rank, piece, reads=(*received, *out), writes=out, stream=ADD_STREAM)
-        self.add(ADD_STREAM, step)
+        step = Step(Kind.COMPUTE, Task.ADD, self.rank, piece, reads=(*received, *out), writes=out, stream=LOCAL)
+        self.add(LOCAL, step)
         credit = Word(self.rank, RECEIVE, 0, self.rank)
-        self.signal(ADD_STREAM, credit, _value(piece, pieces), peer=self.rank, piece=piece)
+        self.signal(LOCAL, credit, _value(piece, pieces), peer=self.rank, piece=piece)
 
 
 def _value(piece: int, pieces: int) -> int:
@@ -302,7 +296,7 @@ def _check(world: int, rank: int, *counts: int) -> None:
         raise ValueError(f"schedule: expected from 1 to {MAX_PIECES} pieces and slots, got {counts}")
 
 
-def _made(builder: _Builder) -> Schedule:
+def _made(builder: Builder) -> Schedule:
     builder.join()
     return Schedule(tuple(builder.steps), {}, {})
 
@@ -323,14 +317,14 @@ def device_schedule(
     """Steps of ``rank`` for ``program``, in the order in which a host enqueues them.
 
     Args:
-        program: what is communicated; ``gather+scatter`` publishes and fills its slots first, then scatters, then
+        program: what is communicated; ``gather+scatter`` publishes first, then scatters and fills its slots, then
             consumes.
         world, rank: the ranks, and which one this is.
         order: order in which chunks are consumed.
         gather_pieces, scatter_pieces: pieces into which a chunk is cut.
         slots: local slots for pieces that were pulled.
         published: the shard lies in the window already: an earlier call sent it ahead.
-        ahead: pieces of a shard that is sent ahead, for a later call; its window is named ``"ahead"``.
+        ahead: pieces of a shard that a gather sends ahead, for a later call; its window is named ``"ahead"``.
 
     Raises:
         ValueError: fewer than two ranks, a rank or a number of pieces out of range, or an unknown program.
@@ -341,43 +335,46 @@ def device_schedule(
     scatters = program in ("scatter", "gather+scatter")
     if not (gathers or scatters):
         raise ValueError(f'program: expected "gather", "scatter" or "gather+scatter", got {program!r}')
+    if scatters:
+        builder.begin_scatter()
     if gathers:
         builder.begin_gather(order, gather_pieces, slots, published=published)
-    if ahead:
-        start = len(builder.steps)
-        builder.publish(ahead)
-        builder.steps[start:] = [_renamed(step) for step in builder.steps[start:]]
-    if scatters:
+    if gathers and scatters:
+        builder.publish()
+        builder.scatter(scatter_pieces, fetches=True)
+    elif gathers:
+        builder.publish_and_fetch()
+    else:
         builder.scatter(scatter_pieces)
     if gathers:
-        builder.finish_gather()
+        builder.finish_gather(ahead)
     return _made(builder)
-
-
-AHEAD = "ahead"
-
-
-def _renamed(step: Step) -> Step:
-    """The publication of a shard that is sent ahead goes to a window of its own."""
-    word = step.word._replace(buffer=AHEAD) if step.word is not None else None
-    writes = tuple(region._replace(buffer=AHEAD) for region in step.writes)
-    return dataclasses.replace(step, word=word, writes=writes)
 
 
 @functools.lru_cache(maxsize=1024)
 def tile_schedule(
-    program: Program, world: int, rank: int, *, order: ChunkOrder = "ring", gather_pieces: int = 1
+    program: Program,
+    world: int,
+    rank: int,
+    *,
+    order: ChunkOrder = "ring",
+    gather_pieces: int = 1,
+    captured: bool = False,
 ) -> Schedule:
     """Like :func:`device_schedule` for one kernel whose tiles wait and signal; its steps are marked ``inside``.
 
     Every chunk has a slot, every source a whole chunk of the receive window: memory that the caller bounds.
+
+    ``captured``: the steps become a graph.  A replay may run a kernel to its end before copies that no edge orders, so
+    a kernel that gathers then begins when everything is there.
     """
     _check(world, rank, gather_pieces)
     builder = _Both(world, rank)
     if program == "gather":
         slots = (world - 1) * gather_pieces
         builder.begin_gather(order, gather_pieces, slots, published=False, words=True)
-        builder.finish_gather()
+        builder.publish_and_fetch()
+        builder.finish_gather(whole=captured)
     elif program == "scatter":
         builder.scatter_tiles()
     else:
@@ -388,7 +385,7 @@ def tile_schedule(
 @functools.lru_cache(maxsize=64)
 def drop_schedule(world: int, rank: int) -> Schedule:
     """Ends the use of a shard that was sent ahead and that nobody will read."""
-    builder = _Builder(world, rank)
+    builder = Builder(world, rank)
     for source in builder.peers:
         builder.signal(COMPUTE, Word(source, SHARD, 0, rank), FINAL, peer=source)
     return _made(builder)

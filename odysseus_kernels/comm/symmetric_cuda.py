@@ -26,6 +26,7 @@ from ..config import shared_memory_directory
 from ..errors import CapacityWarning, CommunicationError, FallbackWarning
 from .device_call import WarmUpNeededError
 from .device_schedule import COMPUTE, RECEIVE, STREAMS
+from .device_streams import check_queues
 from .ledger import Ledger
 from .lowering import WINDOWS, WORDS, Operations, word_index
 from .mismatch import short_text
@@ -351,6 +352,7 @@ def connect(
     Raises:
         OSError: some rank cannot; the message names it and says why.
     """
+    check_queues()
     rank, world = group.rank(), group.size()
     host: Any = None
     answer: dict[str, str]

@@ -199,7 +199,8 @@ class SymmetricDeviceTransport(Transport):
             self._forget(set(grown))
         windows = {name: lease.window for name, lease in leases.items()}
         scratch.windows = windows
-        key = (call.name, call.program, tiles, whole, scratch.blocks, tuple(windows.items()), taken is not None)
+        kind = (tiles, tiles and self._device.capturing())
+        key = (call.name, call.program, kind, whole, scratch.blocks, tuple(windows.items()), taken is not None)
         plan = self._plans.get(key)
         if plan is None:
             schedule = self._schedule(call, scratch, published=taken is not None)
@@ -219,7 +220,8 @@ class SymmetricDeviceTransport(Transport):
         shard, out, ahead = scratch.blocks
         gather_pieces = shard.pieces if shard else 1
         if call.config.mode == "tiles":
-            return tile_schedule(call.program, self.world, self.rank, gather_pieces=gather_pieces)
+            captured = self._device.capturing()
+            return tile_schedule(call.program, self.world, self.rank, gather_pieces=gather_pieces, captured=captured)
         slots = gather_pieces * (self.world - 1 if scratch.whole is not None else _CHUNKS)
         return device_schedule(
             call.program,

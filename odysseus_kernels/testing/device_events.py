@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from ..comm.device_schedule import (
@@ -19,6 +19,7 @@ from ..comm.device_schedule import (
     RECEIVE,
     SLOT,
     STAGE,
+    STREAMS,
     device_schedule,
     drop_schedule,
     tile_schedule,
@@ -26,7 +27,7 @@ from ..comm.device_schedule import (
 from ..comm.schedule import SHARD, ChunkOrder, Program, Region, Schedule, Step
 from .happens_before import Access, Event, SharedWord
 
-__all__ = ["DeviceCall", "bind_device", "by_stream", "collapsed"]
+__all__ = ["DeviceCall", "bind_device", "by_stream", "collapsed", "shared"]
 
 _LOCAL = {SLOT: -1, STAGE: -2, OUT: -3}
 # Windows for shards and windows for partial results are different ones, and so are their words.
@@ -44,6 +45,7 @@ class DeviceCall:
         windows: index of the window of each buffer that the call uses.
         published: the shard was sent ahead by an earlier call, into this window.
         ahead: pieces of a shard that this call sends ahead.
+        captured: the call is captured into a graph.
     """
 
     program: Program
@@ -55,13 +57,21 @@ class DeviceCall:
     order: ChunkOrder = "ring"
     published: bool = False
     ahead: int = 0
+    captured: bool = False
 
     def schedule(self, world: int, rank: int) -> Schedule:
         """The steps of one rank."""
         if self.kind == "drop":
             return drop_schedule(world, rank)
         if self.kind == "tiles":
-            return tile_schedule(self.program, world, rank, order=self.order, gather_pieces=self.gather_pieces)
+            return tile_schedule(
+                self.program,
+                world,
+                rank,
+                order=self.order,
+                gather_pieces=self.gather_pieces,
+                captured=self.captured,
+            )
         return device_schedule(
             self.program,
             world,
@@ -175,4 +185,13 @@ def by_stream(events: Sequence[Sequence[Event]]) -> list[list[Event]]:
 
 def collapsed(events: Sequence[Sequence[Event]]) -> list[list[Event]]:
     """All streams of a rank as one, in the order of enqueueing: what a device with a single hardware queue does."""
-    return [[dataclasses.replace(event, stream=COMPUTE) for event in rank] for rank in events]
+    return shared(events, dict.fromkeys(STREAMS, COMPUTE))
+
+
+def shared(events: Sequence[Sequence[Event]], queues: Mapping[str, str]) -> list[list[Event]]:
+    """Steps in hardware queues: ``queues`` names that of each stream; what is in one runs in the order of enqueueing.
+
+    Whatever the queues, their order is a part of that of a single one.  So where :func:`collapsed` is free of
+    deadlocks, every sharing is.
+    """
+    return [[dataclasses.replace(event, stream=queues[event.stream]) for event in rank] for rank in events]

@@ -25,6 +25,7 @@ from odysseus_kernels.comm.device_schedule import (
 from odysseus_kernels.comm.schedule import SHARD, Kind, Step, Task
 from odysseus_kernels.testing.device_events import DeviceCall, bind_device, by_stream, collapsed
 from odysseus_kernels.testing.happens_before import ScheduleError, interleave, prove
+from odysseus_kernels.testing.replays import prove_replays, replayed
 
 # Program of each operator: (forward, backward); a backward with the gathered input kept only scatters.
 OPERATORS = {
@@ -50,6 +51,9 @@ def test_operator_is_free_of_races_and_deadlocks(operator: str, order: Any, worl
         ]
         events = bind_device(world, calls)
         assert prove(events) > 0
+        assert prove_replays(events) > 0
+        # One hardware queue; as any sharing has a part of its order, none of them can hang.
+        assert prove_replays(collapsed(events)) > 0
         interleave(by_stream(events), world)
 
 
@@ -61,6 +65,9 @@ def test_tile_kernels_are_free_of_races_and_deadlocks(program: Any, world: int) 
     assert prove(events) > 0
     prove(collapsed(events))
     interleave(by_stream(events), 0)
+    captured = bind_device(world, [dataclasses.replace(call, captured=True) for call in calls])
+    prove(captured)
+    assert prove_replays(captured) > 0
 
 
 CALLS = st.builds(
@@ -84,10 +91,13 @@ TILE_CALLS = st.builds(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(world=st.integers(2, 5), calls=st.lists(CALLS | TILE_CALLS, min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_any_sequence_of_calls_with_any_number_of_hardware_queues(world: int, calls: Any, seed: int) -> None:
-    events = bind_device(world, calls)
+    events = bind_device(world, [dataclasses.replace(call, captured=True) for call in calls])
     prove(events)
     prove(collapsed(events))
+    prove_replays(events)
     interleave(by_stream(events), seed)
+    interleave([replayed(rank, seed) for rank in events], seed)
+    interleave([replayed(rank, seed, fair=True) for rank in events], seed)
 
 
 @pytest.mark.parametrize("world", (2, 3, 8))
@@ -102,8 +112,10 @@ def test_a_shard_sent_ahead_is_used_by_the_next_call_or_dropped(world: int) -> N
     events = bind_device(world, calls)
     prove(events)
     prove(collapsed(events))
+    prove_replays(events)
     for seed in range(5):
         interleave(by_stream(events), seed)
+        interleave([replayed(rank, seed) for rank in events], seed)
     # Without the drop the window's next use is taken for the old one.
     with pytest.raises(ScheduleError, match="does not grow"):
         prove(bind_device(world, [*calls[:2], *calls[3:]]))
@@ -169,20 +181,20 @@ def one_part(buffer: str) -> Edit:
     (
         pytest.param("gather", without(waits_for(SHARD, False)), "not ordered", id="fetch without waiting"),
         pytest.param("gather", without(waits_for(SHARD, True)), "not ordered", id="window overwritten too early"),
-        pytest.param("gather", depends("fetch ", COMPUTE), "not ordered", id="slot credit dropped"),
-        pytest.param("gather", depends(COMPUTE, "fetch "), "not ordered", id="product does not wait for its chunk"),
-        pytest.param("gather", depends("fetch signals", "fetch "), "not ordered", id="signal before the copy is done"),
-        pytest.param("gather", depends("fetch signals", "fetch 0"), "not ordered", id="one of two copies not awaited"),
+        pytest.param("gather", depends("copy", COMPUTE), "not ordered", id="slot credit dropped"),
+        pytest.param("gather", depends(COMPUTE, "copy"), "not ordered", id="product does not wait for its chunk"),
+        pytest.param("gather", depends("signals", "copy"), "not ordered", id="signal before the copy is done"),
+        pytest.param("gather", depends("signals", "copy 0"), "not ordered", id="one of two copies not awaited"),
         pytest.param("gather", without(lambda s: s.kind is Kind.RELEASE), "no signal", id="chunk never released"),
         pytest.param("gather", one_part(SLOT), "not ordered", id="one slot for two in flight"),
         pytest.param("scatter", without(waits_for(RECEIVE, False)), "not ordered", id="sum without waiting"),
-        pytest.param("scatter", depends("push ", "push credits"), "not ordered", id="push without a credit"),
-        pytest.param("scatter", depends("push ", COMPUTE), "not ordered", id="push before the product"),
-        pytest.param("scatter", depends(COMPUTE, "push "), "not ordered", id="stage overwritten in flight"),
-        pytest.param("scatter", depends("add", COMPUTE), "not ordered", id="sum without the own part"),
+        pytest.param("scatter", depends("copy", "waits"), "not ordered", id="push without a credit"),
+        pytest.param("scatter", depends("copy", COMPUTE), "not ordered", id="push before the product"),
+        pytest.param("scatter", depends(COMPUTE, "copy"), "not ordered", id="stage overwritten in flight"),
+        pytest.param("scatter", depends("local", COMPUTE), "not ordered", id="sum without the own part"),
         pytest.param("scatter", one_part(STAGE), "not ordered", id="one stage for two in flight"),
         pytest.param("scatter", swap(lambda s: s.task is Task.ADD), "not ordered", id="credit before the sum"),
-        pytest.param("scatter", depends(COMPUTE, "add"), "not ordered", id="call ends before its sums"),
+        pytest.param("scatter", depends(COMPUTE, "local"), "not ordered", id="call ends before its sums"),
     ),
 )
 def test_broken_schedules_are_caught(world: int, program: Any, edit: Edit, found: str) -> None:
@@ -219,7 +231,7 @@ def test_one_queue_needs_the_order_of_enqueueing() -> None:
 
     def sums_first(steps: list[Step], rank: int) -> list[Step]:
         begin = steps[0]
-        credits = [s for s in steps if s.stream == "add" and s.kind is Kind.WAIT]
+        credits = [s for s in steps if s.stream == "local" and s.kind is Kind.WAIT]
         return [begin, *credits, *(s for s in steps[1:] if s not in credits)]
 
     events = bind_device(3, [DeviceCall("scatter")], sums_first)
