@@ -14,8 +14,10 @@ mypy
 
 # Long tests that start no ranks run beside all others: those leave one core idle half of the time.
 without_ranks=(
+  tests/comm/test_device_replays.py
   tests/comm/test_device_schedule.py
   tests/comm/test_schedule.py
+  tests/comm/test_simulated_replays.py
   tests/comm/test_symmetric_device.py
   tests/kernels/test_compiled.py
   tests/kernels/test_interpreted.py

@@ -147,14 +147,14 @@ class _Gather(Builder):
             here = Word(self.rank, SLOT, index // self._pieces, self.rank)
             self.signal(SIGNALS, here, piece + 1, peer=source, piece=piece, to_peers=False)
 
-    def finish_gather(self, ahead: int = 0, *, whole: bool = False) -> None:
+    def finish_gather(self, ahead: int = 0, *, after_fetches: bool = False) -> None:
         """Consumes in order; each consumed piece makes room for a fetch.
 
         Args:
             ahead: pieces of another shard, published as soon as no fetch is left whose wait would come behind it.
-            whole: nothing is consumed before all has been fetched.
+            after_fetches: nothing is consumed before everything was fetched.
         """
-        if whole:
+        if after_fetches:
             self.depend(COMPUTE, self.record(SIGNALS))
         visits = iter(range(len(self._fetches)))
         fetching = True
@@ -374,7 +374,7 @@ def tile_schedule(
         slots = (world - 1) * gather_pieces
         builder.begin_gather(order, gather_pieces, slots, published=False, words=True)
         builder.publish_and_fetch()
-        builder.finish_gather(whole=captured)
+        builder.finish_gather(after_fetches=captured)
     elif program == "scatter":
         builder.scatter_tiles()
     else:

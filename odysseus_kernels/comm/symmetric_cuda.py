@@ -352,7 +352,6 @@ def connect(
     Raises:
         OSError: some rank cannot; the message names it and says why.
     """
-    check_queues()
     rank, world = group.rank(), group.size()
     host: Any = None
     answer: dict[str, str]
@@ -384,5 +383,6 @@ def connect(
                 host.close()
             raise OSError(f"rank {other}: {text}")
     assert memory is not None
+    check_queues()
     cuda = CudaDevice(device, rank, world, memory, Ledger(host, rank, world))
     return SymmetricDeviceTransport(cuda, rank, world)

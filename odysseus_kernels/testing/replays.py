@@ -13,28 +13,41 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 from ..comm.schedule import Kind
 from .happens_before import Event, ScheduleError, SharedWord
 
-__all__ = ["prove_replays", "replayed"]
+__all__ = ["Node", "edges", "one_at_a_time", "prove_replays", "replayed"]
+
+
+Node = tuple[Hashable, Hashable | None, Hashable | None]  # a node's stream, what it records, what it depends on
+
+
+def edges(nodes: Sequence[Node]) -> list[list[int]]:
+    """Successors of each node of a graph: the next of its stream, and what depends on what it records."""
+    successors: list[list[int]] = [[] for _ in nodes]
+    last: dict[Hashable, int] = {}
+    recorded: dict[Hashable, int] = {}
+    for index, (stream, records, depends) in enumerate(nodes):
+        if stream in last:
+            successors[last[stream]].append(index)
+        last[stream] = index
+        if records is not None:
+            recorded[records] = index
+        if depends is not None:
+            successors[recorded[depends]].append(index)
+    return successors
 
 
 def _edges(events: Sequence[Event]) -> list[list[int]]:
-    """Successors of each of one rank's events: the next of its stream, and what depends on what it records."""
-    successors: list[list[int]] = [[] for _ in events]
-    last: dict[str, int] = {}
-    recorded: dict[tuple[int, int], int] = {}
-    for index, event in enumerate(events):
-        if event.stream in last:
-            successors[last[event.stream]].append(index)
-        last[event.stream] = index
-        if event.event is not None and event.kind is Kind.RECORD:
-            recorded[event.event] = index
-        elif event.event is not None and event.kind is Kind.DEPEND:
-            successors[recorded[event.event]].append(index)
-    return successors
+    return edges(
+        [
+            (e.stream, e.event if e.kind is Kind.RECORD else None, e.event if e.kind is Kind.DEPEND else None)
+            for e in events
+        ]
+    )
 
 
 def _before_signals(events: Sequence[Event]) -> dict[int, int]:
@@ -112,21 +125,29 @@ def replayed(events: Sequence[Event], seed: int, *, fair: bool = False) -> list[
     """
     choose = random.Random(seed)
     successors = _edges(events)
-    missing = [0] * len(events)
-    for following in successors:
-        for index in following:
-            missing[index] += 1
     # What leads to a wait before what leads to a signal.
     urgent = [event.kind is Kind.WAIT for event in events]
     for index in range(len(events) - 1, -1, -1):
         urgent[index] = urgent[index] or any(urgent[successor] for successor in successors[index])
+
+    def first(index: int) -> tuple[int, float]:
+        return (0 if fair else 2 * events[index].signals + (not urgent[index]), choose.random())
+
+    return [events[index] for index in one_at_a_time(successors, first)]
+
+
+def one_at_a_time(successors: Sequence[Sequence[int]], first: Callable[[int], Any]) -> list[int]:
+    """An order of a graph's nodes that its edges allow; of nodes that may be next, the one with the least ``first``."""
+    missing = [0] * len(successors)
+    for following in successors:
+        for index in following:
+            missing[index] += 1
     ready = [index for index, count in enumerate(missing) if count == 0]
-    order: list[Event] = []
+    order: list[int] = []
     while ready:
-        ranked = [(fair or 2 * events[i].signals + (not urgent[i]), choose.random(), i) for i in ready]
-        index = min(ranked)[2]
+        index = min(ready, key=first)
         ready.remove(index)
-        order.append(events[index])
+        order.append(index)
         for successor in successors[index]:
             missing[successor] -= 1
             if missing[successor] == 0:

@@ -22,6 +22,7 @@ from ..comm.device_schedule import COMPUTE, EPOCH, STREAMS
 from ..comm.lowering import WINDOWS, WORDS, Address, word_index
 from ..comm.transport import Call
 from ..errors import CommunicationError, SignalTimeoutError
+from .replays import Node, edges, one_at_a_time
 
 __all__ = ["SimulatedDevice", "SimulatedMachine"]
 
@@ -45,6 +46,7 @@ class _Item:
     after: _Event | None = None  # waited for by this item
     gives_up: Callable[[], None] | None = None  # of a wait
     label: str = ""
+    hangs: bool = False
 
 
 class SimulatedMachine:
@@ -85,8 +87,12 @@ class SimulatedMachine:
     def capturing(self) -> bool:
         return self._captured is not None
 
-    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """What ``enqueue`` queues, as a graph; calling the result queues it again."""
+    def capture(self, enqueue: Callable[[], None]) -> Callable[..., None]:
+        """What ``enqueue`` queues, as a graph; calling the result queues it again.
+
+        With ``reverse=True`` each rank's graph runs one node at a time, the one that was captured last first: an order
+        that its edges allow.
+        """
         self._captured = []
         try:
             enqueue()
@@ -94,17 +100,22 @@ class SimulatedMachine:
         finally:
             self._captured = None
 
-        def replay() -> None:
+        def replay(*, reverse: bool = False) -> None:
             events: dict[int, _Event] = {}
 
             def renewed(event: _Event | None) -> _Event | None:
                 return None if event is None else events.setdefault(id(event), _Event())
 
-            for rank, stream, item in graph:
+            for rank, stream, item in _reversed_branches(graph) if reverse else graph:
                 again = dataclasses.replace(item, event=renewed(item.event), after=renewed(item.after))
                 self.enqueue(rank, stream, again)
 
         return replay
+
+    def hang(self, rank: int, stream: str) -> None:
+        """The next copy of a stream never ends."""
+        queue = self._queues[rank, STREAMS.index(stream)]
+        next(item for item in queue if item.label.startswith("copy")).hangs = True
 
     def run(self, seed: int, *, give_up: bool = False) -> None:
         """Empties all queues in a random order.
@@ -112,12 +123,17 @@ class SimulatedMachine:
         Args:
             seed: of the order.
             give_up: when nothing can go on, waits give up as after ``timeout_s``; else that is an AssertionError.
+                What is left then stands behind something that never ends, and is dropped.
         """
         choose = random.Random(seed)
         while any(self._queues.values()):
             able = [queue for queue in self._queues.values() if queue and self._able(queue[0])]
             if not able:
-                stuck = [queue[0] for queue in self._queues.values() if queue and queue[0].gives_up is not None]
+                heads = [queue[0] for queue in self._queues.values() if queue]
+                stuck = [item for item in heads if item.gives_up is not None]
+                if give_up and not stuck and any(item.hangs for item in heads):
+                    self._queues.clear()
+                    break
                 assert give_up and stuck, f"deadlock: {[q[0].label for q in self._queues.values() if q]}"
                 for item in stuck:
                     assert item.gives_up is not None
@@ -137,7 +153,14 @@ class SimulatedMachine:
 
     @staticmethod
     def _able(item: _Item) -> bool:
-        return (item.after is None or item.after.done) and item.ready()
+        return not item.hangs and (item.after is None or item.after.done) and item.ready()
+
+
+def _reversed_branches(graph: Sequence[tuple[int, int, _Item]]) -> list[tuple[int, int, _Item]]:
+    """All nodes of each rank in one stream, in the order of their edges alone, what was captured last first."""
+    nodes: list[Node] = [((rank, stream), item.event, item.after) for rank, stream, item in graph]
+    order = one_at_a_time(edges(nodes), lambda index: -index)
+    return [(graph[index][0], STREAMS.index(COMPUTE), graph[index][2]) for index in order]
 
 
 class SimulatedDevice:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedule_edits import Edit, depends, one_part, swap, waits_for, without
 
 from odysseus_kernels.comm.device_schedule import (
     COMPUTE,
@@ -91,13 +91,14 @@ TILE_CALLS = st.builds(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(world=st.integers(2, 5), calls=st.lists(CALLS | TILE_CALLS, min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_any_sequence_of_calls_with_any_number_of_hardware_queues(world: int, calls: Any, seed: int) -> None:
-    events = bind_device(world, [dataclasses.replace(call, captured=True) for call in calls])
+    events = bind_device(world, calls)
     prove(events)
     prove(collapsed(events))
-    prove_replays(events)
     interleave(by_stream(events), seed)
-    interleave([replayed(rank, seed) for rank in events], seed)
-    interleave([replayed(rank, seed, fair=True) for rank in events], seed)
+    captured = bind_device(world, [dataclasses.replace(call, captured=True) for call in calls])
+    prove_replays(captured)
+    for fair in (False, True):
+        interleave([replayed(rank, seed, fair=fair) for rank in captured], seed)
 
 
 @pytest.mark.parametrize("world", (2, 3, 8))
@@ -122,57 +123,6 @@ def test_a_shard_sent_ahead_is_used_by_the_next_call_or_dropped(world: int) -> N
 
 
 # ---- schedules that are broken on purpose ---------------------------------------------------------------------------
-
-Edit = Callable[[list[Step], int], list[Step]]
-
-
-def without(match: Callable[[Step], bool]) -> Edit:
-    return lambda steps, rank: [step for step in steps if not match(step)]
-
-
-def waits_for(buffer: str, previous: bool) -> Callable[[Step], bool]:
-    return lambda s: (
-        s.kind is Kind.WAIT and s.word is not None and s.word.buffer == buffer and (s.value == PREVIOUS_USE) == previous
-    )
-
-
-def depends(stream: str, on: str) -> Edit:
-    """Takes out the dependencies of some streams on others, given by how their names begin."""
-
-    def edit(steps: list[Step], rank: int) -> list[Step]:
-        recorded = {step.event: step.stream for step in steps if step.kind is Kind.RECORD}
-
-        def matches(step: Step) -> bool:
-            return step.kind is Kind.DEPEND and step.stream.startswith(stream) and recorded[step.event].startswith(on)
-
-        return [step for step in steps if not matches(step)]
-
-    return edit
-
-
-def swap(first: Callable[[Step], bool]) -> Edit:
-    """Exchanges the first step that matches with the next one of its stream."""
-
-    def edit(steps: list[Step], rank: int) -> list[Step]:
-        for index, step in enumerate(steps):
-            if first(step):
-                later = next(i for i in range(index + 1, len(steps)) if steps[i].stream == step.stream)
-                steps[index], steps[later] = steps[later], steps[index]
-                return steps
-        return steps
-
-    return edit
-
-
-def one_part(buffer: str) -> Edit:
-    def move(step: Step) -> Step:
-        return dataclasses.replace(
-            step,
-            reads=tuple(r._replace(part=0) if r.buffer == buffer else r for r in step.reads),
-            writes=tuple(w._replace(part=0) if w.buffer == buffer else w for w in step.writes),
-        )
-
-    return lambda steps, rank: [move(step) for step in steps]
 
 
 @pytest.mark.parametrize("world", (3, 4, 8))

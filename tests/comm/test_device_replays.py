@@ -1,0 +1,193 @@
+"""Streams that share hardware queues, and graphs that keep edges and forget the order of enqueueing."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from schedule_edits import only_begin
+
+import odysseus_kernels as ody
+from odysseus_kernels.comm import device_streams
+from odysseus_kernels.comm.device_schedule import (
+    COPY_STREAMS,
+    FINAL,
+    LOCAL,
+    PREVIOUS_USE,
+    STREAMS,
+    WAITS,
+    device_schedule,
+)
+from odysseus_kernels.comm.schedule import Kind, Step
+from odysseus_kernels.testing.device_events import DeviceCall, bind_device, by_stream, collapsed, shared
+from odysseus_kernels.testing.happens_before import Event, ScheduleError, interleave, prove
+from odysseus_kernels.testing.replays import edges, prove_replays, replayed
+
+
+def partitions(names: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Every way in which streams can share queues: for each stream the first one of its queue."""
+    if not names:
+        yield {}
+        return
+    *others, name = names
+    for found in partitions(tuple(others)):
+        for queue in {**dict.fromkeys(found.values()), name: None}:
+            yield {**found, name: queue}
+
+
+def test_every_sharing_of_queues_is_free_of_deadlocks() -> None:
+    calls = [
+        DeviceCall("gather+scatter", gather_pieces=2, scatter_pieces=3),
+        DeviceCall("scatter", scatter_pieces=3),
+        DeviceCall("gather", gather_pieces=2),
+    ]
+    events = bind_device(3, calls)
+    sharings = list(partitions(STREAMS))
+    assert len(sharings) == 203 and collapsed(events) == shared(events, sharings[0])
+    for queues in sharings:
+        prove_replays(shared(events, queues))
+
+
+def test_a_rank_leaves_queues_for_others() -> None:
+    """Of the eight that a process has unless it asks for another number."""
+    programs: tuple[Any, ...] = ("gather", "scatter", "gather+scatter")
+    used = {step.stream for program in programs for step in device_schedule(program, 4, 0, ahead=2).steps}
+    assert used == set(STREAMS) and len(STREAMS) == 6
+
+
+@pytest.mark.parametrize(("given", "warns"), ((None, False), ("8", False), ("6", False), ("5", True), ("1", True)))
+def test_fewer_queues_than_streams_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, given: str | None, warns: bool
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
+    device_streams.check_queues.cache_clear()
+    for _ in range(2):
+        device_streams.check_queues()
+    found = [str(warning.message) for warning in recwarn if issubclass(warning.category, ody.FallbackWarning)]
+    assert len(found) == warns
+    assert all("expected at least 6, a queue for each stream" in text and f"got {given}." in text for text in found)
+
+
+def ancestors(events: list[Event], index: int) -> list[Event]:
+    """What comes before one event of a rank, by the edges of its graph."""
+    before: dict[int, list[int]] = defaultdict(list)
+    nodes: list[Any] = [(e.stream, *((e.event, None) if e.kind is Kind.RECORD else (None, e.event))) for e in events]
+    for first, following in enumerate(edges(nodes)):
+        for second in following:
+            before[second].append(first)
+    found, left = set(), [index]
+    while left:
+        for first in before[left.pop()]:
+            if first not in found:
+                found.add(first)
+                left.append(first)
+    return [events[i] for i in sorted(found)]
+
+
+def test_the_edges_of_graphs_delay_nothing_that_could_run() -> None:
+    """What a step may come after, however many edges there are: seen on the labels of one rank's call."""
+    world, pieces = 4, 4
+    receive = 1000  # the window of partial results
+    (gather,), (scatter,), (both,) = (
+        bind_device(world, [DeviceCall(program, gather_pieces=pieces, scatter_pieces=pieces, slots=2 * pieces)])[:1]
+        for program in ("gather", "scatter", "gather+scatter")
+    )
+
+    def named(events: list[Event], what: str) -> list[tuple[int, int]]:
+        """(rank, piece) of the events that do ``what``, from their labels."""
+        found = [re.search(rf": {what} \(rank (-?\d+), piece (-?\d+)\)", event.label) for event in events]
+        return [(int(match[1]), int(match[2])) for match in found if match]
+
+    def numbered(events: list[Event], stream: str, what: str) -> list[tuple[int, tuple[int, int]]]:
+        return [(i, named([e], what)[0]) for i, e in enumerate(events) if e.stream == stream and named([e], what)]
+
+    for index, (source, piece) in numbered(gather, WAITS, "wait"):
+        before = ancestors(gather, index)
+        assert not named(before, "fetch") and not named(before, "consume"), "waits run ahead of copies and products"
+        # The first peer publishes a piece when this rank does.
+        published = named(before, "publish")
+        assert published == [(0, own) for own in range(pieces if source != 1 else piece + 1)]
+    for index, (_, piece) in numbered(scatter, WAITS, "wait"):
+        before = ancestors(scatter, index)
+        assert named(before, "add") == [(0, own) for own in range(piece - 1)], "credit is given by the sums before"
+        assert {sent for _, sent in named(before, "push")} == set(range(piece - 1))
+    for index, (_, piece) in numbered(scatter, LOCAL, "wait"):
+        assert {sent for _, sent in named(ancestors(scatter, index), "push")} == set(range(piece + 1))
+    for stream in COPY_STREAMS:
+        for index, _ in numbered(both, stream, "push"):
+            before = ancestors(both, index)
+            awaited = {e.word.window for e in before if e.stream == WAITS and e.word is not None}
+            assert awaited == {receive}, "no push waits for a peer's shard"
+
+
+# ---- schedules that are broken on purpose ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", (2, 3, 8, 16))
+@pytest.mark.parametrize(
+    ("program", "stream", "on"),
+    (
+        pytest.param("gather", "waits", "local", id="fetch before the own publication"),
+        pytest.param("scatter", "local", "signals", id="arrivals before the own pushes"),
+        pytest.param("scatter", "waits", "local", id="credit before the own sum"),
+        pytest.param("gather+scatter", "waits", "local", id="fetch before the own sums"),
+    ),
+)
+def test_an_edge_left_out_hangs_replays_only(world: int, program: Any, stream: str, on: str) -> None:
+    """Enqueued in the order of the steps it runs, in any number of queues; as a graph it may not."""
+    calls = [DeviceCall(program, gather_pieces=2, scatter_pieces=4)] * 2
+    events = bind_device(world, calls, only_begin(stream, on))
+    prove_replays(collapsed(events))
+    if world <= 3:
+        prove(events)
+        interleave(by_stream(events), 0)
+        assert any(hangs(events, seed) for seed in range(10)), "an order that the proof speaks of"
+    with pytest.raises(ScheduleError, match="a replay in another order may never end: .* wait"):
+        prove_replays(events)
+
+
+def hangs(events: list[list[Event]], seed: int) -> bool:
+    try:
+        interleave([replayed(rank, seed) for rank in events], seed)
+    except ScheduleError as error:
+        return "deadlock" in str(error)
+    return False
+
+
+def test_a_tile_kernel_that_gathers_needs_its_edge_in_a_graph() -> None:
+    call = DeviceCall("gather", "tiles", gather_pieces=2)
+    with pytest.raises(ScheduleError, match="may never end: .* in stream compute"):
+        prove_replays(bind_device(3, [call]))
+    prove_replays(bind_device(3, [dataclasses.replace(call, captured=True)]))
+
+
+@pytest.mark.parametrize("world", (2, 3, 8))
+def test_streams_that_are_merged_wrongly_are_caught(world: int) -> None:
+    """Waits for arrivals in the stream of the signals, in front of what peers wait for."""
+
+    def merged(steps: list[Step], rank: int) -> list[Step]:
+        waits = [s for s in steps if s.stream == "local" and s.kind is Kind.WAIT and s.value == 1]
+        first = next(i for i, s in enumerate(steps) if s.stream == "signals" and s.word is not None)
+        steps[first:first] = [dataclasses.replace(wait, stream="signals") for wait in waits]
+        return [step for step in steps if step not in waits]
+
+    with pytest.raises(ScheduleError, match="deadlock"):
+        prove(bind_device(world, [DeviceCall("scatter", scatter_pieces=3)], merged))
+
+
+@pytest.mark.parametrize("world", (2, 3, 8))
+@pytest.mark.parametrize("program", ("gather", "scatter"))
+def test_a_wait_for_the_end_of_its_own_use_is_caught(world: int, program: Any) -> None:
+    def late(steps: list[Step], rank: int) -> list[Step]:
+        return [dataclasses.replace(s, value=FINAL) if s.value == PREVIOUS_USE else s for s in steps]
+
+    events = bind_device(world, [DeviceCall(program, scatter_pieces=2)] * 2, late)
+    for check in (prove, prove_replays):
+        with pytest.raises(ScheduleError, match="deadlock"):
+            check(events)
