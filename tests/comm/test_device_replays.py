@@ -52,6 +52,23 @@ def test_every_sharing_of_queues_is_free_of_deadlocks() -> None:
         prove_replays(shared(events, queues))
 
 
+@pytest.mark.parametrize("world", range(2, 17))
+def test_replays_end_in_any_order(world: int) -> None:
+    """Several calls in one capture, many pieces, fewer slots than pieces, shards that were sent ahead."""
+    pieces = 4 if world <= 8 else 3
+    calls = [
+        DeviceCall("gather", windows=(0, 0, 1), gather_pieces=pieces, slots=2 * pieces, ahead=2),
+        DeviceCall("gather+scatter", "chunks", (1, 0, 2), 2, pieces, published=True, ahead=pieces),
+        DeviceCall("scatter", windows=(0, 0, 5), scatter_pieces=pieces),
+        DeviceCall("gather", "chunks", (2, 0, 5), pieces, slots=2, published=True),
+        DeviceCall("gather", "tiles", (0, 0, 5), 2, captured=True),
+        DeviceCall("scatter", "tiles", (0, 0, 5), captured=True),
+        DeviceCall("gather+scatter", "chunks", (0, 1, 5), pieces, 1, slots=2 * pieces, order="sequence"),
+    ]
+    events = bind_device(world, calls)
+    assert prove_replays(events) == prove_replays(collapsed(events)) > 0
+
+
 def test_a_rank_leaves_queues_for_others() -> None:
     """Of the eight that a process has unless it asks for another number."""
     programs: tuple[Any, ...] = ("gather", "scatter", "gather+scatter")
