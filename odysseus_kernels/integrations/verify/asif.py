@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 
-from odysseus_kernels.integrations.verify.models import Batch, forward
+from odysseus_kernels.integrations.verify.models import Batch, Step, forward, gradients_aside
 from odysseus_kernels.integrations.verify.observe import bare, closeness
 
-__all__ = ["explain_loss", "explain_part", "scale_hint"]
+__all__ = ["explain_gradient", "explain_loss", "explain_part", "scale_hint"]
 
 _MOST_SHIFTS = 8
 _IGNORED = -100
+_PADDING_ROUTED = "as if padding counted in the loss of the router"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,16 +178,36 @@ def explain_loss(
             rows, targets = logits[:, : logits.shape[1] - shift], labels[:, shift:]
             if same(F.cross_entropy(rows.flatten(0, 1).float(), targets.flatten(), ignore_index=_IGNORED).item()):
                 return text
-    multiple = -(-batch["input_ids"].shape[1] // ranks["seq and ring"]) * ranks["seq and ring"]
-    missing = multiple - batch["input_ids"].shape[1]
-    if missing and hasattr(stock.config, "router_aux_loss_coef"):
-        filled = {"labels": _IGNORED}
-        padded = {
-            name: F.pad(value, (0, missing), value=filled.get(name, 0))
-            for name, value in batch.items()
-            if name in ("input_ids", "labels")
-        }
+    padded = _padded(stock, batch, ranks["seq and ring"])
+    if padded is not None:
         with torch.no_grad():
             if same(stock(**padded, use_cache=False).loss.item()):
-                return f"as if the {missing} tokens of padding counted in the router's loss"
+                return _PADDING_ROUTED
     return scale_hint(found / truth, ranks, "the loss") if truth else ""
+
+
+def explain_gradient(
+    stock: nn.Module, batch: Batch, step: Step, name: str, found: torch.Tensor, bound: float, ranks: int
+) -> str:
+    """What would make the single process's gradient of the parameter ``name`` ``found``, though the loss is right."""
+    padded = _padded(stock, batch, ranks)
+    if padded is None:
+        return ""
+    with gradients_aside(stock):
+        step(stock, padded).backward()
+        gradient = next((p.grad for path, p in stock.named_parameters() if bare(path) == name), None)
+    same = gradient is not None and closeness(found, gradient)[0] <= bound
+    return _PADDING_ROUTED if same else ""
+
+
+def _padded(stock: nn.Module, batch: Batch, ranks: int) -> dict[str, torch.Tensor] | None:
+    """The batch of a mixture of experts with the padding that cutting adds, taken for tokens; None without either."""
+    missing = -batch["input_ids"].shape[1] % ranks
+    if not missing or not hasattr(stock.config, "router_aux_loss_coef"):
+        return None
+    names = ("input_ids", "labels")
+    return {
+        name: F.pad(batch[name], (0, missing), value=_IGNORED if name == "labels" else 0)
+        for name in names
+        if name in batch
+    }

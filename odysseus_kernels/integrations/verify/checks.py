@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.integrations.checkpoint import model_tensors
 from odysseus_kernels.integrations.verify import more_checks as more
-from odysseus_kernels.integrations.verify.asif import explain_loss, explain_part, scale_hint
+from odysseus_kernels.integrations.verify.asif import explain_gradient, explain_loss, explain_part, scale_hint
 from odysseus_kernels.integrations.verify.models import Pass, forward, without_dropout
 from odysseus_kernels.integrations.verify.observe import assemble, bare, closeness, share, whole
 from odysseus_kernels.integrations.verify.report import Finding
@@ -182,6 +182,7 @@ def gradients_check(trial: Trial) -> list[Finding]:
     if trial.loss_found is None:
         return [Finding("gradients", "skipped", hint="the batch has no labels")]
     truth = {bare(name): p for name, p in trial.reference.named_parameters()} if trial.reference is not None else {}
+    first: tuple[str, torch.Tensor] | None = None
     for name, parameter in sorted(trial.subject.named_parameters(), key=lambda item: bare(item[0])):
         gradient = None if parameter.grad is None else whole(parameter.grad)
         right = truth[bare(name)].grad if bare(name) in truth else None
@@ -189,6 +190,8 @@ def gradients_check(trial: Trial) -> list[Finding]:
             one = gradient if gradient is not None else torch.zeros_like(right)  # type: ignore[arg-type]
             error, scale = closeness(one, right if right is not None else torch.zeros_like(one))
             trial.gradients[bare(name)] = {"error": error, "scale": scale}
+            if first is None and not error <= trial.bound:
+                first = bare(name), one.detach().cpu()
     if trial.reference is None:
         return []
     wrong = {name: found for name, found in trial.gradients.items() if not found["error"] <= trial.bound}
@@ -202,6 +205,8 @@ def gradients_check(trial: Trial) -> list[Finding]:
         and max(scales) - min(scales) < 1e-3
     ):
         hint = scale_hint(scales[0], trial.ranks, "each of these gradients" if len(wrong) > 1 else "this gradient")
+    elif first is not None:
+        hint = explain_gradient(trial.reference, trial.whole, trial.step, *first, trial.bound, trial.group.every_size)
     return [Finding.of("gradients", not wrong, count, f"{trial.bound:.0e}", listed(list(wrong)), hint)]
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "copy_of",
     "dropout_of",
     "forward",
+    "gradients_aside",
     "recomputes",
     "without_dropout",
     "without_labels",
@@ -116,3 +117,16 @@ def forward(model: nn.Module, batch: Batch, names: list[str]) -> Pass:
     with observed(model, names) as seen:
         logits = model(**without_labels(batch), use_cache=False).logits
     return Pass(logits.detach().clone(), seen)
+
+
+@contextlib.contextmanager
+def gradients_aside(model: nn.Module) -> Iterator[None]:
+    """Within it the model has no gradients; those that were there come back."""
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient

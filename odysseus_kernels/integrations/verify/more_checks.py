@@ -9,11 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from odysseus_kernels.integrations.checkpoint import load_checkpoint, model_tensors, save_checkpoint
-from odysseus_kernels.integrations.verify.models import dropout_of, forward, recomputes, without_dropout
+from odysseus_kernels.integrations.verify.models import (
+    dropout_of,
+    forward,
+    gradients_aside,
+    recomputes,
+    without_dropout,
+)
 from odysseus_kernels.integrations.verify.observe import assemble, bare, closeness, share, whole
 from odysseus_kernels.integrations.verify.report import Finding
 from odysseus_kernels.integrations.verify.traffic import expected_traffic, is_beside
@@ -123,7 +128,7 @@ def recomputation_check(trial: Trial) -> list[Finding]:
             return [Finding("recomputation", "skipped", hint=why)]
     gradients = []
     for again in (True, False):
-        with recomputes(trial.subject, again), _aside(trial.subject), _seeded(trial, _SEED):
+        with recomputes(trial.subject, again), gradients_aside(trial.subject), _seeded(trial, _SEED):
             trial.step(trial.subject, trial.part).backward()
             named = [(bare(name), p.grad) for name, p in trial.subject.named_parameters() if p.grad is not None]
             gradients.append({name: (g.to_local() if isinstance(g, DTensor) else g) for name, g in named})
@@ -135,19 +140,6 @@ def recomputation_check(trial: Trial) -> list[Finding]:
     hint = "a layer was computed again with other numbers than before: its dropout or its inputs differ"
     where = listed(first)
     return [Finding.of("recomputation", not first, f"{worst:.1e}", f"{trial.bound:.0e}", where, hint)]
-
-
-@contextmanager
-def _aside(model: nn.Module) -> Iterator[None]:
-    """The gradients that are there are put aside."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in kept:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient
 
 
 @contextmanager

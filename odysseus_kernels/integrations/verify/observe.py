@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from odysseus_kernels.attention import layout
 from odysseus_kernels.comm.functional import all_gather
@@ -85,7 +85,14 @@ def assemble(local: torch.Tensor, group: SequenceGroup, length: int) -> torch.Te
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The full value of a DTensor; every rank calls it.  Plain tensors are whole already."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # The innermost dimension first: parts of parts come back in the order in which they were cut.
+    for dim in reversed(range(tensor.device_mesh.ndim)):
+        placements = list(tensor.placements)
+        placements[dim] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 def share(text: str, group: SequenceGroup) -> list[str]:

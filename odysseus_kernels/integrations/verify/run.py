@@ -33,8 +33,8 @@ from odysseus_kernels.strategies import get_strategy
 
 __all__ = ["verify"]
 
-Prepare = Callable[[nn.Module], nn.Module]
-Cut = Callable[[Batch], Batch]
+Prepare = Callable[[nn.Module, DeviceMesh, str], nn.Module]
+Cut = Callable[[Batch, DeviceMesh, str], Batch]
 _TEXT = 1500
 
 
@@ -70,9 +70,9 @@ def verify(
         layers: compare a model of the first so many decoder layers; None takes all.
         dtype: what both models are converted to; None keeps the model's own, and bounds are then those of its
             precision.
-        prepare: turns a copy of ``model`` into the parallelized model, for whatever else your script does to it;
-            ``parallelize(copy, mesh, strategy, config)`` if None.
-        cut: turns the batch into this rank's part; ``shard_sequence(batch, mesh, strategy)`` if None.
+        prepare: ``prepare(copy, mesh, strategy)`` turns a copy of ``model`` into the parallelized model, for whatever
+            else your script does to it; ``parallelize(copy, mesh, strategy, config)`` if None.
+        cut: ``cut(batch, mesh, strategy)`` gives this rank's part; :func:`~odysseus_kernels.shard_sequence` if None.
         step: ``step(model, batch) -> loss``; the model's own loss if None.
         layer_by_layer: let the single process compute each layer again in backward, so that it holds the activations
             of one layer only.
@@ -90,7 +90,7 @@ def verify(
         raise ValueError(f"batch: expected input_ids among its keys, got {sorted(batch)}")
 
     def own_part(whole: Batch) -> Batch:
-        return dict(cut(whole) if cut is not None else shard_sequence(whole, mesh, strategy))
+        return dict((cut or shard_sequence)(whole, mesh, strategy))
 
     part = own_part(batch)
     leads = group.every_rank == 0
@@ -99,7 +99,7 @@ def verify(
     if reference is not None and layer_by_layer:
         reference.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     names = part_names(subject)
-    subject = prepare(subject) if prepare is not None else parallelize(subject, mesh, strategy, config)  # type: ignore[arg-type]
+    subject = prepare(subject, mesh, strategy) if prepare is not None else parallelize(subject, mesh, strategy, config)  # type: ignore[arg-type]
     for one in (subject, reference):
         if one is not None:
             one.train()
