@@ -125,10 +125,11 @@ def _verify(options: argparse.Namespace) -> int:
             dist.init_process_group(backend, init_method=f"file://{options.meet}", rank=rank, world_size=world)
         else:
             dist.init_process_group(backend)
-        sizes, names = (options.ring, world // options.ring), ("ring", "seq")
+        dimensions = {"ring": options.ring, "seq": world // options.ring}
         if options.ring == 1:
-            sizes, names = sizes[1:], names[1:]
-        mesh = init_device_mesh("cuda" if on_gpu else "cpu", sizes, mesh_dim_names=names)
+            del dimensions["ring"]
+        device = "cuda" if on_gpu else "cpu"
+        mesh = init_device_mesh(device, tuple(dimensions.values()), mesh_dim_names=tuple(dimensions))
         built = _built(options.build)
         if on_gpu:
             built["model"] = built["model"].cuda()
