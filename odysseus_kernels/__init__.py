@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .integrations.checkpoint import load_checkpoint, save_checkpoint
     from .integrations.huggingface import parallelize
     from .integrations.pretrained import load_pretrained, save_pretrained
+    from .integrations.verify import verify
     from .nn.checkpointing import selective_checkpoint
     from .nn.clipping import clip_grad_norm_
     from .nn.loss import sequence_loss
@@ -74,6 +75,7 @@ __all__ = [
     "shard_sequence",
     "synchronize",
     "ulysses_attention",
+    "verify",
     "zero3_linear",
 ]
 
@@ -89,6 +91,7 @@ _LAZY = {
     "selective_checkpoint": "odysseus_kernels.nn.checkpointing",
     "sequence_loss": "odysseus_kernels.nn.loss",
     "shard_sequence": "odysseus_kernels.nn.sequence",
+    "verify": "odysseus_kernels.integrations.verify",
 }
 
 

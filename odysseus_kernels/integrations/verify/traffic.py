@@ -1,0 +1,74 @@
+"""What the formulas say that one step of a model sends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from odysseus_kernels.integrations.families import FAMILIES
+from odysseus_kernels.integrations.verify.trial import Trial
+from odysseus_kernels.planner import formulas
+
+__all__ = ["expected_traffic", "is_beside"]
+
+
+def is_beside(operator: str) -> bool:
+    """Whether an operator is none that the formulas are about: positions and masks, and what is sent for comparing."""
+    return operator == "verify" or (operator.startswith("sequence_") and operator != "sequence_loss")
+
+
+def expected_traffic(trial: Trial) -> tuple[formulas.Traffic | None, str]:
+    """Bytes of a step on each rank, or None and why there is no formula."""
+    model: Any = trial.subject
+    group, config = trial.group, model.config
+    family = next((f for f in FAMILIES if type(model).__name__.endswith(f.causal_model)), None)
+    if family is None:
+        return None, f"no formula for {type(model).__name__}"
+    if family.expert_names is not None:
+        return None, "no formula for mixtures of experts"
+    if any(not p.requires_grad for p in model.parameters()):
+        return None, "no formula for models with frozen parameters"
+    recomputed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    keeps = any("context_fn" in getattr(m._gradient_checkpointing_func, "keywords", {}) for m in recomputed)
+    if recomputed and keeps:
+        return None, "no formula for selective checkpointing"
+    first = getattr(model.base_model, family.layers)[0]
+    attention, mlp = getattr(first, family.attention), getattr(first, family.mlp)
+    names, spec = family.attention_names, family.mlp_names
+    heads = config.num_attention_heads
+    shape = formulas.LayerShape(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        gated=spec.gate is not None,
+        qkv_bias=getattr(attention, names.query).bias is not None,
+        out_bias=getattr(attention, names.output).bias is not None,
+        mlp_bias=getattr(mlp, spec.up).bias is not None,
+        norm_bias=getattr(getattr(first, family.norms[0]), "bias", None) is not None,
+        qk_norm=names.query_norm is not None,
+    )
+    rows, local = trial.part["input_ids"].shape
+    tokens = rows * local * (group.every_size if group.tokens == "sharded" else group.ring_size)
+    sizes: dict[str, Any] = {"ring": group.ring_size, "element_size": trial.dtype.itemsize}
+    layer = formulas.traffic(
+        shape,
+        trial.strategy,
+        group.size,
+        tokens=tokens,
+        gathered=group.config.gathered,
+        checkpointing=bool(recomputed),
+        **sizes,
+    )
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    parts = [layer] * len(getattr(model.base_model, family.layers))
+    parts += [formulas.replicated_traffic(hidden, trial.strategy, group.size, **sizes)] * (2 if shape.norm_bias else 1)
+    parts.append(formulas.replicated_traffic(vocabulary * hidden, trial.strategy, group.size, **sizes))
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        return None, "no formula for a head that is tied to the embedding"
+    parts.append(formulas.head_traffic(vocabulary, hidden, trial.strategy, group.size, tokens=tokens, **sizes))
+    total: formulas.Traffic = {}
+    for part in parts:
+        for key, count in part.items():
+            total[key] = total.get(key, 0) + count
+    return total, ""
