@@ -28,7 +28,7 @@ Operator = Literal["all_gather_linear", "linear_reduce_scatter"]
 PhaseName = Literal["forward", "backward"]
 
 WORLD = 8
-DEFAULT_LINKS = ("paced:450", "pcie")
+DEFAULT_LINKS = ("paced:80", "pcie", "paced:450")
 JUDGED_ROWS = 4096
 """Rows of a chunk from which on limits hold: the long-sequence case that the operators are for."""
 ITEMSIZE = 2  # bfloat16

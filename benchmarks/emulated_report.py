@@ -40,7 +40,8 @@ FOOTER = (
     "and sums with no products. serial: unfused on the same transport. limit: max(GEMM, link). hidden: (serial - "
     "fused) / min(GEMM, link). fused and tiles: with the number of pieces in a chunk that was fastest beforehand, as "
     'mode="auto" chooses it. serial in the backward pass of all_gather_linear makes a product for each chunk. '
-    "link GB/s: all bytes over the link's time; a paced link that reached less than 0.9 of its rate is marked. host "
+    "link GB/s: all bytes over the link's time; a paced link that reached less than 0.9 of its rate is marked, and its "
+    "row is not judged. A paced link holds one multiprocessor for each 40 GB/s, which a real one would not. host "
     "ms: what the host takes to enqueue the fused call. "
     "Medians of {repeats} rounds by CUDA events, caches cold, the host ahead of the device; "
     "± is the distance of the quartiles over the median. error: largest relative Frobenius error of any variant."
@@ -75,11 +76,18 @@ def summarize(row: Row) -> Row:
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
-    """Each target with the worst figure of its rows; those without a row are left out."""
+    """Each target with the worst figure of its rows; those without a row are left out.
+
+    A row whose link was slower than asked for is not judged: it says nothing about the link that it names.
+    """
     verdicts = []
     for target in TARGETS:
         found = [
-            row for row in rows if row["judged"] and (row["operator"], row["phase"]) == (target.operator, target.phase)
+            row
+            for row in rows
+            if row["judged"]
+            and not row["link_slow"]
+            and (row["operator"], row["phase"]) == (target.operator, target.phase)
         ]
         if found:
             verdicts.append(_verdict(target, found))
@@ -207,7 +215,10 @@ def _tables(document: Row) -> Iterable[tuple[str, list[str], list[list[str]]]]:
 def _notes(document: Row) -> list[str]:
     given = document["arguments"]
     notes = [FOOTER.format(world=given["ranks"], repeats=given["repeats"])] if document["rows"] else []
-    notes.append(f"Operators are judged where chunks have at least {JUDGED_ROWS} rows.")
+    notes.append(f"Operators are judged where chunks have at least {JUDGED_ROWS} rows and the link reached its rate.")
+    slow = sum(row["judged"] and row["link_slow"] for row in document["rows"])
+    if slow:
+        notes.append(f"Not judged: {slow} rows whose link was slower than it says.")
     reasons = {(name, why) for row in document["rows"] for name, why in row["impossible"].items()}
     notes += [f"{name} -: {why}" for name, why in sorted(reasons)]
     notes += [f"Failed: {row['name']}: {row['failed']}" for row in document["failed"]]

@@ -120,11 +120,17 @@ void load_kernels(int device) {
   if (loaded.count(device) != 0) return;
   const DeviceGuard guard(device);
   const RelaxedCapture relaxed;
-  for (const auto& kernels : {signal_kernels(), reduce_kernels(), multimem_kernels()}) {
+  for (const auto& kernels : {signal_kernels(), link_kernels(), reduce_kernels(), multimem_kernels()}) {
     for (const void* kernel : kernels) {
       cudaFuncAttributes attributes;
       ODY_CUDA(cudaFuncGetAttributes(&attributes, kernel), "loading the kernels on device ", device);
     }
+  }
+  // A launch may set how a multiprocessor divides its memory into cache and shared memory.  One of these small kernels
+  // that came first to an idle multiprocessor would keep a product that wants all of it out until it ends.
+  for (const void* kernel : signal_kernels()) {
+    ODY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+             "setting the carve-out of the kernels on device ", device);
   }
   loaded.insert(device);
 }

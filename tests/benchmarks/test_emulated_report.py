@@ -25,7 +25,7 @@ def _row(
     operator: str = "all_gather_linear",
     phase: str = "forward",
     tokens: int = 32768,
-    link: str = "paced:450",
+    link: str = "paced:400",
     wrong: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     case = EmulatedCase("model", operator, phase, tokens, 128, 64, link)  # type: ignore[arg-type]
@@ -57,8 +57,8 @@ def test_links() -> None:
 
 def test_cases_are_the_ones_that_limits_are_for() -> None:
     cases = make_emulated_cases()
-    assert len({case.name for case in cases}) == len(cases) == 3 * 2 * 2 * 5
-    assert {case.link for case in cases} == {"paced:450", "pcie"}
+    assert len({case.name for case in cases}) == len(cases) == 3 * 3 * 2 * 5
+    assert {case.link for case in cases} == {"paced:80", "paced:450", "pcie"}
     assert {case.tokens for case in cases if case.judged} == {32768, 65536}
     assert {(c.inner, c.outer) for c in cases if c.operator == "all_gather_linear"} == {
         (4096, 1536),
@@ -78,7 +78,7 @@ def test_cases_are_the_ones_that_limits_are_for() -> None:
 
 
 def test_figures() -> None:
-    row = emulated_report.summarize(_row({"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 4.2}))
+    row = emulated_report.summarize(_row({"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 4.2}, link="paced:450"))
     assert row["limit_s"] == 4.0
     assert row["figures"]["fused / limit"] == pytest.approx(1.05)
     assert row["figures"]["hidden"] == pytest.approx(0.9)
@@ -100,6 +100,7 @@ def test_verdicts_are_those_of_the_worst_judged_row() -> None:
         _row(good),
         _row(bad, link="pcie"),
         _row({**bad, "fused": 40.0}, tokens=8192),  # chunks of 1024 rows are not judged
+        _row({**bad, "fused": 40.0}, link="paced:450"),  # nor is a link that was slower than it says
         _row(good, operator="linear_reduce_scatter", phase="backward"),
     ]
     verdicts = emulated_report.judge([emulated_report.summarize(row) for row in rows])
@@ -162,7 +163,7 @@ def test_documents_label_links_as_emulated(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times = {"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 4.0}
-    document = _document(monkeypatch, _row(times), _row(times, wrong=("fused",)))
+    document = _document(monkeypatch, _row(times), _row(times, wrong=("fused",), link="paced:450"))
     paths = emulated.write(document, tmp_path / "new")
     read = json.loads(paths[0].read_text())
     assert (read["kind"], read["schema"]) == ("emulated", 1)
@@ -180,6 +181,7 @@ def test_documents_label_links_as_emulated(
         "tiles -: a reason",
         "reached in all 1",
         "| paced:450 reached 380 |",
+        "Not judged: 1 rows whose link was slower than it says.",
         "| 7.000 |",  # the host's milliseconds for the call with the pieces that were chosen
         "| 0.125 |",
     ):
