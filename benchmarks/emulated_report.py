@@ -41,7 +41,7 @@ FOOTER = (
     "fused) / min(GEMM, link). fused and tiles: with the number of pieces in a chunk that was fastest beforehand, as "
     'mode="auto" chooses it. serial in the backward pass of all_gather_linear makes a product for each chunk. '
     "link GB/s: all bytes over the link's time; a paced link that reached less than 0.9 of its rate is marked, and its "
-    "row is not judged. A paced link holds one multiprocessor for each 40 GB/s, which a real one would not. host "
+    "row is not judged. Within one GPU its multiprocessors copy, which a real link would leave to the product. host "
     "ms: what the host takes to enqueue the fused call. "
     "Medians of {repeats} rounds by CUDA events, caches cold, the host ahead of the device; "
     "± is the distance of the quartiles over the median. error: largest relative Frobenius error of any variant."

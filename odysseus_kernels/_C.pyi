@@ -240,9 +240,9 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
             over_link: bool = False,
         ) -> None:
             """Copies rows between any two addresses of devices or pinned host memory; pitches are in bytes, 0 for dense
-            rows.  ``over_link``: between ranks, at the pace of the program's emulated link if it has one, else by a
-            copy engine where the driver lets one choose and the stream is neither being captured nor the legacy
-            default stream.  Other copies stay within the device, and run on its multiprocessors.
+            rows.  ``over_link``: between ranks, beside products where the driver lets one ask for that and the stream
+            is neither being captured nor the legacy default stream, and at the pace of the program's emulated link, if
+            it has one.
             """
 
         def wait(self, stream: int, epoch: Address, words: list[Address], values: list[int], tag: int) -> None:
@@ -320,18 +320,10 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
             """A timeout as kernels take it; 2**64 - 1 is none."""
 
         @staticmethod
-        def link_copy(
-            dst: int, src: int, row_bytes: int, rows: int, dst_pitch: int, src_pitch: int, workers: int
-        ) -> int:
-            """Copies as the threads of an emulated link do, one after another; returns the number of blocks."""
-
-        @staticmethod
-        def link_due_ns(row_bytes: int, rows: int, duration_ns: int, block: int) -> int:
-            """When a block of a copy over an emulated link is due, from the copy's begin on."""
-
-        @staticmethod
-        def link_grid(bytes_per_s: float, blocks: int) -> int:
-            """Multiprocessors that an emulated link of this rate holds."""
+        def link_pieces(
+            row_bytes: int, rows: int, dst_pitch: int, src_pitch: int, piece: int = 8 << 20
+        ) -> list[tuple[int, int, int, int]]:
+            """(offset in dst, offset in src, row_bytes, rows) of the pieces of a copy over an emulated link."""
 
         @staticmethod
         def reduce_layout(

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -188,42 +187,47 @@ def test_timeouts_in_nanoseconds() -> None:
     assert HOST.nanoseconds(math.inf) == HOST.nanoseconds(1e300) == 2**64 - 1
 
 
-# ---- copies over an emulated link ------------------------------------------------------------------------------------
+# ---- pieces of copies ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (4097, 1), (200_000, 3), (10, 0), (0, 5), (300, 50), (65536, 4), (65552, 2)])
-@pytest.mark.parametrize("gaps", [(0, 0), (0, 7), (112, 0), (5, 9000), (16, 32)])
-@pytest.mark.parametrize("shift", [0, 3, 8])
-def test_a_copy_over_a_link_copies_every_byte_once(shape: tuple[int, int], gaps: tuple[int, int], shift: int) -> None:
+def covered(row_bytes: int, rows: int, dst_pitch: int, src_pitch: int, piece: int) -> list[tuple[int, int]]:
+    """(dst, src) of every byte in the order of the pieces; the pieces keep the copy's pitches."""
+    dense = dst_pitch == src_pitch == row_bytes
+    pairs = []
+    for dst, src, width, count in HOST.link_pieces(row_bytes, rows, dst_pitch, src_pitch, piece):
+        assert width > 0
+        assert count > 0
+        assert count == 1 or not dense, "dense rows are one"
+        for row, byte in itertools.product(range(count), range(width)):
+            pairs.append((dst + row * dst_pitch + byte, src + row * src_pitch + byte))
+    return pairs
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4097, 1), (9000, 3), (10, 0), (0, 5), (300, 50), (4096, 4)])
+@pytest.mark.parametrize("gaps", [(0, 0), (0, 7), (100, 0), (5, 9000)])
+@pytest.mark.parametrize("piece", [4096, 8192, 10000])
+def test_pieces_cover_a_copy_once_and_in_order(shape: tuple[int, int], gaps: tuple[int, int], piece: int) -> None:
     row_bytes, rows = shape
     dst_pitch, src_pitch = (row_bytes + gap for gap in gaps)
-    generator = np.random.default_rng(1)
-    source = generator.integers(0, 255, rows * src_pitch + 64, np.uint8)
-    target = np.full(rows * dst_pitch + 64, 255, np.uint8)  # a value that the source does not have
-    expected = target.copy()
-    for row in range(rows):
-        begin = shift + row * dst_pitch
-        expected[begin : begin + row_bytes] = source[row * src_pitch : row * src_pitch + row_bytes]
-    blocks = HOST.link_copy(target.ctypes.data + shift, source.ctypes.data, row_bytes, rows, dst_pitch, src_pitch, 512)
-    assert (target == expected).all()
-    dense = dst_pitch == src_pitch == row_bytes
-    assert blocks == (-(-row_bytes * rows // 65536) if dense else rows * -(-row_bytes // 65536))
+    expected = [(row * dst_pitch + byte, row * src_pitch + byte) for row in range(rows) for byte in range(row_bytes)]
+    assert covered(row_bytes, rows, dst_pitch, src_pitch, piece) == expected
 
 
-def test_blocks_of_a_link_are_due_evenly() -> None:
-    due = [HOST.link_due_ns(65536 * 9 + 1, 7, 10**12 + 3, block) for block in range(70)]
-    steps = np.diff(due)
-    assert due[0] == 0
-    assert steps.max() - steps.min() <= 1
-    assert abs(due[-1] + steps[-1] - (10**12 + 3)) <= 70
-
-
-@pytest.mark.parametrize(
-    ("rate", "blocks", "grid"),
-    [(1e9, 100, 1), (80e9, 100, 2), (81e9, 100, 3), (450e9, 100, 12), (450e9, 2, 2), (9e12, 100, 16)],
-)
-def test_a_link_holds_few_multiprocessors(rate: float, blocks: int, grid: int) -> None:
-    assert HOST.link_grid(rate, blocks) == grid
+def test_pieces_have_the_right_size() -> None:
+    mebibyte = 2**20
+    dense = HOST.link_pieces(5 * mebibyte, 5, 5 * mebibyte, 5 * mebibyte)
+    assert [(width, rows) for _, _, width, rows in dense] == [(8 * mebibyte, 1)] * 3 + [(mebibyte, 1)]
+    rows = HOST.link_pieces(mebibyte, 20, 2 * mebibyte, mebibyte)
+    assert [(width, rows) for _, _, width, rows in rows] == [(mebibyte, 8), (mebibyte, 8), (mebibyte, 4)]
+    assert [dst for dst, *_ in rows] == [0, 16 * mebibyte, 32 * mebibyte]
+    wide = HOST.link_pieces(9 * mebibyte, 2, 10 * mebibyte, 9 * mebibyte)
+    assert [(dst, src, width // mebibyte) for dst, src, width, _ in wide] == [
+        (0, 0, 8),
+        (8 * mebibyte, 8 * mebibyte, 1),
+        (10 * mebibyte, 9 * mebibyte, 8),
+        (18 * mebibyte, 17 * mebibyte, 1),
+    ]
+    assert all(src % 4096 == 0 for _, src, _, _ in wide)
 
 
 # ---- reductions ----------------------------------------------------------------------------------------------------

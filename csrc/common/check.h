@@ -3,10 +3,12 @@
 
 #include <cerrno>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <utility>
 
 namespace odysseus {
@@ -30,11 +32,33 @@ struct NotPostedError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Texts are put together without iostreams: those look up how to print numbers in a table of the process, and where
+// another library has brought a table of its own (some builds of torch do), printing a number there is a crash.
+template <class Part>
+void append(std::string& text, const Part& part) {
+  if constexpr (std::is_same_v<Part, bool> || std::is_integral_v<Part>) {
+    text += std::is_same_v<Part, char> ? std::string(1, static_cast<char>(part)) : std::to_string(part);
+  } else if constexpr (std::is_enum_v<Part>) {
+    text += std::to_string(static_cast<std::underlying_type_t<Part>>(part));
+  } else if constexpr (std::is_floating_point_v<Part>) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", static_cast<double>(part));
+    text += digits;
+  } else if constexpr (std::is_convertible_v<const Part&, std::string_view>) {
+    text += std::string_view(part);
+  } else {
+    static_assert(std::is_pointer_v<Part>, "how is this printed?");
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%p", static_cast<const void*>(part));
+    text += digits;
+  }
+}
+
 template <class... Parts>
 std::string concat(const Parts&... parts) {
-  std::ostringstream stream;
-  (stream << ... << parts);
-  return stream.str();
+  std::string text;
+  (append(text, parts), ...);
+  return text;
 }
 
 [[noreturn]] inline void throw_errno(int code, const std::string& what) {

@@ -25,6 +25,28 @@ CopyShape simplify(CopyShape shape) {
   return shape;
 }
 
+std::vector<CopyPart> link_pieces(const CopyShape& whole, std::size_t piece) {
+  const CopyShape shape = simplify(whole);
+  std::vector<CopyPart> parts;
+  if (shape.row_bytes == 0 || shape.rows == 0) return parts;
+  const std::size_t rows_at_once = piece / shape.row_bytes;
+  if (rows_at_once > 0) {
+    for (std::size_t row = 0; row < shape.rows; row += rows_at_once) {
+      parts.push_back(
+          {row * shape.dst_pitch, row * shape.src_pitch, shape.row_bytes, std::min(rows_at_once, shape.rows - row)});
+    }
+    return parts;
+  }
+  const std::size_t bytes_at_once = std::max(piece / kPieceAlignment * kPieceAlignment, kPieceAlignment);
+  for (std::size_t row = 0; row < shape.rows; ++row) {
+    for (std::size_t start = 0; start < shape.row_bytes; start += bytes_at_once) {
+      parts.push_back({row * shape.dst_pitch + start, row * shape.src_pitch + start,
+                       std::min(bytes_at_once, shape.row_bytes - start), 1});
+    }
+  }
+  return parts;
+}
+
 void lay_out(ReduceTask& task, std::size_t source_size, std::size_t out_size) {
   bool dense = task.out_pitch == task.count * out_size;
   for (int i = 0; i < task.sources; ++i) dense = dense && task.source_pitch[i] == task.count * source_size;

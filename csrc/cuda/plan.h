@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "reduce_worker.h"
 
@@ -16,8 +17,23 @@ struct CopyShape {
   std::size_t src_pitch;
 };
 
+// A part of a copy, with the copy's pitches.
+struct CopyPart {
+  std::size_t dst_offset;
+  std::size_t src_offset;
+  std::size_t row_bytes;
+  std::size_t rows;
+};
+
 // The same copy with as few rows as possible: dense rows are one, and pitches that do not matter are row_bytes.
 CopyShape simplify(CopyShape shape);
+
+constexpr std::size_t kLinkPiece = std::size_t{8} << 20;
+constexpr std::size_t kPieceAlignment = 4096;
+
+// Parts of about `piece` bytes, in order: whole rows while a row is smaller than that, and multiples of
+// kPieceAlignment (but for the last) within rows that are not.
+std::vector<CopyPart> link_pieces(const CopyShape& shape, std::size_t piece = kLinkPiece);
 
 // Where the elements of a reduction's rows are for 16-byte accesses: sets `head`, `vectors` and `tail` of a task whose
 // addresses, pitches, rows and count are set.  Dense rows become one.

@@ -102,14 +102,23 @@ class Enqueuer {
   void operator()(const CopyOperation& operation) {
     const std::uint64_t dst = at(operation.dst);
     const std::uint64_t src = at(operation.src);
-    if (!operation.over_link) {
-      // Within the device its multiprocessors are many times faster than an engine, and everybody waits for these.
-      copy_async(dst, src, operation.shape, stream_, false);
-    } else if (program_.link_ == 0) {
-      copy_async(dst, src, operation.shape, stream_, batches());
-    } else if (operation.shape.row_bytes > 0 && operation.shape.rows > 0) {
-      copy_at_pace(dst, src, operation.shape);
+    if (!operation.over_link || program_.link_ == 0) {
+      // Within the device its multiprocessors copy fastest, and everybody waits for these copies.
+      copy_async(dst, src, operation.shape, stream_, operation.over_link && batches());
+      return;
     }
+    auto* const clocks = static_cast<std::uint64_t*>(program_.clocks_.get());
+    std::uint64_t* const over_at = clocks + 1 + stream_index_;
+    bool any = false;
+    for (const CopyPart& part : link_pieces(operation.shape)) {
+      const double seconds = static_cast<double>(part.row_bytes * part.rows) / program_.link_;
+      ODY_CUDA(launch_book(LinkTask{clocks, over_at, nanoseconds(seconds)}, stream_), "booking the emulated link");
+      const CopyShape shape =
+          simplify({part.row_bytes, part.rows, operation.shape.dst_pitch, operation.shape.src_pitch});
+      copy_async(dst + part.dst_offset, src + part.src_offset, shape, stream_, batches());
+      any = true;
+    }
+    if (any) ODY_CUDA(launch_release(over_at, stream_), "waiting for the emulated link");
   }
 
   void operator()(const WaitOperation& operation) {
@@ -154,17 +163,6 @@ class Enqueuer {
   }
 
  private:
-  void copy_at_pace(std::uint64_t dst, std::uint64_t src, const CopyShape& shape) {
-    auto* const clocks = static_cast<std::uint64_t*>(program_.clocks_.get());
-    std::uint64_t* const over_at = clocks + 1 + stream_index_;
-    const std::uint64_t duration = nanoseconds(static_cast<double>(shape.row_bytes * shape.rows) / program_.link_);
-    ODY_CUDA(launch_book(LinkTask{clocks, over_at, duration}, stream_), "booking the emulated link");
-    const LinkCopyTask task{dst,        src,     shape.dst_pitch, shape.src_pitch, shape.row_bytes,
-                            shape.rows, over_at, duration};
-    ODY_CUDA(launch_link_copy(task, link_grid(program_.link_, link_blocks(task)), stream_), "copying ", shape.rows,
-             " rows of ", shape.row_bytes, " bytes over the emulated link");
-  }
-
   std::uint64_t at(const Address& address) const { return resolve(address, bases_); }
   std::uint32_t* word(const Address& address) const { return reinterpret_cast<std::uint32_t*>(at(address)); }
 

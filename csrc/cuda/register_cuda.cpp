@@ -1,7 +1,6 @@
 #include <pybind11/stl.h>
 
 #include "copy.h"
-#include "link_worker.h"
 #include "program.h"
 #include "register.h"
 #include "runtime.h"
@@ -78,27 +77,15 @@ void register_host_side(py::module_& module) {
   module.def("reached", &reached, "seen"_a, "expected"_a);
   module.def("nanoseconds", &nanoseconds, "seconds"_a);
   module.def(
-      "link_copy",
-      [](std::uint64_t dst, std::uint64_t src, std::uint64_t row_bytes, std::uint64_t rows, std::uint64_t dst_pitch,
-         std::uint64_t src_pitch, std::uint32_t workers) {
-        const CopyShape shape = simplify({row_bytes, rows, dst_pitch, src_pitch});
-        const LinkCopyTask task{dst,        src,     shape.dst_pitch, shape.src_pitch, shape.row_bytes,
-                                shape.rows, nullptr, 0};
-        const std::uint64_t blocks = shape.row_bytes == 0 ? 0 : link_blocks(task);
-        for (std::uint64_t block = 0; block < blocks; ++block) {
-          for (std::uint32_t worker = 0; worker < workers; ++worker) copy_block(task, block, worker, workers);
+      "link_pieces",
+      [](std::size_t row_bytes, std::size_t rows, std::size_t dst_pitch, std::size_t src_pitch, std::size_t piece) {
+        py::list pieces;
+        for (const CopyPart& part : link_pieces({row_bytes, rows, dst_pitch, src_pitch}, piece)) {
+          pieces.append(py::make_tuple(part.dst_offset, part.src_offset, part.row_bytes, part.rows));
         }
-        return blocks;
+        return pieces;
       },
-      "dst"_a, "src"_a, "row_bytes"_a, "rows"_a, "dst_pitch"_a, "src_pitch"_a, "workers"_a);
-  module.def(
-      "link_due_ns",
-      [](std::uint64_t row_bytes, std::uint64_t rows, std::uint64_t duration_ns, std::uint64_t block) {
-        const LinkCopyTask task{0, 0, row_bytes, row_bytes, row_bytes, rows, nullptr, duration_ns};
-        return block_due_ns(task, block);
-      },
-      "row_bytes"_a, "rows"_a, "duration_ns"_a, "block"_a);
-  module.def("link_grid", &link_grid, "bytes_per_s"_a, "blocks"_a);
+      "row_bytes"_a, "rows"_a, "dst_pitch"_a, "src_pitch"_a, "piece"_a = kLinkPiece);
   module.def(
       "reduce_grid",
       [](std::uint64_t work, const std::string& share, int multiprocessors, int cap) {

@@ -120,7 +120,7 @@ void load_kernels(int device) {
   if (loaded.count(device) != 0) return;
   const DeviceGuard guard(device);
   const RelaxedCapture relaxed;
-  for (const auto& kernels : {signal_kernels(), link_kernels(), reduce_kernels(), multimem_kernels()}) {
+  for (const auto& kernels : {signal_kernels(), reduce_kernels(), multimem_kernels()}) {
     for (const void* kernel : kernels) {
       cudaFuncAttributes attributes;
       ODY_CUDA(cudaFuncGetAttributes(&attributes, kernel), "loading the kernels on device ", device);

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "link_worker.h"
 #include "plan.h"
 #include "words.h"
 
@@ -54,7 +53,7 @@ struct SignalTask {
 // Times of the device's global clock.
 struct LinkTask {
   std::uint64_t* busy_until;  // of the link
-  std::uint64_t* over_at;     // of this stream's copy
+  std::uint64_t* over_at;     // of this stream's last piece
   std::uint64_t duration_ns;
 };
 
@@ -67,10 +66,10 @@ struct MultimemTask {
 cudaError_t launch_wait(const WaitTask& task, cudaStream_t stream);
 cudaError_t launch_signal(const SignalTask& task, cudaStream_t stream);
 cudaError_t launch_advance(std::uint32_t* epoch, cudaStream_t stream);
-// Books the link for `duration_ns` from when it is free, and says until when.
+// Waits until the link is free, and books it for `duration_ns` from then on.
 cudaError_t launch_book(const LinkTask& task, cudaStream_t stream);
-// Copies at the pace of the link, and is over when the link is.
-cudaError_t launch_link_copy(const LinkCopyTask& task, int blocks, cudaStream_t stream);
+// Waits until *over_at.
+cudaError_t launch_release(const std::uint64_t* over_at, cudaStream_t stream);
 
 // The types must be a pair that with_types() knows, and the task laid out.
 cudaError_t launch_reduce(const ReduceTask& task, const WaitTask& wait, DType source, DType out, Grid grid,
@@ -81,7 +80,6 @@ cudaError_t launch_multimem_reduce(const MultimemTask& task, DType dtype, Grid g
 
 // All kernels of a file, for loading them before they are needed.
 std::vector<const void*> signal_kernels();
-std::vector<const void*> link_kernels();
 std::vector<const void*> reduce_kernels();
 std::vector<const void*> multimem_kernels();
 
