@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import odysseus_kernels as ody
-from odysseus_kernels.comm.symmetric_cuda import TorchSymmetricMemory
+from odysseus_kernels.comm.peer_memory import TorchSymmetricMemory
 from odysseus_kernels.comm.transport import CapacityExceededError
 
 
