@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -67,7 +67,7 @@ class Rendezvous:
         from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
 
         # Newer versions of torch have a type of their own for names, which older ones have not.
-        self._name: Any = f"odysseus_kernels/{group.group_name}/{nonce:x}"
+        self._name = cast(Any, f"odysseus_kernels/{group.group_name}/{nonce:x}")
         self._store = CountingStore(dist.PrefixStore(self._name, c10d._get_process_group_store(group)))
         # Torch finds the store by the name of a group, so there is one beside the user's, without a backend.
         self._group = dist.ProcessGroup(self._store, group.rank(), group.size())
