@@ -151,15 +151,18 @@ class TorchSymmetricMemory:
 
     def hold(self) -> object:
         self._trial = True  # what graphs use is held, and what is grown now is used by none
-        return dict(self._windows)
+        return dict(self._windows), self._refused
 
     def restore(self, held: object) -> set[Window]:
         # A peer that is still about to map what we give back has its own reference.  Words, which order all use of
         # windows, are not touched.
-        assert isinstance(held, dict)
+        assert isinstance(held, tuple)
+        before, refused = held
         self._trial = False
-        moved = {place for place, window in self._windows.items() if window is not held.get(place)}
-        self._windows = held
+        moved = {place for place, window in self._windows.items() if window is not before.get(place)}
+        self._windows = before
+        if moved:
+            self._refused = refused  # there was too little beside what is given back now
         return moved
 
     def close(self) -> None:

@@ -62,9 +62,8 @@ class Rendezvous:
     """
 
     def __init__(self, group: dist.ProcessGroup, nonce: int) -> None:
-        import torch.distributed._symmetric_memory as symmetric_memory
         import torch.distributed.distributed_c10d as c10d
-        from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
+        from torch._C._distributed_c10d import _register_process_group
 
         # Newer versions of torch have a type of their own for names, which older ones have not.
         self._name = cast(Any, f"odysseus_kernels/{group.group_name}/{nonce:x}")
@@ -73,14 +72,19 @@ class Rendezvous:
         self._group = dist.ProcessGroup(self._store, group.rank(), group.size())
         self._group._set_group_name(self._name)
         _register_process_group(self._name, self._group)
-        if not hasattr(symmetric_memory.enable_symm_mem_for_group, "__deprecated__"):
-            # Before torch took the store from the group it had to be told.
-            _SymmetricMemory.set_group_info(self._name, group.rank(), group.size(), self._store)
 
     def meet(self, memory: Tensor) -> Any:
         """The handle of all ranks' ``memory``, which is of equal size on all of them."""
         from torch._C._distributed_c10d import _SymmetricMemory
 
+        try:
+            return _SymmetricMemory.rendezvous(memory, self._name)
+        except RuntimeError as error:
+            if "no group info" not in str(error):
+                raise
+        # A version of torch that does not take the store from the group wants to be told, which it says before it sends
+        # anything.  (Where it need not be told it must not: others would check more, by counters of the process again.)
+        _SymmetricMemory.set_group_info(self._name, self._group.rank(), self._group.size(), self._store)
         return _SymmetricMemory.rendezvous(memory, self._name)
 
     def close(self) -> None:

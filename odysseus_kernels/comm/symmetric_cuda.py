@@ -219,7 +219,11 @@ def device_identity(device: torch.device) -> DeviceIdentity:
 
 
 def unreachable(device: torch.device, peers: Sequence[DeviceIdentity]) -> list[str]:
-    """GPUs of ``peers`` that ``device`` cannot map; those that this process does not see are left to the driver."""
+    """GPUs of ``peers`` that ``device`` cannot map; those that this process does not see are left to the driver.
+
+    That they can be mapped suffices.  Links that carry no atomics between GPUs (PCIe) serve as well: what a rank writes
+    into a peer's memory it stores, words too, and what it changes atomically lies in its own.
+    """
     visible = {device_identity(torch.device("cuda", i))[1]: i for i in range(torch.cuda.device_count())}
     found = []
     for rank, (name, uuid) in enumerate(peers):

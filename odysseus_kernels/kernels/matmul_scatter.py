@@ -36,7 +36,7 @@ __all__ = ["matmul_scatter", "matmul_scatter_kernel"]
 
 @triton.jit
 def release_word(address, value, INTERPRETED: tl.constexpr):
-    """Stores ``value`` in the int32 word at ``address`` (int64), in another rank's memory, behind all that was acquired.
+    """Stores ``value`` in the int32 word at ``address`` (int64), which lies with a peer, behind all that was acquired.
 
     A store and no exchange: a word has one writer, and not every link between GPUs carries atomics.
     """

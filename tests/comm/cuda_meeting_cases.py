@@ -103,30 +103,46 @@ class _Handle:
         return mock.Mock(data_ptr=lambda: self.told[rank])
 
 
-def _rendezvous(tensor: torch.Tensor, name: str) -> _Handle:
-    """Torch's, as far as it talks: the number of messages of one of them depends on what the ranks find out."""
-    group = c10d._resolve_process_group(name)  # type: ignore[arg-type]
-    # From C++, as torch does it: not by the methods that Python would find.
-    store = dist.PrefixStore("", group.get_group_store())
-    told = []
-    for message in range(3):
-        text = f"{message}, {tensor.numel()} bytes of rank {group.rank()}"
-        told = _StoreExchange.all_gather(store, group.rank(), group.size(), text)
-    return _Handle(told)
+class _Torch:
+    """Torch's rendezvous, as far as it talks.  Older versions take the store from what they were told of a group."""
+
+    def __init__(self, *, told: bool) -> None:
+        self._infos: dict[str, tuple[int, int, dist.Store]] | None = {} if told else None
+
+    def set_group_info(self, name: str, rank: int, world: int, store: dist.Store) -> None:
+        assert self._infos is not None and name not in self._infos
+        self._infos[name] = rank, world, store
+
+    def rendezvous(self, tensor: torch.Tensor, name: str) -> _Handle:
+        if self._infos is None:
+            group = c10d._resolve_process_group(name)  # type: ignore[arg-type]
+            rank, world, store = group.rank(), group.size(), group.get_group_store()
+        elif name in self._infos:
+            rank, world, store = self._infos[name]
+        else:
+            raise RuntimeError(f"get_group_info: no group info associated with the group name {name}")
+        # From C++, as torch does it: not by the methods that Python would find.
+        store = dist.PrefixStore("", store)
+        told = []
+        for message in range(3):
+            text = f"{message}, {tensor.numel()} bytes of rank {rank}"
+            told = _StoreExchange.all_gather(store, rank, world, text)
+        return _Handle(told)
 
 
-def overlapping_groups(rank: int, world: int) -> list[list[Any]]:
+def overlapping_groups(rank: int, world: int, told: bool) -> list[list[Any]]:
     """Groups 0-1, 1-2 and 0-1-2 grow their windows different numbers of times, in turns."""
     members = {"left": [0, 1], "right": [1, 2], "all": [0, 1, 2]}
     groups = {name: dist.new_group(ranks) for name, ranks in members.items()}
     texts = {name: meeting.Meeting(group) for name, group in groups.items() if rank in members[name]}
     config = ody.OverlapConfig(timeout_s=20)
+    stand_in = _Torch(told=told)
     counter = mock.patch.object(_StoreExchange, "number", 0)
     native = mock.patch.multiple(
         _SymmetricMemory,
         empty_strided_p2p=lambda size, stride, dtype, device: torch.empty(size, dtype=dtype),
-        rendezvous=_rendezvous,
-        set_group_info=mock.Mock(),
+        rendezvous=stand_in.rendezvous,
+        set_group_info=stand_in.set_group_info,
     )
     limit = mock.patch.object(rendezvous, "_TIMEOUT", datetime.timedelta(seconds=20))
     made: dict[str, TorchSymmetricMemory] = {}

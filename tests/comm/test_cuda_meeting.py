@@ -64,11 +64,12 @@ def test_too_little_symmetric_memory_is_said_once_and_not_tried_again() -> None:
     assert memory._windows == {}
 
 
-def test_groups_that_overlap_grow_in_their_own_time(ranks: Any) -> None:
+@pytest.mark.parametrize("told", (False, True))
+def test_groups_that_overlap_grow_in_their_own_time(ranks: Any, told: bool) -> None:
     """Ranks have taken part in different numbers of rendezvous, of which torch counts all in one counter."""
     turns = ["left", "left", "right", "all", "right", "left", "all", "right"]
     members = {"left": [0, 1], "right": [1, 2], "all": [0, 1, 2]}
-    for rank, found in enumerate(ranks(3).run(cuda_meeting_cases.overlapping_groups)):
+    for rank, found in enumerate(ranks(3).run(cuda_meeting_cases.overlapping_groups, told)):
         expected = [
             [name, *(f"2, {(number + 1) << 21} bytes of rank {peer}" for peer in range(len(members[name])))]
             for number, name in enumerate(turns)

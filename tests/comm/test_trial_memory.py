@@ -149,10 +149,12 @@ def test_symmetric_memory_of_a_trial_is_freed(retain: bool) -> None:
         held = memory.hold()
         for nbytes in (10 << 20, 50 << 20):
             memory.grow({place: nbytes, other: nbytes})
+        memory._refused = 60 << 20  # beside all that
         freed = [weakref.ref(memory._windows[one][0]) for one in (place, other)]
         assert memory.backed(place) == 50 << 20
         assert memory.restore(held) == {place, other}
         gc.collect()
+        assert memory._refused is None
         assert (memory.backed(place), memory.window(1, place), memory.backed(other)) == (small, address, 0)
         assert [ref() for ref in freed] == [None, None] and not memory._retained
         # Outside of a trial a window that a graph uses stays when it is replaced.
