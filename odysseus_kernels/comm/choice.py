@@ -172,8 +172,8 @@ class Choices:
                 is dropped.
             prior: predicted seconds by mode, equal on all ranks; used with ``measure=False``.
             prepare: by mode, what makes a rank ready for it without communicating; it runs before candidates.  A mode
-                (with all its variants, ``"tiles/2"`` of ``"tiles"``) for which that raises KernelUnavailableError on
-                any rank is dropped on all, with a warning.  Used with ``measure=True``.
+                (with all its variants, ``"tiles/2"`` of ``"tiles"``) for which that raises KernelUnavailableError or
+                ValueError on any rank is dropped on all, with a warning.  Used with ``measure=True``.
             refused: modes that are known to be dropped for that reason, and why; equal on all ranks.
             measure: whether candidates and the exchange can be run now; equal on all ranks.  They cannot while a CUDA
                 graph is captured or where tensors are fake.
@@ -336,7 +336,7 @@ def refusals(prepare: Preparations) -> dict[str, str]:
     for mode, run in prepare.items():
         try:
             run()
-        except KernelUnavailableError as error:
+        except (KernelUnavailableError, ValueError) as error:  # not alike on all ranks, perhaps
             found[mode] = short_text(error, _COMPILER_CHARACTERS)
     return found
 

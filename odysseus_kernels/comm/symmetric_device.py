@@ -90,10 +90,11 @@ class SymmetricDeviceTransport(Transport):
         try:
             yield
         finally:
-            if not self.broken:
-                self._forget(self._device.restore(held))
-                if self._ahead is not None:  # perhaps to a window that is no more: the next call is to drop it
-                    self._ahead = (dataclasses.replace(self._ahead[0], version=-1), self._ahead[1])
+            with self._lock:
+                if not self.broken:
+                    self._forget(self._device.restore(held))
+                    if self._ahead is not None:  # perhaps to a window that is no more: the next call is to drop it
+                        self._ahead = (dataclasses.replace(self._ahead[0], version=-1), self._ahead[1])
 
     def synchronize(self) -> None:
         """Waits until everything that was enqueued has happened.
@@ -179,7 +180,7 @@ class SymmetricDeviceTransport(Transport):
         """Makes sure that the call's kernel can run before peers are told that this rank makes the call."""
         try:
             prepare_tiles(call)
-        except KernelUnavailableError:
+        except (KernelUnavailableError, ValueError):
             # What it says instead costs no message of its own: ranks that all lack the kernel agree and go on, one that
             # has it learns at once that it would wait in vain.
             try:

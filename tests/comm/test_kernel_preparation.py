@@ -32,7 +32,7 @@ PHASE = Phase("operator", "forward", f"x [{ROWS}, {WIDTH}]", "", torch.float64, 
 class Lockstep:
     """Ranks as threads that share a simulated machine: it runs where a real rank's host would wait for its device."""
 
-    def __init__(self, broken: set[int], seconds: dict[str, float]) -> None:
+    def __init__(self, broken: set[int], seconds: dict[str, float], error: Exception | None = None) -> None:
         self.group = Group(WORLD)
         self.exchange = Exchange(WORLD)
         self.prepared = [0] * WORLD
@@ -40,6 +40,7 @@ class Lockstep:
         self.seen: list[Tensor | None] = [None] * WORLD
         self.shards = [self.group.random(1, ROWS, WIDTH) for _ in range(WORLD)]
         self._broken, self._seconds = broken, seconds
+        self._error = error or KernelUnavailableError(REASON)
         self._outputs: list[Tensor] = []
         self._kernels: list[tuple[Tensor, TileGather]] = []
         self._barrier, self._lock = threading.Barrier(WORLD), threading.Lock()
@@ -83,7 +84,7 @@ class Lockstep:
             def prepare() -> None:
                 self.prepared[rank] += 1
                 if rank in self._broken:
-                    raise KernelUnavailableError(REASON)
+                    raise self._error
 
             call = Call("operator", "forward", settled, Gather(shard, consume, tiles=tiles, prepare=prepare))
             if isinstance(transport, SymmetricDeviceTransport):
@@ -167,6 +168,19 @@ def test_a_kernel_that_a_rank_lacks_is_left_out_by_all(broken: set[int]) -> None
         assert not told
     assert not any(transport.broken for transport in ranks.group.transports)
     ranks.check(found[0])
+
+
+def test_operands_that_a_kernel_of_one_rank_does_not_take() -> None:
+    """Not a kernel's fault, and for its peers the same."""
+    ranks = Lockstep({2}, FAST_TILES, ValueError("weights: expected contiguous rows in all"))
+    found, told = ranks.choose(AUTO)
+    assert {one.mode for one in found} == {"fused"}
+    assert len(told) == WORLD and "rank 2: ValueError: weights: expected contiguous rows" in told[0]
+    ranks = Lockstep({1}, {}, ValueError("weights: expected contiguous rows in all"))
+    with pytest.raises(ValueError, match="expected contiguous rows"):
+        ask(ranks, 1)
+    error = ask(ranks, 0)
+    assert isinstance(error, RankMismatchError) and "for which it has no kernel" in str(error)
 
 
 @pytest.mark.parametrize("broken", (set(), {2}))
