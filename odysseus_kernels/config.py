@@ -48,8 +48,9 @@ class OverlapConfig:
 
     Attributes:
         mode: ``"fused"`` multiplies chunk by chunk as data arrives, with the library's products; ``"tiles"`` runs one
-            kernel whose tiles wait and signal (CUDA, symmetric transport); ``"unfused"`` runs the collective and then
-            the product; ``"auto"`` takes what does not lose (see ``tune``; :func:`explain` says what it took).
+            kernel whose tiles wait and signal (CUDA, symmetric transport; KernelUnavailableError where it cannot be
+            compiled); ``"unfused"`` runs the collective and then the product; ``"auto"`` takes what does not lose and
+            what all ranks have (see ``tune``; :func:`explain` says what it took).
         transport: ``"symmetric"`` maps every peer's buffers (one host), ``"collective"`` uses the process group's
             NCCL or Gloo; ``"auto"`` takes symmetric where it can and warns once where it cannot.
         chunks_per_rank: pieces into which one rank's shard is cut; ``"auto"`` chooses from the shape.

@@ -11,6 +11,7 @@ __all__ = [
     "CommunicationError",
     "ExtensionNotBuiltError",
     "FallbackWarning",
+    "KernelUnavailableError",
     "PeerLostError",
     "RankMismatchError",
     "SignalTimeoutError",
@@ -37,8 +38,12 @@ class ExtensionNotBuiltError(ImportError):
     """The compiled host extension is needed and cannot be imported; the message says how to build it."""
 
 
+class KernelUnavailableError(RuntimeError):
+    """A kernel of ``mode="tiles"`` cannot be compiled, loaded or launched on this rank; nothing was sent."""
+
+
 class FallbackWarning(UserWarning):
-    """A preferred transport is not available here, so another one is used; issued once for each group."""
+    """A preferred transport or mode is not available here, so another one is used; issued once for each group."""
 
 
 class CapacityWarning(FallbackWarning):

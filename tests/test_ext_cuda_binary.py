@@ -17,6 +17,7 @@ if not hasattr(C, "cuda"):
     pytest.skip("the extension was built without CUDA", allow_module_level=True)
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+SMALL = ("11wait_kernel", "13signal_kernel", "14advance_kernel", "11book_kernel", "14release_kernel")
 REDUCTIONS = 16  # eight pairs of types, few and many sources
 
 
@@ -60,7 +61,10 @@ def test_no_kernel_spills_and_all_fit_their_blocks() -> None:
     for name, registers, stack, local in usage:
         assert (stack, local) == ("0", "0"), name
         assert int(registers) <= 64, f"{name}: 1024 threads have 64 registers each"
-        if any(kernel in name for kernel in ("11wait_kernel", "13signal_kernel", "14advance_kernel", "11book_kernel", "14release_kernel")):
+        if any(
+            kernel in name
+            for kernel in ("11wait_kernel", "13signal_kernel", "14advance_kernel", "11book_kernel", "14release_kernel")
+        ):
             assert int(registers) <= 32, f"{name}: a warp of it must fit beside a product that fills the device"
 
 

@@ -1,6 +1,6 @@
 """torch.distributed underneath: names that changed between versions, and waits that end.
 
-Supported are torch 2.9 and later.
+Supported are torch 2.10 and later.
 """
 
 from __future__ import annotations

@@ -5,8 +5,12 @@ than unfused.
 
 All ranks of a group choose alike, or they would wait for each other in different protocols.  The first
 :meth:`Choices.decide` for a key is therefore a collective of up to three exchanges of short texts: what the ranks have
-in their caches; how long a first timed run took, and which modes cannot be had; the medians.  All that follows is
+in their caches, and which modes a rank has no kernel for; how long a first timed run took, and which modes cannot be
+had; the medians.  (A fourth, where caches disagree, is about kernels that a rank had not tried.)  All that follows is
 computed from the exchanged texts alone.  Every later one is a dictionary lookup.
+
+A kernel is compiled, loaded and launched for the first time before anything of its mode is sent.  Where that fails on
+any rank, all ranks leave the mode out.
 
 Concurrency: candidates run on the calling thread, and a lock keeps other threads' first decisions for the same group
 apart.  Ranks must come to new keys in the same order, as they do to calls on a transport.
@@ -20,21 +24,35 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+import types
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 
-from ..errors import CommunicationError, RankMismatchError
+from ..errors import CommunicationError, FallbackWarning, KernelUnavailableError, RankMismatchError
 from ..planner.cost_model import MEASURED_MARGIN, MODEL_MARGIN, pick_mode
 from .choice_cache import CachedChoice, ChoiceCache
 from .decision import ChoiceKey, Decision, explain
 from .mismatch import describe_mismatch, short_text, signature_hash
 from .transport import CapacityExceededError
 
-__all__ = ["ChoiceCache", "ChoiceKey", "Choices", "CudaTimer", "Decision", "HostTimer", "Timer", "explain"]
+__all__ = [
+    "ChoiceCache",
+    "ChoiceKey",
+    "Choices",
+    "CudaTimer",
+    "Decision",
+    "HostTimer",
+    "Timer",
+    "explain",
+    "refusal_of_any",
+    "refusals",
+]
 
 Candidate = Callable[[], None]
+Preparations = Mapping[str, Candidate]
 
 # Rounds of timing, an even number: half of them take the candidates in each order.
 _FEWEST_ROUNDS = 4
@@ -42,6 +60,7 @@ _MOST_ROUNDS = 20
 # What ranks exchange is cut to this, so that several texts fit one message.
 _TEXT_CHARACTERS = 400
 _REASON_CHARACTERS = 200
+_COMPILER_CHARACTERS = 800  # of which the last ones say what is wrong
 
 
 class Timer(Protocol):
@@ -106,6 +125,7 @@ class Choices:
         self._budget_s = budget_s
         self._made: dict[ChoiceKey, Decision] = {}
         self._noted: dict[tuple[ChoiceKey, str, str], Decision] = {}
+        self._warned: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
 
     @property
@@ -131,7 +151,14 @@ class Choices:
         return found
 
     def decide(
-        self, key: ChoiceKey, candidates: Mapping[str, Candidate], prior: Mapping[str, float], *, measure: bool
+        self,
+        key: ChoiceKey,
+        candidates: Mapping[str, Candidate],
+        prior: Mapping[str, float],
+        *,
+        measure: bool,
+        prepare: Preparations = types.MappingProxyType({}),
+        refused: Mapping[str, str] = types.MappingProxyType({}),
     ) -> Decision:
         """The mode for ``key``: the earlier decision, a cached one on which all ranks agree, or a new one.
 
@@ -141,15 +168,20 @@ class Choices:
             key: for what.
             candidates: runs of the whole phase with all ranks, by mode, equal and in equal order on all ranks.  Each
                 is run many times, so it must leave nothing behind that another run would see.  One that raises
-                ValueError or CapacityExceededError, on all ranks and before anything is sent, is dropped.
+                ValueError, CapacityExceededError or KernelUnavailableError, on all ranks and before anything is sent,
+                is dropped.
             prior: predicted seconds by mode, equal on all ranks; used with ``measure=False``.
+            prepare: by mode, what makes a rank ready for it without communicating; it runs before candidates.  A mode
+                (with all its variants, ``"tiles/2"`` of ``"tiles"``) for which that raises KernelUnavailableError or
+                ValueError on any rank is dropped on all, with a warning.  Used with ``measure=True``.
+            refused: modes that are known to be dropped for that reason, and why; equal on all ranks.
             measure: whether candidates and the exchange can be run now; equal on all ranks.  They cannot while a CUDA
                 graph is captured or where tensors are fake.
 
         Raises:
             ValueError: no candidates; or no prediction where one is needed; or what the last candidate raised, if
                 none can be had.
-            CapacityExceededError: likewise.
+            CapacityExceededError, KernelUnavailableError: likewise.
             RankMismatchError: ranks differ in what they decide, or in which candidates can be had.
             CommunicationError: whatever goes wrong between ranks; nothing is decided then.
         """
@@ -161,25 +193,39 @@ class Choices:
         with self._lock:
             found = self.find(key, measure=measure)
             if found is None:
-                found = self._made[key] = self._decide(key, candidates, prior, measure)
+                found = self._made[key] = self._decide(key, candidates, prior, measure, prepare, refused)
             return found
 
     def _decide(
-        self, key: ChoiceKey, candidates: Mapping[str, Candidate], prior: Mapping[str, float], measure: bool
+        self,
+        key: ChoiceKey,
+        candidates: Mapping[str, Candidate],
+        prior: Mapping[str, float],
+        measure: bool,
+        prepare: Preparations,
+        refused: Mapping[str, str],
     ) -> Decision:
+        cached = None
+        if measure and len(candidates) > 1:
+            cached, refused = self._agreed_in_caches(key, list(candidates), prepare)
+        if cached is None and refused:
+            self._warn(key, refused)
+            candidates = {mode: run for mode, run in candidates.items() if _base(mode) not in refused}
+            if not candidates:
+                raise KernelUnavailableError(next(iter(refused.values())))
         if len(candidates) == 1:
-            return Decision(key, next(iter(candidates)), "only")
+            return Decision(key, next(iter(candidates)), "only", dropped=refused)
         if not measure:
             predicted = {mode: prior[mode] for mode in candidates if mode in prior}
             if not predicted:
                 raise ValueError(
                     f"prior for {key.shared}: expected seconds for some of {list(candidates)}, got {list(prior)}"
                 )
-            return Decision(key, pick_mode(predicted, MODEL_MARGIN), "model", predicted)
-        cached = self._agreed_in_caches(key, list(candidates))
+            return Decision(key, pick_mode(predicted, MODEL_MARGIN), "model", predicted, refused)
         if cached is not None:
             return Decision(key, cached.mode, "cached", cached.seconds)
         usable, dropped, rounds = self._warm_up(key, candidates)
+        dropped = {**refused, **dropped}
         if len(usable) == 1:
             return Decision(key, next(iter(usable)), "only", dropped=dropped)
         seconds = self._measured(key, usable, rounds)
@@ -188,14 +234,40 @@ class Choices:
             self._cache.put(key.text, CachedChoice(decision.mode, seconds))
         return decision
 
-    def _agreed_in_caches(self, key: ChoiceKey, modes: list[str]) -> CachedChoice | None:
-        """What this rank's cache has, if every rank's cache has the same mode."""
+    def _agreed_in_caches(
+        self, key: ChoiceKey, modes: list[str], prepare: Preparations
+    ) -> tuple[CachedChoice | None, dict[str, str]]:
+        """What this rank's cache has, if every rank's has the same mode and its kernel; else what has to be dropped.
+
+        A rank with a cached mode that needs no kernel compiles none, unless it turns out that others have no such mode.
+        """
         cached = self._cache.get(key.text) if self._cache is not None else None
-        told = {"modes": modes, "cached": cached.mode if cached is not None and cached.mode in modes else None}
+        if cached is not None and cached.mode not in modes:
+            cached = None
+        own = None if cached is not None and _base(cached.mode) not in prepare else refusals(prepare)
+        if cached is not None and own is not None and _base(cached.mode) in own:
+            cached = None
+        told = {"modes": modes, "cached": cached.mode if cached is not None else None, "refused": own}
         everyone = self._tell(key, "compares caches", told)
         _check_alike(key, [f"modes {', '.join(map(str, one['modes']))}" for one in everyone])
         agreed = {one["cached"] for one in everyone}
-        return cached if len(agreed) == 1 and None not in agreed else None
+        if len(agreed) == 1 and None not in agreed:
+            return cached, {}
+        if any(one["refused"] is None for one in everyone):
+            told = {"refused": refusals(prepare) if own is None else own}
+            everyone = self._tell(key, "prepared", told)
+        return None, refusal_of_any([one["refused"] for one in everyone])
+
+    def _warn(self, key: ChoiceKey, refused: Mapping[str, str]) -> None:
+        """Once for each mode and reason."""
+        for mode, reason in refused.items():
+            if (mode, reason) not in self._warned:
+                self._warned.add((mode, reason))
+                warnings.warn(
+                    f'mode "{mode}" cannot be had, all ranks use another one ({key.shared}): {reason}',
+                    FallbackWarning,
+                    stacklevel=2,
+                )
 
     def _warm_up(
         self, key: ChoiceKey, candidates: Mapping[str, Candidate]
@@ -209,7 +281,7 @@ class Choices:
                 seconds[mode] = self._timer.measure(candidate)
             except CommunicationError:  # some of them are ValueErrors, too
                 raise
-            except (ValueError, CapacityExceededError) as error:
+            except (ValueError, CapacityExceededError, KernelUnavailableError) as error:
                 # Without its frames, which hold tensors and, through this dictionary, themselves.
                 refusals[mode] = error.with_traceback(None)
         reasons = {mode: short_text(error, _REASON_CHARACTERS) for mode, error in refusals.items()}
@@ -256,6 +328,31 @@ class Choices:
         if len({(one["key"], one["step"]) for one in everyone}) > 1:
             _check_alike(key, [f"{one['text']} ({one['key']})" for one in everyone])
         return everyone
+
+
+def refusals(prepare: Preparations) -> dict[str, str]:
+    """Modes for which this rank has no kernel, and why; prepares those that it has."""
+    found = {}
+    for mode, run in prepare.items():
+        try:
+            run()
+        except (KernelUnavailableError, ValueError) as error:  # not alike on all ranks, perhaps
+            found[mode] = short_text(error, _COMPILER_CHARACTERS)
+    return found
+
+
+def refusal_of_any(everyone: Collection[Mapping[str, str]]) -> dict[str, str]:
+    """Modes for which some rank has no kernel; the reason names the first such rank."""
+    found: dict[str, str] = {}
+    for rank, refused in enumerate(everyone):
+        for mode, reason in refused.items():
+            found.setdefault(mode, f"rank {rank}: {reason}")
+    return found
+
+
+def _base(mode: str) -> str:
+    """``"tiles"`` of ``"tiles/2"``."""
+    return mode.partition("/")[0]
 
 
 def _check_alike(key: ChoiceKey, texts: list[str]) -> None:

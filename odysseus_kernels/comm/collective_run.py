@@ -18,7 +18,8 @@ from .collective_schedule import IN_FLIGHT, collective_schedule
 from .lanes import Lane
 from .reduce import PieceSum
 from .schedule import Kind, Step, Task, piece_bounds
-from .transport import Call, Scatter, SentAhead, row_pieces
+from .sent_ahead import SentAhead
+from .transport import Call, Scatter, row_pieces
 
 __all__ = ["Ahead", "CollectiveRun"]
 

@@ -12,9 +12,19 @@ from ..errors import CommunicationError
 from .device_schedule import FINAL, PREVIOUS_USE, RECEIVE, SLOT, STAGE, receive_part
 from .lowering import Block, Operations, Places, Plan
 from .schedule import SHARD, Region, Step, Task
-from .transport import Call, Gather, Scatter, TileGather, TileScatter
+from .transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
 
-__all__ = ["Device", "Scratch", "WarmUpNeededError", "check_sums", "check_tiles", "describe_wait", "tile_callback"]
+__all__ = [
+    "Device",
+    "Preparation",
+    "Scratch",
+    "WarmUpNeededError",
+    "check_sums",
+    "check_tiles",
+    "describe_wait",
+    "prepare_tiles",
+    "tile_callback",
+]
 
 
 class WarmUpNeededError(RuntimeError):
@@ -49,6 +59,12 @@ class Device(Places, Protocol):
 
     def grow(self, call: Call, sizes: dict[tuple[str, int], int]) -> None:
         """Makes windows (kind, index) larger, together with all ranks, or raises CapacityExceededError on all."""
+
+    def hold(self) -> object:
+        """All windows as they are, for :meth:`restore`."""
+
+    def restore(self, held: object) -> set[tuple[str, int]]:
+        """Makes windows again what they were, together with all ranks, and gives back the rest; returns which moved."""
 
     def word_tensor(self, kind: str, window: int) -> Tensor:
         """Local words of a window, int32 [world]."""
@@ -214,6 +230,30 @@ def check_tiles(call: Call, world: int) -> None:
             f'{call.name}: expected mode "tiles" to need at most tile_bytes={call.config.tile_bytes:,} bytes for its '
             f"chunks, got {nbytes:,}; raise tile_bytes or use another mode"
         )
+
+
+def prepare_tiles(call: Call) -> None:
+    """Makes sure that the call's kernel can run, on this rank alone; KernelUnavailableError if it cannot."""
+    for part in (call.gather, call.scatter):
+        if part is not None and part.prepare is not None:
+            part.prepare()
+
+
+class Preparation(Transport):
+    """Stands in for the transport of a device before a choice: calls prepare their kernels, and nothing moves."""
+
+    name = "symmetric"
+    serves_tiles = True
+
+    def _execute(self, call: Call) -> None:
+        try:
+            check_tiles(call, self.world)
+        except ValueError:  # on all ranks alike, as they will find when they run it
+            return
+        prepare_tiles(call)
+
+    def _count(self, call: Call) -> None:
+        """Nothing was sent."""
 
 
 def tile_callback(device: Device, call: Call, scratch: Scratch, rank: int, world: int) -> Callable[[], None]:

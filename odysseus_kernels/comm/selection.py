@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import json
 from collections.abc import Callable
 from typing import cast
 
@@ -13,8 +14,18 @@ import torch
 from ..config import Mode, OverlapConfig, cache_directory
 from ..planner.cost_model import Work, predict
 from ..planner.hardware import hardware_for
-from .choice import ChoiceCache, ChoiceKey, Choices, CudaTimer, Decision, HostTimer
+from .choice import (
+    ChoiceCache,
+    ChoiceKey,
+    Choices,
+    CudaTimer,
+    Decision,
+    HostTimer,
+    refusal_of_any,
+    refusals,
+)
 from .choice_cache import machine_fingerprint
+from .device_call import Preparation
 from .recorder import not_recorded
 from .transport import Transport
 
@@ -80,13 +91,20 @@ class Selection:
             return dataclasses.replace(config, mode="fused")
         found = self._choices.find(key, measure=measure)
         if found is None:
+            variants = self._variants(transport, config, phase)
             candidates: dict[str, Callable[[], None]] = {
-                variant: functools.partial(run, transport, _as(config, variant))
-                for variant in self._variants(transport, config, phase)
+                variant: functools.partial(run, transport, _as(config, variant)) for variant in variants
             }
-            with not_recorded():
-                prior = self._prior(config, phase, transport.world, agree=not (measure or capturing))
-                found = self._choices.decide(key, candidates, prior, measure=measure)
+            prepare = {}
+            if any(variant.partition("/")[0] == "tiles" for variant in variants):
+                stand_in = Preparation(transport.rank, transport.world)
+                prepare["tiles"] = functools.partial(run, stand_in, _as(config, "tiles"))
+            with not_recorded(), transport.trial():
+                flops, refused = phase.flops, dict[str, str]()
+                if not measure and not capturing:
+                    flops, refused = self._agreed(phase, refusals(prepare))
+                prior = self._prior(config, phase, transport.world, flops)
+                found = self._choices.decide(key, candidates, prior, measure=measure, prepare=prepare, refused=refused)
         return _as(config, found.mode)
 
     def _variants(self, transport: Transport, config: OverlapConfig, phase: Phase) -> list[str]:
@@ -112,9 +130,14 @@ class Selection:
             phase.own,
         )
 
-    def _prior(self, config: OverlapConfig, phase: Phase, world: int, *, agree: bool) -> dict[str, float]:
-        """Predictions; with ``agree`` all ranks take the largest product of any, so that they predict alike."""
-        flops = max(int(text) for text in self._exchange(str(phase.flops))) if agree else phase.flops
+    def _agreed(self, phase: Phase, refused: dict[str, str]) -> tuple[int, dict[str, str]]:
+        """The largest product of any rank, and the modes for which any has no kernel: all ranks predict alike."""
+        own = json.dumps({"flops": phase.flops, "refused": refused})
+        everyone = [json.loads(text) for text in self._exchange(own)]
+        return max(int(one["flops"]) for one in everyone), refusal_of_any([one["refused"] for one in everyone])
+
+    def _prior(self, config: OverlapConfig, phase: Phase, world: int, flops: int) -> dict[str, float]:
+        """Predictions for products of ``flops``."""
         work = Work(
             flops=flops,
             world=world,

@@ -1,7 +1,6 @@
-"""GPUs whose memory ranks map into one another, by torch's symmetric memory: the device behind the symmetric transport.
+"""GPUs whose memory ranks map into one another: the device behind the symmetric transport.
 
-Everything that differs between versions of torch's symmetric memory is here: allocation, rendezvous, peers' addresses.
-Supported are torch 2.10 and later.  Concurrency and memory: ``comm/symmetric_device.py``.
+Concurrency and memory: ``comm/symmetric_device.py``; where the memory comes from: ``comm/peer_memory.py``.
 
 A rank has one stream of high priority for each stream of a schedule, besides the caller's.  Words lie in symmetric
 memory of their own; what ranks call, and whether they are alive, is exchanged between hosts' processes in shared memory
@@ -15,7 +14,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,19 +22,20 @@ from torch import Tensor
 
 from .. import _ext
 from ..config import shared_memory_directory
-from ..errors import CapacityWarning, CommunicationError, FallbackWarning
+from ..errors import CommunicationError, FallbackWarning
 from .device_call import WarmUpNeededError
 from .device_schedule import COMPUTE, RECEIVE, STREAMS
 from .device_streams import check_queues
 from .ledger import Ledger
-from .lowering import WINDOWS, WORDS, Operations, word_index
+from .lowering import WINDOWS, Operations, word_index
 from .mismatch import short_text
+from .peer_memory import Exchange, PeerMemory, TorchSymmetricMemory, Window
 from .schedule import SHARD
 from .supervisor import Supervisor
 from .symmetric_device import SymmetricDeviceTransport
-from .transport import Call, CapacityExceededError
+from .transport import Call
 
-__all__ = ["CudaDevice", "PeerMemory", "TorchSymmetricMemory", "connect", "device_identity"]
+__all__ = ["CudaDevice", "connect", "device_identity"]
 
 _KINDS = (SHARD, RECEIVE)
 _HIGH_PRIORITY = -1
@@ -47,126 +47,6 @@ _WARM_UP = (
     "on all ranks before the capture"
 )
 _CLOSE_S = 10.0
-_GRANULARITY = 2 << 20  # what a driver allocates at once
-_Window = tuple[str, int]
-Exchange = Callable[[str], list[str]]
-
-
-class PeerMemory(Protocol):
-    """Memory of all ranks at addresses of this rank's device.
-
-    Attributes:
-        retain: windows that are replaced by larger ones stay: a captured graph goes on using them.
-    """
-
-    retain: bool
-
-    def words(self, rank: int) -> int:
-        """Address of a rank's words."""
-
-    def own_words(self) -> Tensor:
-        """This rank's words: int32 [2 * WINDOWS * WORDS * world]."""
-
-    def window(self, rank: int, place: _Window) -> int:
-        """Address of a rank's window."""
-
-    def backed(self, place: _Window) -> int:
-        """Bytes of a window that every rank has."""
-
-    def grow(self, sizes: dict[_Window, int]) -> None:
-        """Makes windows larger, together with all ranks.  CapacityExceededError on all ranks if one cannot."""
-
-    def close(self) -> None:
-        """Gives the memory back."""
-
-
-class TorchSymmetricMemory:
-    """Windows and words in torch's symmetric memory; every rank makes the same calls in the same order."""
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, exchange: Exchange) -> None:
-        self._group_name, self._device, self._world = group.group_name, device, group.size()
-        self._exchange = exchange
-        self.retain = False
-        self._refused: int | None = None  # bytes that some rank did not have
-        # A handle owns the mappings of peers' memory.
-        self._windows: dict[_Window, tuple[Tensor, list[int], Any]] = {}
-        self._retained: list[Any] = []
-        failure, words = "", None
-        try:
-            words = self._empty(4 * len(_KINDS) * WINDOWS * WORDS * self._world).zero_()
-            torch.cuda.synchronize(device)
-        except RuntimeError as error:
-            failure = short_text(error, 200)
-        # Before the rendezvous, in which a rank that comes alone would wait long.
-        for rank, text in enumerate(exchange(failure)):
-            if text:
-                raise OSError(f"rank {rank}: {text}")
-        assert words is not None
-        self._words: Tensor | None = words.view(torch.int32)
-        self._word_addresses, self._word_handle = self._meet(words)
-
-    def _empty(self, nbytes: int) -> Tensor:
-        from torch._C._distributed_c10d import _SymmetricMemory
-
-        # Not symm_mem.empty: newer versions take that from a pool, and a window is to be an allocation of its own.
-        return _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, self._device)
-
-    def _meet(self, memory: Tensor) -> tuple[list[int], Any]:
-        """Addresses of all ranks' ``memory`` on this device, and what keeps them valid."""
-        import torch.distributed._symmetric_memory as symmetric_memory
-
-        handle = symmetric_memory.rendezvous(memory, self._group_name)
-        ranks = range(self._world)
-        return [handle.get_buffer(rank, (memory.numel(),), torch.uint8).data_ptr() for rank in ranks], handle
-
-    def words(self, rank: int) -> int:
-        return self._word_addresses[rank]
-
-    def own_words(self) -> Tensor:
-        assert self._words is not None
-        return self._words
-
-    def window(self, rank: int, place: _Window) -> int:
-        return self._windows[place][1][rank]
-
-    def backed(self, place: _Window) -> int:
-        return self._windows[place][0].numel() if place in self._windows else 0
-
-    def grow(self, sizes: dict[_Window, int]) -> None:
-        needed = sum(sizes.values())
-        if self._refused is not None and needed >= self._refused:  # known to all ranks alike
-            raise CapacityExceededError(f"{needed:,} bytes of symmetric memory were refused before")
-        # Our own use of what is replaced is over after this, and everybody's after the exchange.
-        torch.cuda.synchronize(self._device)
-        made: dict[_Window, Tensor] = {}
-        failure = ""
-        try:
-            for place, nbytes in sizes.items():
-                made[place] = self._empty(-(-nbytes // _GRANULARITY) * _GRANULARITY)
-            # An allocator may clear new memory in its own time: before a peer writes there.
-            torch.cuda.synchronize(self._device)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, a driver's refusal another
-            failure = short_text(error, 200)
-        failures = {rank: text for rank, text in enumerate(self._exchange(failure)) if text}
-        if failures:
-            made.clear()
-            self._refused = needed
-            told = "; ".join(f"rank {rank}: {text}" for rank, text in failures.items())
-            message = f"{needed:,} bytes of symmetric memory cannot be had: {told}"
-            warnings.warn(f"{message}; calls of that size use collectives instead", CapacityWarning, stacklevel=2)
-            raise CapacityExceededError(message)
-        for place, memory in made.items():
-            if self.retain and place in self._windows:
-                self._retained.append(self._windows[place])
-            try:
-                self._windows[place] = (memory, *self._meet(memory))
-            except RuntimeError as error:
-                raise CommunicationError(f"ranks could not map one another's memory: {short_text(error)}") from error
-
-    def close(self) -> None:
-        self._windows.clear()
-        self._retained.clear()
-        self._words = self._word_handle = None
 
 
 class CudaDevice:
@@ -248,12 +128,25 @@ class CudaDevice:
     def backed(self, kind: str, window: int) -> int:
         return self._memory.backed((kind, window))
 
-    def grow(self, call: Call, sizes: dict[_Window, int]) -> None:
+    def grow(self, call: Call, sizes: dict[Window, int]) -> None:
         if self.capturing():
             raise WarmUpNeededError(_WARM_UP.format(call.name))
         if self._ledger is not None:
             self._ledger.settle(call)
         self._memory.grow(sizes)
+
+    def hold(self) -> object:
+        return self._memory.hold()
+
+    def restore(self, held: object) -> set[Window]:
+        if self.capturing():  # in which nothing grows
+            return set()
+        torch.cuda.synchronize(self.device)
+        moved = self._memory.restore(held)
+        if moved:
+            # Scratch memory of runs that were timed: other groups' windows do not come from where torch keeps it.
+            torch.cuda.empty_cache()
+        return moved
 
     # ---- execution ---------------------------------------------------------------------------------------------------
 
@@ -327,7 +220,11 @@ def device_identity(device: torch.device) -> DeviceIdentity:
 
 
 def unreachable(device: torch.device, peers: Sequence[DeviceIdentity]) -> list[str]:
-    """GPUs of ``peers`` that ``device`` cannot map; those that this process does not see are left to the driver."""
+    """GPUs of ``peers`` that ``device`` cannot map; those that this process does not see are left to the driver.
+
+    That they can be mapped suffices.  Links that carry no atomics between GPUs (PCIe) serve as well: what a rank writes
+    into a peer's memory it stores, words too, and what it changes atomically lies in its own.
+    """
     visible = {device_identity(torch.device("cuda", i))[1]: i for i in range(torch.cuda.device_count())}
     found = []
     for rank, (name, uuid) in enumerate(peers):
@@ -373,7 +270,7 @@ def connect(
     if not any("error" in other for other in answers):
         try:
             host.attach([other["path"] for other in answers])
-            memory = TorchSymmetricMemory(group, device, exchange)
+            memory = TorchSymmetricMemory(group, device, exchange, nonce)
         except (OSError, ValueError, RuntimeError) as error:
             failure = short_text(error)
     # The second exchange is also what makes it safe to signal: all ranks' words are zero.

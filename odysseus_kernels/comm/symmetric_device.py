@@ -8,7 +8,8 @@ never waits for the device.  No SM is spent on moving data; waiting takes one sm
 products leave.
 
 Memory.  A rank's windows hold its published shard and what it receives (two sets of pieces, one from each peer); slots
-and stages are scratch memory of the call.  Windows grow with the first call that needs more, by agreement of all ranks.
+and stages are scratch memory of the call.  Windows grow with the first call that needs more, by agreement of all ranks;
+what they grew by for runs that were only timed is given back.
 
 Errors.  A wait on the device is bounded (``config.timeout_s``).  One that gives up says so in memory that the host
 reads: at the next call, in :meth:`SymmetricDeviceTransport.synchronize`, or by the supervisor (``comm/supervisor.py``),
@@ -21,18 +22,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from torch import Tensor
 
-from ..errors import CommunicationError
-from .device_call import Device, Scratch, WarmUpNeededError, check_sums, check_tiles, describe_wait, tile_callback
+from ..errors import CommunicationError, KernelUnavailableError
+from .device_call import (
+    Device,
+    Scratch,
+    WarmUpNeededError,
+    check_sums,
+    check_tiles,
+    describe_wait,
+    prepare_tiles,
+    tile_callback,
+)
 from .device_schedule import AHEAD, MAX_PIECES, RECEIVE, device_schedule, drop_schedule, tile_schedule
 from .leases import Lease, LeaseTable
 from .lowering import WINDOWS, Block, Layout, Plan, lower, receive_bytes
 from .mismatch import short_text
 from .schedule import SHARD, Schedule, Step, Task
-from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces
+from .sent_ahead import SentAhead
+from .transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
 
 __all__ = ["SymmetricDeviceTransport"]
 
@@ -72,6 +83,18 @@ class SymmetricDeviceTransport(Transport):
     @property
     def reserved_bytes(self) -> int:
         return sum(self._device.backed(kind, window) for kind in self._leases for window in range(WINDOWS))
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        held = self._device.hold()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if not self.broken:
+                    self._forget(self._device.restore(held))
+                    if self._ahead is not None:  # perhaps to a window that is no more: the next call is to drop it
+                        self._ahead = (dataclasses.replace(self._ahead[0], version=-1), self._ahead[1])
 
     def synchronize(self) -> None:
         """Waits until everything that was enqueued has happened.
@@ -129,6 +152,8 @@ class SymmetricDeviceTransport(Transport):
         self._raise_failure()
         if self.broken:
             raise CommunicationError(f"{call.name}: the transport cannot be used any more ({self.broken})")
+        if call.config.mode == "tiles" and not self._device.capturing():  # which comes after runs without a capture
+            self._prepare_tiles(call)
         try:
             plan, ended = self._prepare(call, scratch)
         except CommunicationError as error:
@@ -150,6 +175,20 @@ class SymmetricDeviceTransport(Transport):
         for kind, lease in ended:
             self._leases[kind].give_back(lease, (), ())
         self.completed += 1
+
+    def _prepare_tiles(self, call: Call) -> None:
+        """Makes sure that the call's kernel can run before peers are told that this rank makes the call."""
+        try:
+            prepare_tiles(call)
+        except (KernelUnavailableError, ValueError):
+            # What it says instead costs no message of its own: ranks that all lack the kernel agree and go on, one that
+            # has it learns at once that it would wait in vain.
+            try:
+                self._device.begin(call, ", for which it has no kernel")
+            except CommunicationError as error:
+                self.broken = short_text(error)
+                self._device.give_up(error)
+            raise
 
     def _enqueue(self, call: Call, plan: Plan, scratch: Scratch) -> None:
         device = self._device

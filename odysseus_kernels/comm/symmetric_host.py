@@ -27,7 +27,8 @@ from .mismatch import short_text
 from .peers import Peers
 from .reduce import PieceSum
 from .schedule import SHARD, Kind, Schedule, Step, Task, publication, symmetric_schedule
-from .transport import Call, CapacityExceededError, Scatter, SentAhead, Transport, row_pieces
+from .sent_ahead import SentAhead
+from .transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
 from .windows import BundleBuffer, PartialBuffer, ShardBuffer, Windows
 
 __all__ = ["SymmetricHostTransport", "window_bytes"]

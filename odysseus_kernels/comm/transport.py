@@ -13,9 +13,10 @@ are serialised by a lock; ranks must make the same calls in the same order.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Literal
 
@@ -34,7 +35,6 @@ __all__ = [
     "LocalTransport",
     "NotServedError",
     "Scatter",
-    "SentAhead",
     "TileGather",
     "TileScatter",
     "Transport",
@@ -116,12 +116,14 @@ class Gather:
             slice along rows of a contiguous tensor: rows ``start`` to ``stop`` of rank ``source``'s shard.
         prefetch: shard that the next call is expected to gather, to be sent ahead while this call computes.
         tiles: what ``mode="tiles"`` calls instead of ``consume``: one kernel for all chunks.
+        prepare: makes sure that ``tiles`` can run, on this rank alone; KernelUnavailableError if it cannot.
     """
 
     shard: Tensor
     consume: Consume
     prefetch: Tensor | None = None
     tiles: Callable[[TileGather], None] | None = None
+    prepare: Callable[[], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,11 +135,13 @@ class Scatter:
         produce: ``produce(target, start, stop, block)`` writes this rank's part of rows ``start`` to ``stop`` of rank
             ``target``'s output into ``block`` [batch, stop - start, width], whatever it holds.
         tiles: what ``mode="tiles"`` calls instead of ``produce``: one kernel for all targets.
+        prepare: as in :class:`Gather`.
     """
 
     out: Tensor
     produce: Produce
     tiles: Callable[[TileScatter], None] | None = None
+    prepare: Callable[[], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,39 +215,6 @@ def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-@dataclasses.dataclass(frozen=True)
-class SentAhead:
-    """A shard that was prefetched, as it was then.
-
-    It serves the very next call of the same phase, or nothing: no optimizer's step lies between two calls of one
-    backward pass, or of one forward pass.  (Versions alone would not tell: an optimizer changes the local tensor of a
-    DTensor without counting.)  The shard is held meanwhile, so that its memory cannot become another tensor's: an
-    equal address then means the same storage.
-    """
-
-    shard: Tensor
-    version: int
-    pieces: int
-    phase: str
-
-    @staticmethod
-    def of(call: Call, shard: Tensor, pieces: int) -> SentAhead:
-        return SentAhead(shard, shard._version, pieces, call.phase)
-
-    def serves(self, call: Call, pieces: int) -> bool:
-        """Whether ``call`` gathers this shard, unchanged, cut into ``pieces``."""
-        if call.gather is None or call.phase != self.phase:
-            return False
-        mine, shard = self.shard, call.gather.shard
-        return (
-            mine.data_ptr() == shard.data_ptr()
-            and mine.shape == shard.shape
-            and mine.dtype == shard.dtype
-            and mine._version == self.version == shard._version
-            and pieces == self.pieces
-        )
-
-
 class Transport(abc.ABC):
     """Moves bytes among the ranks of one group.
 
@@ -273,6 +244,7 @@ class Transport(abc.ABC):
             PeerLostError: a peer's process is gone or gave up.
             SignalTimeoutError: a live peer did not signal within ``config.timeout_s``.
             CapacityExceededError, NotServedError: on every rank, before anything was sent.
+            KernelUnavailableError: this rank has no kernel for ``mode="tiles"``; it sent nothing.
         """
         if call.config.mode == "tiles" and not self.serves_tiles:
             raise ValueError(
@@ -329,6 +301,11 @@ class Transport(abc.ABC):
         exchange = Exchange(copy, addressed=(full,))
         exchange.check(call.name, self.world)
         return dataclasses.replace(call, gather=None, scatter=None, exchange=exchange)
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """Buffers that grow meanwhile are given back at the end; entered and left by all ranks in step."""
+        yield
 
     def close(self) -> None:
         """Gives back what the transport holds; it cannot be used afterwards."""

@@ -34,6 +34,27 @@ from .tiles import accumulate, await_word, described, described_weight, visited_
 __all__ = ["matmul_scatter", "matmul_scatter_kernel"]
 
 
+@triton.jit
+def release_word(address, value, INTERPRETED: tl.constexpr):
+    """Stores ``value`` in the int32 word at ``address`` (int64), which lies with a peer, behind all that was acquired.
+
+    A store and no exchange: a word has one writer, and not every link between GPUs carries atomics.
+    """
+    if INTERPRETED:
+        tl.atomic_xchg(address.to(tl.pointer_type(tl.int32)), value, sem="release", scope="sys")
+    else:
+        # Inline assembly runs on every thread.  The atomics before it, one thread's, end in a barrier of the program.
+        tl.inline_asm_elementwise(
+            "{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; "
+            "@first st.release.sys.global.u32 [$1], $2; mov.u32 $0, $2; }",
+            "=r,l,r",
+            [address, value],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 # Ranks run one binary: the numbers are not compiled in, nor whether an address of words, which differs from window to
 # window, is a multiple of 16.
 @triton.jit(
@@ -179,8 +200,7 @@ def matmul_scatter_kernel(
             if done == tiles - 1:
                 tl.atomic_xchg(counters + target, 0, sem="relaxed", scope="gpu")
                 if tl.atomic_add(aborted, 0, sem="acquire", scope="sys") == 0:
-                    word = tl.load(arrived + target).to(tl.pointer_type(tl.int32))
-                    tl.atomic_xchg(word, base + arrived_value, sem="release", scope="sys")
+                    release_word(tl.load(arrived + target), base + arrived_value, INTERPRETED)
 
 
 def matmul_scatter(

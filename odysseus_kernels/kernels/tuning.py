@@ -11,12 +11,13 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
+from ..errors import KernelUnavailableError
 from .configs import Kernel, Problem, TileConfig, candidates
 from .launch import target_of
+from .prepare import translated
 
-__all__ = ["SATISFIED", "Signals", "fastest"]
+__all__ = ["SATISFIED", "Signals", "fastest", "tuned"]
 
 SATISFIED = 1 << 30
 """What a word holds that no wait in epoch 0 finds too small."""
@@ -64,6 +65,15 @@ def _seconds(run: Callable[[], None]) -> float:
     return statistics.median(samples)
 
 
+def _key(kernel: Kernel, problem: Problem, like: Tensor, layout: Hashable) -> Hashable:
+    return kernel, like.device, like.dtype, problem, layout
+
+
+def tuned(kernel: Kernel, problem: Problem, like: Tensor, *, layout: Hashable = ()) -> TileConfig | None:
+    """What :func:`fastest` found earlier, or None."""
+    return _found.get(_key(kernel, problem, like, layout))
+
+
 def fastest(
     kernel: Kernel,
     problem: Problem,
@@ -84,20 +94,26 @@ def fastest(
             and what the runs write is overwritten later.
         layout: what else tells problems apart, such as which operands are transposed.
         seconds: times a run.
+
+    Raises:
+        KernelUnavailableError: not one configuration can be compiled and launched.
     """
-    key = (kernel, like.device, like.dtype, problem, layout)
-    if key in _found:
-        return _found[key]
+    found = tuned(kernel, problem, like, layout=layout)
+    if found is not None:
+        return found
     flops = 2.0 * problem.chunks * problem.rows * sum(problem.widths) * problem.depth
     if flops < _WORTH_FLOPS or like.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return None
     run, taken = trial(), dict[TileConfig, float]()
+    refused: KernelUnavailableError | None = None
     for config in candidates(kernel, target_of(like.device), like.dtype, problem):
         try:
-            run(config)  # compiles
-        except OutOfResources:
+            with translated(kernel):
+                run(config)  # compiles
+        except KernelUnavailableError as error:
+            refused = error
             continue
         taken[config] = seconds(lambda config=config: run(config))  # type: ignore[misc]
-    if not taken:
-        return None
-    return _found.setdefault(key, min(taken, key=taken.__getitem__))
+    if refused is not None and not taken:
+        raise refused
+    return _found.setdefault(_key(kernel, problem, like, layout), min(taken, key=taken.__getitem__))

@@ -156,11 +156,14 @@ def _forward(
         if kept is not None:
             _tiles.keep(found, kept[0])
 
+    def prepare() -> None:
+        _tiles.prepare_project(shard[0], group.rank(), world, [out[0] for out in blocks], weights, bias_of)
+
     can_tile = _tiles.can_serve(layout, weights)
     shapes = f"x {list(x.shape)} dim {dim}, gathered={config.gathered!r}"
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
-        gather = Gather(shard, consume, tiles=tiles if can_tile else None)
+        gather = Gather(shard, consume, tiles=tiles if can_tile else None, prepare=prepare)
         call = Call(_NAME, "forward", settled, gather, shapes=shapes)
         if settled.mode != "unfused":
             transport.execute(call)
@@ -263,6 +266,15 @@ def _backward(
             _tiles.weight_gradient(found, total, grad[0])
             total.add(grad, None)  # of the bias, if it is needed
 
+    def prepare_scatter() -> None:
+        xs, turned = [grad[0] for grad in incoming], [weight.t() for weight in weights]
+        _tiles.prepare_scatter(layout.blocks(dx)[0], group.rank(), world, xs, turned, None)
+
+    def prepare_gather() -> None:
+        chunk = layout.blocks(x.contiguous())[0]
+        for grad, total in zip(incoming, sums, strict=True):
+            _tiles.prepare_weight_gradient(chunk, group.rank(), world, total, grad[0])
+
     shapes = f"x {list(x.shape)} dim {dim}, gathered={config.gathered!r}"
     can_tile = _tiles.can_serve(layout, weights)
 
@@ -270,9 +282,10 @@ def _backward(
         begin()
         gather = scatter = None
         if regather:
-            gather = Gather(layout.blocks(x.contiguous()), consume, tiles=gather_tiles if can_tile else None)
+            shard = layout.blocks(x.contiguous())
+            gather = Gather(shard, consume, tiles=gather_tiles if can_tile else None, prepare=prepare_gather)
         if input_needed:
-            scatter = Scatter(layout.blocks(dx), produce, tiles=scatter_tiles if can_tile else None)
+            scatter = Scatter(layout.blocks(dx), produce, scatter_tiles if can_tile else None, prepare_scatter)
         call = Call(_NAME, "backward", settled, gather, scatter, shapes)
         if gather is None and scatter is None:
             pass

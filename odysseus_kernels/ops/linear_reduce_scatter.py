@@ -93,11 +93,14 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, di
     def tiles(found: TileScatter) -> None:
         _tiles.scatter(found, [whole[0]], [weight], bias)
 
+    def prepare() -> None:
+        _tiles.prepare_scatter(out[0], group.rank(), world, [whole[0]], [weight], bias)
+
     shapes = f"x {[*x.shape[:-1], '*']} dim {dim}"
     can_tile = _tiles.can_serve(layout, [weight])
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
-        scatter = Scatter(out, produce, tiles if can_tile else None)
+        scatter = Scatter(out, produce, tiles if can_tile else None, prepare)
         call = Call(_NAME, "forward", settled, None, scatter, shapes)
         if settled.mode != "unfused":
             transport.execute(call)
@@ -171,6 +174,12 @@ def _backward(
         if whole is not None:
             _tiles.weight_gradient(found, total, whole[0], gathered_is_grad=True)
 
+    def prepare() -> None:
+        if dx_blocks is not None:
+            _tiles.prepare_project(shard[0], group.rank(), world, [dx_blocks[0]], [weight.t()], [None])
+        if whole is not None:
+            _tiles.prepare_weight_gradient(shard[0], group.rank(), world, total, whole[0], gathered_is_grad=True)
+
     shapes = f"x {[*x.shape[:-1], '*']} dim {dim}"
     # The bias's gradient is a sum over rows, for which there is no kernel that waits.
     can_tile = _tiles.can_serve(layout, [weight]) and not bias_needed
@@ -179,7 +188,7 @@ def _backward(
         nonlocal total, bias
         total = WeightGradient(weight, weight_needed=weight_needed)
         bias = CommonBiasGradient(weight, group.rank(), world)
-        gather = Gather(shard, consume, tiles=tiles if can_tile else None)
+        gather = Gather(shard, consume, tiles=tiles if can_tile else None, prepare=prepare)
         call = Call(_NAME, "backward", settled, gather, None, shapes)
         if settled.mode != "unfused":
             transport.execute(call)

@@ -20,8 +20,9 @@ from torch import Tensor
 from .. import _ext
 from ..comm.device_schedule import COMPUTE, EPOCH, STREAMS
 from ..comm.lowering import WINDOWS, WORDS, Address, word_index
+from ..comm.mismatch import describe_mismatch, signature_hash
 from ..comm.transport import Call
-from ..errors import CommunicationError, SignalTimeoutError
+from ..errors import CommunicationError, RankMismatchError, SignalTimeoutError
 from .replays import Node, edges, one_at_a_time
 
 __all__ = ["SimulatedDevice", "SimulatedMachine"]
@@ -56,7 +57,8 @@ class SimulatedMachine:
         self.world = world
         self.words = [torch.zeros(len(_KINDS) * WINDOWS * WORDS * world, dtype=torch.int32) for _ in range(world)]
         self.devices = [SimulatedDevice(self, rank) for rank in range(world)]
-        self._windows: dict[tuple[int, _Window], Tensor] = {}
+        self.calls: list[list[str]] = [[] for _ in range(world)]
+        self.windows: dict[tuple[int, _Window], Tensor] = {}  # by rank and place
         self._queues: dict[tuple[int, int], deque[_Item]] = {}
         self._kept: list[Tensor] = []
         self._graphs: list[Tensor] = []  # memory of graphs, which lasts
@@ -64,15 +66,27 @@ class SimulatedMachine:
 
     def window(self, rank: int, place: _Window, nbytes: int = 0) -> Tensor:
         """A window's bytes, at least ``nbytes``."""
-        found = self._windows.get((rank, place))
+        found = self.windows.get((rank, place))
         if found is None or found.numel() < nbytes:
-            found = self._windows[rank, place] = self.keep(torch.full((max(nbytes, 1),), 0xFF, dtype=torch.uint8))
+            found = self.windows[rank, place] = self.keep(torch.full((max(nbytes, 1),), 0xFF, dtype=torch.uint8))
         return found
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Holds memory for as long as something that is queued may use it."""
         (self._graphs if self.capturing else self._kept).append(tensor)
         return tensor
+
+    def restore(self, held: dict[tuple[int, _Window], Tensor]) -> None:
+        """Makes all ranks' windows what they were; nothing is queued that uses others."""
+        self.windows = dict(held)
+
+    def compare(self, rank: int, called: str) -> None:
+        """RankMismatchError if a peer is known to have called something else in this place."""
+        self.calls[rank].append(called)
+        place = len(self.calls[rank]) - 1
+        calls = {r: (signature_hash(c[place]), c[place]) for r, c in enumerate(self.calls) if len(c) > place}
+        if len(set(calls.values())) > 1:
+            raise RankMismatchError(describe_mismatch(calls, place + 1))
 
     # ---- queues ------------------------------------------------------------------------------------------------------
 
@@ -148,8 +162,8 @@ class SimulatedMachine:
                 if item.event is not None:
                     item.event.done = True
         self._kept = [*self._graphs]
-        for (rank, place), tensor in self._windows.items():
-            self._windows[rank, place] = self.keep(tensor)
+        for (rank, place), tensor in self.windows.items():
+            self.windows[rank, place] = self.keep(tensor)
 
     @staticmethod
     def _able(item: _Item) -> bool:
@@ -230,11 +244,22 @@ class SimulatedDevice:
             for rank in range(self.machine.world):
                 self.machine.window(rank, place, nbytes)
 
+    def hold(self) -> object:
+        return dict(self._backed), dict(self.machine.windows)
+
+    def restore(self, held: object) -> set[_Window]:
+        assert isinstance(held, tuple)
+        backed, windows = held
+        moved = {place for place, nbytes in self._backed.items() if backed.get(place) != nbytes}
+        self._backed = backed
+        self.machine.restore(windows)
+        return moved
+
     def capturing(self) -> bool:
         return self.machine.capturing
 
     def begin(self, call: Call, extra: str) -> None:
-        pass
+        self.machine.compare(self.rank, call.signature + extra)
 
     def give_up(self, error: BaseException) -> None:
         self.aborted.fill_(1)

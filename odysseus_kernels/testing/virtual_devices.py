@@ -1,6 +1,6 @@
 """Ranks that share a GPU, or are not there at all: memory for tests and for benchmarks with emulated links.
 
-Both classes stand in for the memory that ranks map of one another (``PeerMemory`` of ``comm/symmetric_cuda.py``).
+Both classes stand in for the memory that ranks map of one another (``PeerMemory`` of ``comm/peer_memory.py``).
 Everything else, from schedules to kernels, is what real ranks run.
 
 :class:`VirtualPeers`
@@ -142,6 +142,16 @@ class SilentPeers:
             self._buffers[key] = found
         return found
 
+    def hold(self) -> object:
+        return dict(self._windows), dict(self._buffers)
+
+    def restore(self, held: object) -> set[Place]:
+        assert isinstance(held, tuple)
+        before, buffers = held
+        moved = {place for (place, rank), window in self._windows.items() if window is not before.get((place, rank))}
+        self._windows, self._buffers = before, buffers
+        return moved
+
     def close(self) -> None:
         self._windows.clear()
         self._buffers.clear()
@@ -224,6 +234,12 @@ class VirtualRank:
     def grow(self, sizes: dict[Place, int]) -> None:
         for place, nbytes in sizes.items():
             self._backed[place] = self._peers.reserve(place, nbytes)
+
+    def hold(self) -> object:
+        return None
+
+    def restore(self, held: object) -> set[Place]:
+        return set()  # ranks of one process share their windows, and others may be using them
 
     def close(self) -> None:
         self._backed.clear()

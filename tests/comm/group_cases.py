@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 import odysseus_kernels as ody
 from odysseus_kernels.comm.functional import all_reduce
 from odysseus_kernels.comm.groups import group_transports
-from odysseus_kernels.comm.transport import SentAhead
+from odysseus_kernels.comm.sent_ahead import SentAhead
 
 
 def _error(function: Any) -> tuple[str, str]:

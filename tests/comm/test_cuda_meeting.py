@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 from unittest import mock
 
 import cuda_meeting_cases
 import pytest
 import torch
+import torch.distributed as dist
 
 import odysseus_kernels as ody
-from odysseus_kernels.comm.symmetric_cuda import TorchSymmetricMemory
+from odysseus_kernels.comm.peer_memory import TorchSymmetricMemory
+from odysseus_kernels.comm.rendezvous import CountingStore
 from odysseus_kernels.comm.transport import CapacityExceededError
 
 
@@ -59,3 +62,36 @@ def test_too_little_symmetric_memory_is_said_once_and_not_tried_again() -> None:
                 memory.grow({("receive", 1): nbytes})
     exchange.assert_called_once_with("")
     assert memory._windows == {}
+
+
+@pytest.mark.parametrize("told", (False, True))
+def test_groups_that_overlap_grow_in_their_own_time(ranks: Any, told: bool) -> None:
+    """Ranks have taken part in different numbers of rendezvous, of which torch counts all in one counter."""
+    turns = ["left", "left", "right", "all", "right", "left", "all", "right"]
+    members = {"left": [0, 1], "right": [1, 2], "all": [0, 1, 2]}
+    for rank, found in enumerate(ranks(3).run(cuda_meeting_cases.overlapping_groups, told)):
+        expected = [
+            [name, *(f"2, {(number + 1) << 21} bytes of rank {peer}" for peer in range(len(members[name])))]
+            for number, name in enumerate(turns)
+            if rank in members[name]
+        ]
+        assert found == expected
+
+
+def test_messages_are_numbered_as_a_group_comes_to_them() -> None:
+    """By what they are for; anything else goes through as it is."""
+    inner = dist.HashStore()
+    first, second = CountingStore(inner), CountingStore(inner)
+    for store, numbers in ((first, (7, 9, 12)), (second, (0, 1, 5))):
+        for place, number in enumerate(numbers):
+            rank = int(store is second)
+            store.set(f"memory/{number}/{rank}", f"{place} of {rank}")
+            store.set(f"other/{number + 1}/{rank}", "other")
+        store.set(f"name {rank}", "as it is")
+    for place, number in enumerate((7, 9, 12)):
+        first.wait([f"memory/{number}/1"], datetime.timedelta(seconds=1))
+        assert first.get(f"memory/{number}/1") == f"{place} of 1".encode()
+        assert first.get(f"other/{number + 1}/1") == b"other"
+    assert inner.get("name 0") == inner.get("name 1") == b"as it is"
+    with pytest.raises(RuntimeError):
+        first.wait(["memory/99/1"], datetime.timedelta(seconds=0.01))

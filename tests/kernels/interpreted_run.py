@@ -11,17 +11,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 from kernel_cases import GatherCase, Guarded, ScatterCase, check_product, word
 from torch import Tensor
 
+from odysseus_kernels.errors import KernelUnavailableError
 from odysseus_kernels.kernels import launch
 from odysseus_kernels.kernels.configs import DTYPES, TileConfig
 from odysseus_kernels.kernels.gather_matmul import gather_matmul
 from odysseus_kernels.kernels.matmul_scatter import matmul_scatter
 from odysseus_kernels.kernels.weight_gradient import weight_gradient
+from odysseus_kernels.ops import _tiles
+from odysseus_kernels.ops._products import WeightGradient
 
 POINTERS = TileConfig(16, 32, 16, warps=4, stages=2, group=2)
 DESCRIPTORS = dataclasses.replace(POINTERS, descriptors=True)
@@ -338,7 +342,22 @@ def two_scatter(rank: int, path: str) -> None:
     mine.guard.check()
 
 
-CHECKS = {check.__name__: check for check in (gather, scatter, gradient, fallback, arguments, aborted)}
+def prepared() -> None:
+    """What makes a kernel ready needs no peer: all programs end, whatever the other chunks hold."""
+    x, weight, own = torch.ones(8, 16), torch.ones(24, 16), torch.full((8, 24), torch.nan)
+    outs = [torch.full((24, 24), torch.nan)]
+    _tiles.prepare_project(x, 1, 3, outs, [weight], [None])
+    assert (outs[0][8:16] == 16).all()  # the local chunk
+    _tiles.prepare_scatter(own, 1, 3, [torch.ones(24, 16)], [weight], None)
+    assert (own == 16).all()
+    total = WeightGradient(torch.ones(24, 16))
+    _tiles.prepare_weight_gradient(x, 1, 3, total, torch.ones(24, 24))
+    refuses = mock.patch.object(launch, "target_of", side_effect=RuntimeError("no device"))
+    with refuses, pytest.raises(KernelUnavailableError, match="gather_matmul cannot be had .* no device"):
+        _tiles.prepare_project(x, 1, 3, [torch.empty(24, 23)], [weight[:23]], [None])
+
+
+CHECKS = {check.__name__: check for check in (gather, scatter, gradient, fallback, arguments, aborted, prepared)}
 TWO_RANKS = {check.__name__: check for check in (two_gather, two_scatter)}
 
 if __name__ == "__main__":

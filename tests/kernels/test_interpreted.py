@@ -35,7 +35,7 @@ def _finish(*processes: subprocess.Popen[str]) -> None:
         assert process.returncode == 0, output
 
 
-@pytest.mark.parametrize("check", ["gather", "scatter", "gradient", "fallback", "arguments", "aborted"])
+@pytest.mark.parametrize("check", ["gather", "scatter", "gradient", "fallback", "arguments", "aborted", "prepared"])
 def test_kernels(check: str) -> None:
     _finish(_start(check))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+from odysseus_kernels.errors import KernelUnavailableError
 from odysseus_kernels.kernels import tuning
 from odysseus_kernels.kernels.configs import Problem, Target, candidates
 from odysseus_kernels.kernels.tuning import SATISFIED, Signals, fastest
@@ -61,7 +62,8 @@ def test_configurations_that_do_not_fit_are_left_out() -> None:
         return lambda: run
 
     assert fastest("gather_matmul", PROBLEM, like(), refuse(configs[2]), seconds=lambda run: 1.0) == configs[2]
-    assert fastest("gather_matmul", PROBLEM, like(), refuse(), layout="none", seconds=lambda run: 1.0) is None
+    with pytest.raises(KernelUnavailableError, match="gather_matmul cannot be had .* OutOfResources: .*shared memory"):
+        fastest("gather_matmul", PROBLEM, like(), refuse(), layout="none", seconds=lambda run: 1.0)
 
 
 def test_nothing_is_timed_without_a_device_or_in_a_capture() -> None:

@@ -1,0 +1,68 @@
+"""Kernels made ready before other ranks depend on them: compiled, loaded and launched once, with no peer taking part.
+
+Compiling takes seconds and can fail on one rank alone: no C compiler for what Triton builds at first use, an assembler
+that is missing or refuses, too little shared memory.  In the middle of a call peers would be waiting meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Hashable, Iterator
+
+import torch
+from triton.errors import TritonError
+
+from ..errors import KernelUnavailableError
+from .configs import Kernel
+
+__all__ = ["prepare", "translated"]
+
+# Besides Triton's own errors: what its passes, its drivers, torch's launches raise; files; the compiler's exit status.
+_ERRORS = (TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError)
+_REASON_CHARACTERS = 600
+
+# Why a kernel cannot be had, or "" for one that can.
+_prepared: dict[Hashable, str] = {}
+
+
+@contextlib.contextmanager
+def translated(kernel: Kernel) -> Iterator[None]:
+    """Turns what goes wrong when a kernel is compiled, loaded or launched into KernelUnavailableError."""
+    try:
+        yield
+    except KernelUnavailableError:
+        raise
+    except _ERRORS as error:
+        # The last lines of a compiler's message say what, those before it quote the source.
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        if len(text) > _REASON_CHARACTERS:
+            half = _REASON_CHARACTERS // 2
+            text = f"{text[:half]} ... {text[-half:]}"
+        raise KernelUnavailableError(f"the Triton kernel {kernel} cannot be had on this rank: {text}") from error
+
+
+def prepare(kernel: Kernel, key: Hashable, run: Callable[[], None]) -> None:
+    """Makes sure that a kernel can be launched: ``run`` launches it, the first time that ``key`` comes.
+
+    Args:
+        kernel: its name.
+        key: all that the compiler specialises on.
+        run: launches it with every signal given; what it writes is overwritten later.
+
+    Raises:
+        KernelUnavailableError: it cannot be compiled, loaded or launched; for the same key again without a new try.
+    """
+    key = (kernel, key)
+    if key not in _prepared:
+        try:
+            with translated(kernel):
+                run()
+        except KernelUnavailableError as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError):  # there may be enough the next time
+                raise
+            _prepared[key] = str(error)
+            raise
+        _prepared[key] = ""
+    if _prepared[key]:
+        raise KernelUnavailableError(_prepared[key])
