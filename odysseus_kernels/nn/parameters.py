@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from odysseus_kernels.comm.arguments import refuse_second_derivative
 from odysseus_kernels.comm.functional import all_reduce
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.nn.group import SequenceGroup
@@ -177,3 +178,6 @@ def _complete(grad: torch.Tensor, group_name: str, config_key: str) -> torch.Ten
 @_complete.register_fake
 def _(grad: torch.Tensor, group_name: str, config_key: str) -> torch.Tensor:
     return grad.new_empty(grad.shape)
+
+
+refuse_second_derivative(_complete, "a replicated parameter")

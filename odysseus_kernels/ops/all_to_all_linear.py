@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm import functional
+from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from ..comm.exchange import Exchange
 from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
@@ -71,8 +72,10 @@ def all_to_all_linear(
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
-    config = config or OverlapConfig()
+    check_tensors(_NAME, x=x, weight_shard=weight_shard, bias_shard=bias_shard)
+    config = check_config(config)
     check_mode(_NAME, config)
+    x, weight_shard, bias_shard = under_autocast(x.device, x, weight_shard, bias_shard)
     resolved = resolve_group(group)
     owners = resolved if zero3_group is None else resolve_group(zero3_group)
     _check(x, weight_shard, bias_shard, resolved.size(), owners.size())
@@ -348,3 +351,4 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)
