@@ -14,6 +14,9 @@ from ..config import OverlapConfig
 __all__ = ["check_config", "check_tensors", "refuse_second_derivative", "under_autocast"]
 
 
+_OPTIONAL = ("bias", "bias_shard", "documents", "prefetch", "prefetch_backward")
+
+
 def check_config(config: OverlapConfig | None) -> OverlapConfig:
     """``config``, or the default for None.
 
@@ -35,7 +38,7 @@ def check_tensors(operator: str, **arguments: Tensor | Sequence[Tensor | None] |
             would drop without a word.
     """
     for name, argument in arguments.items():
-        if argument is None:
+        if argument is None and name in _OPTIONAL:
             continue
         if not isinstance(argument, list | tuple):
             _check(operator, name, argument)

@@ -168,11 +168,11 @@ def _forward(
         weight, part = given
         if keep:
             received[rank].copy_(part)
-        total.add(part.reshape(lines, -1), weight.t())
+        total.add(part.reshape(lines, part.shape[-1]), weight.t())
 
     def visit_owner(owner: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
         rank, columns = _columns(owner, shards, world, width)
-        total.add(received[rank].view(lines, -1)[:, columns], given[0].t())
+        total.add(received[rank].view(lines, whole.shape[-1])[:, columns], given[0].t())
 
     def fill(rank: int, made: Sequence[Tensor]) -> None:
         made[0].copy_(whole[rank])
@@ -206,7 +206,7 @@ def _forward(
 
 def _all_heads(received: Tensor) -> Tensor:
     """[batch * rows, k] from ``received`` [world, batch, rows, k / world]."""
-    return received.permute(1, 2, 0, 3).reshape(received.shape[1] * received.shape[2], -1)
+    return received.permute(1, 2, 0, 3).reshape(received.shape[1:3].numel(), received.shape[0] * received.shape[3])
 
 
 @_forward.register_fake
@@ -246,7 +246,7 @@ def _backward(
     rows, across = grad.shape[-2], width * shards // world
     incoming = grad.reshape(-1, features)
     incoming = incoming if incoming.is_contiguous() else incoming.contiguous()
-    block = incoming.view(-1, rows, features)
+    block = incoming.view(grad.shape[:-2].numel(), rows, features)
     wide = accumulator_dtype(grad.dtype)
     dx = grad.new_empty((*grad.shape[:-2], rows * world, across) if input_needed else (0,))
     dweight = grad.new_empty(weight_shard.shape if weight_needed else (0,))
@@ -274,7 +274,7 @@ def _backward(
             multiply_lines(product[:, owner * width : (owner + 1) * width], incoming, given[0])
 
     def fill(rank: int, made: Sequence[Tensor]) -> None:
-        made[0].copy_(product.view(*block.shape[:2], -1)[..., rank * across : (rank + 1) * across])
+        made[0].copy_(product.view(*block.shape[:2], across * world)[..., rank * across : (rank + 1) * across])
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         nonlocal product, dweight

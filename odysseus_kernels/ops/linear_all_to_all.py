@@ -154,7 +154,9 @@ def _forward(
 
     def fill(rank: int, made: Sequence[Tensor]) -> None:
         for i, product in products.items():
-            made[i].copy_(product.view(sizes.batch, sizes.rows, -1)[..., sizes.cuts[i].columns(rank)])
+            made[i].copy_(
+                product.view(sizes.batch, sizes.rows, sizes.cuts[i].features)[..., sizes.cuts[i].columns(rank)]
+            )
 
     def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
         fill(rank, made)

@@ -108,7 +108,8 @@ def _tokens_to_heads(tensors: Sequence[Tensor], group_name: str, config_key: str
     world = group.size()
     outputs = [t.new_empty((t.shape[0], t.shape[1] // world, t.shape[2] * world, t.shape[3])) for t in tensors]
     received = [
-        out.view(-1, world, t.shape[2], t.shape[3]).transpose(0, 1) for out, t in zip(outputs, tensors, strict=True)
+        out.view(out.shape[:2].numel(), world, t.shape[2], t.shape[3]).transpose(0, 1)
+        for out, t in zip(outputs, tensors, strict=True)
     ]
 
     def fill(rank: int, made: Sequence[Tensor]) -> None:
