@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.huggingface import parallelize
+from odysseus_kernels.nn.master import MasterWeights
 from odysseus_kernels.nn.sequence import shard_sequence
 
 VOCABULARY = 120
@@ -264,6 +265,25 @@ def data_parallel_step(
     loss.backward()
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     return {"loss": loss.item(), "gradients": gradients if rank == 0 else None}
+
+
+def data_parallel_masters(
+    rank: int, world_size: int, case: Case, strategy: str, sizes: tuple[int, int, int], wrapper: str
+) -> Any:
+    """bf16 with fp32 masters beside a wrapper: sums of two batches' gradients, and masters after a step, on rank 0."""
+    mesh = data_mesh(sizes)
+    model = DATA_PARALLEL[wrapper](parallel_model(case, strategy, mesh), mesh)
+    optimizer = MasterWeights(torch.optim.SGD, model.parameters(), lr=1.0)
+    rows = {name: t.chunk(sizes[0])[mesh.get_local_rank("dp")] for name, t in case.whole_batch().items()}
+    for _ in range(2):
+        model(**shard_sequence(rows, mesh, strategy)).loss.backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    optimizer.step()
+    masters = {name: optimizer.state[p]["master"].full_tensor() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        assert torch.equal(p.full_tensor(), masters[name].bfloat16()), name
+    return (gradients, masters) if rank == 0 else None
 
 
 def traffic_of_a_layer(
