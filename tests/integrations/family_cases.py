@@ -62,6 +62,7 @@ class Case:
     packed: bool = False
     attention: str = "sdpa"
     dtype: torch.dtype = torch.float32
+    autocast_to: torch.dtype | None = None
     changes: tuple[tuple[str, Any], ...] = ()
     changed_token: int | None = None
 
@@ -91,6 +92,10 @@ class Case:
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
         return model.to(self.dtype).train()
+
+    def autocast(self) -> torch.autocast:
+        """What forwards run in."""
+        return torch.autocast("cpu", self.autocast_to or torch.bfloat16, enabled=self.autocast_to is not None)
 
     def whole_batch(self) -> dict[str, torch.Tensor]:
         """The batch that every rank has."""
@@ -129,7 +134,8 @@ def without_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def stock_step(case: Case) -> dict[str, Any]:
     """Loss, logits and gradients of the stock model in one process."""
     model, batch = case.model(), case.whole_batch()
-    out = model(**batch, use_cache=False)  # with a cache, stock models do not see packed documents
+    with case.autocast():
+        out = model(**batch, use_cache=False)  # with a cache, stock models do not see packed documents
     out.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": out.loss.item(), "logits": out.logits.detach(), "gradients": gradients}
@@ -161,7 +167,8 @@ def parallel_step(
     model = parallel_model(case, strategy, mesh, **(settings or {}))
     batch = shard_sequence(case.whole_batch(), mesh, strategy)
     with CommRecorder() as record:
-        loss = model(**batch).loss
+        with case.autocast():
+            loss = model(**batch).loss
         loss.backward()
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -173,7 +180,7 @@ def parallel_step(
                 gradients[name] = full
     return {
         "loss": loss.item(),
-        "logits": own_logits(model, batch),
+        "logits": own_logits(model, batch, case),
         "where": own_positions(case, mesh, strategy),
         "gradients": gradients,
         "traffic": record.rows(),
@@ -181,9 +188,10 @@ def parallel_step(
 
 
 @torch.no_grad()
-def own_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def own_logits(model: Any, batch: dict[str, torch.Tensor], case: Case) -> torch.Tensor:
     """Logits of this rank's tokens."""
-    return model(**without_labels(batch)).logits
+    with case.autocast():
+        return model(**without_labels(batch)).logits
 
 
 def own_positions(case: Case, mesh: DeviceMesh, strategy: str) -> torch.Tensor:
@@ -196,7 +204,7 @@ def logits_pair(rank: int, world_size: int, case: Case, other: Case, strategy: s
     """Logits of one model on two batches."""
     mesh = make_mesh(world_size, ring)
     model = parallel_model(case, strategy, mesh)
-    found = [own_logits(model, shard_sequence(one.whole_batch(), mesh, strategy)) for one in (case, other)]
+    found = [own_logits(model, shard_sequence(one.whole_batch(), mesh, strategy), one) for one in (case, other)]
     return {"where": own_positions(case, mesh, strategy), "first": found[0], "second": found[1]}
 
 

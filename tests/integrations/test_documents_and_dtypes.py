@@ -56,6 +56,41 @@ def test_bf16(ranks, family, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.bfloat16), ("starcoder2", torch.bfloat16), ("llama", torch.float16)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_autocast(ranks, family, dtype, strategy):
+    """fp32 weights under autocast: at most 1.5 times the error of a stock model under autocast, gradients in fp32."""
+    cases = [Case(family=family, kv_heads=4, autocast_to=dtype, changed_token=token) for token in (None, 3)]
+    truths, singles = [], []
+    for case in cases:
+        exact = dataclasses.replace(case, autocast_to=None).model().double()
+        out = exact(**case.whole_batch(), use_cache=False)
+        out.loss.backward()
+        truths.append({"logits": out.logits.detach(), **{name: p.grad for name, p in exact.named_parameters()}})
+        single = stock_step(case)
+        singles.append({"logits": single["logits"], **single["gradients"]})
+    for world_size, ring in ((2, 1), (4, 2)):
+        found = []
+        for case in cases:
+            results = ranks(world_size).run(parallel_step, case, strategy, ring)
+            found.append({"logits": assemble(results, "logits", case.length), **results[0]["gradients"]})
+            assert all(gradient.dtype == torch.float32 for gradient in results[0]["gradients"].values())
+        for name in truths[0]:
+            # Of all batches together: a ratio of errors of the few numbers of one bias is noise.
+            error, limit = (
+                sum(
+                    float((one[name].double() - true[name]).square().sum())
+                    for one, true in zip(steps, truths, strict=True)
+                )
+                for steps in (found, singles)
+            )
+            assert error**0.5 <= 1.5 * limit**0.5, f"ring {ring}, {name}: {error**0.5:.1e}, single {limit**0.5:.1e}"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_dropout_under_ring_does_not_depend_on_how_heads_and_tokens_are_cut(ranks, strategy):
     """It is drawn by head and position of the whole sequence: every mesh with a ring drops the same."""
     case = Case(kv_heads=4, changes=(("attention_dropout", 0.3),))
