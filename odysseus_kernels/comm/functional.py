@@ -186,7 +186,7 @@ def all_reduce(
 
     shapes = _joined(f"tensor {list(tensor.shape)} {tensor.dtype}", shapes)
     scatter = Call(operator, phase, described, None, Scatter(mine, _unused), shapes, "all_reduce")
-    gather = Call(operator, phase, described, Gather(mine, _unused), None, shapes, "all_reduce")
+    gather = Call(operator, phase, described, Gather(mine, _unused), None, shapes, "all_reduce", continued=True)
 
     def run_scatter(transport: Transport, _: OverlapConfig) -> None:
         transport.reduce_scatter(scatter, full.view(world, 1, 1, rows))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from odysseus_kernels.nn.amp import share_found_inf
+from odysseus_kernels.nn.dtensor import complete_dtensor
 
 __all__ = ["MasterWeights"]
 
@@ -65,7 +65,7 @@ class MasterWeights(torch.optim.Optimizer):
         if grad_dtype is not None and not hasattr(torch.Tensor, "grad_dtype"):
             raise ValueError(f"grad_dtype: expected None, torch {torch.__version__} adds in the own type")
         super().__init__(params, {})
-        share_found_inf()
+        complete_dtensor()
         groups, self._masters = [], dict[torch.Tensor, torch.Tensor]()
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from odysseus_kernels.comm.arguments import refuse_second_derivative
 from odysseus_kernels.comm.functional import all_reduce
 from odysseus_kernels.config import OverlapConfig
-from odysseus_kernels.nn.amp import share_found_inf
+from odysseus_kernels.nn.dtensor import complete_dtensor
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.ops._validate import group_by_name
 
@@ -62,7 +62,7 @@ def distribute_parameter(parameter: nn.Parameter, group: SequenceGroup, cut: Cut
         group: the ranks to distribute it over.
         cut: how; the ranks it is cut over divide ``parameter.shape[cut.dim]``.
     """
-    share_found_inf()
+    complete_dtensor()
     full = parameter.detach()
     local = full
     if cut.dim is not None:
