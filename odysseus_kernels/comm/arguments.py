@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -11,7 +10,7 @@ from torch.autograd import forward_ad
 
 from ..config import OverlapConfig
 
-__all__ = ["check_config", "check_tensors", "refuse_second_derivative", "under_autocast"]
+__all__ = ["autocasts", "check_config", "check_tensors", "refuse_second_derivative", "under_autocast"]
 
 
 _OPTIONAL = ("bias", "bias_shard", "documents", "prefetch", "prefetch_backward")
@@ -30,7 +29,7 @@ def check_config(config: OverlapConfig | None) -> OverlapConfig:
     return config
 
 
-def check_tensors(operator: str, **arguments: Tensor | Sequence[Tensor | None] | None) -> None:
+def check_tensors(operator: str, **arguments: Tensor | None) -> None:
     """Refuses what an operator would compute wrongly, or fail on in words that are not its own.
 
     Raises:
@@ -38,14 +37,8 @@ def check_tensors(operator: str, **arguments: Tensor | Sequence[Tensor | None] |
             would drop without a word.
     """
     for name, argument in arguments.items():
-        if argument is None and name in _OPTIONAL:
-            continue
-        if not isinstance(argument, list | tuple):
+        if argument is not None or name.partition("[")[0] not in _OPTIONAL:
             _check(operator, name, argument)
-            continue
-        for index, tensor in enumerate(argument):
-            if tensor is not None:
-                _check(operator, f"{name}[{index}]", tensor)
 
 
 def _check(operator: str, name: str, tensor: object) -> None:
@@ -67,13 +60,18 @@ def _check(operator: str, name: str, tensor: object) -> None:
         )
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether ``torch.autocast`` is on for ``device``'s type."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def under_autocast(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
     """What torch's own linear layers would do to their arguments within ``torch.autocast`` of ``device``'s type.
 
     Floating tensors but fp64 become the autocast type, differentiably: gradients come back in their own types.  None
     stays None.
     """
-    if not torch.is_autocast_enabled(device.type):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
     return tuple(

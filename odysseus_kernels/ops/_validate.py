@@ -69,8 +69,10 @@ def check_several(
         biases = [bias] if isinstance(bias, Tensor) else list(bias)
     if not weights or len(biases) != len(weights):
         raise ValueError(f"{operator}: expected as many biases as weights, got {len(biases)} and {len(weights)}")
-    several: dict[str, Sequence[Tensor | None]] = {name: weights, bias_name: biases}
-    check_tensors(operator, x=x, **several)
+    check_tensors(operator, x=x)
+    for index, (one, its_bias) in enumerate(zip(weights, biases, strict=True)):
+        number = "" if isinstance(weight, Tensor) else f"[{index}]"
+        check_tensors(operator, **{f"{name}{number}": one, f"{bias_name}{number}": its_bias})
     x, *weights = under_autocast(x.device, x, *weights)
     biases = list(under_autocast(x.device, *biases))
     for one, its_bias in zip(weights, biases, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm import functional
-from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
+from ..comm.arguments import autocasts, check_config, check_tensors, refuse_second_derivative, under_autocast
 from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
 from ..comm.selection import Phase
@@ -74,7 +74,7 @@ def zero3_linear(
         prefetch_backward=prefetch_backward,
     )  # fmt: skip
     key = check_config(config).key()
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device):
         # What travels is made in each call: there is nothing yet that could be sent ahead.
         prefetch = prefetch_backward = None
         x, weight_shard, bias_shard = under_autocast(x.device, x, weight_shard, bias_shard)

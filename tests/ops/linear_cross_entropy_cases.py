@@ -254,7 +254,7 @@ def opcheck(rank: int, world: int) -> None:
         arguments: tuple[Any, ...] = (hidden, targets, weight, bias, name, key, IGNORE, 4)
         torch.library.opcheck(torch.ops.odysseus.zero3_linear_cross_entropy.default, arguments)
         for sharded in (True, False):
-            arguments = (hidden, targets, weight, bias, sharded, name, key, IGNORE, 4)
+            arguments = (hidden, targets, weight, bias, [5] * world, sharded, name, key, IGNORE, 4)
             torch.library.opcheck(torch.ops.odysseus.vocab_parallel_linear_cross_entropy.default, arguments)
 
 
