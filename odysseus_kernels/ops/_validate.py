@@ -145,6 +145,9 @@ def check_experts(
 
 def _same(operator: str, x: Tensor, other: Tensor, name: str, input_name: str = "x") -> None:
     if x.dtype != other.dtype:
-        raise ValueError(f"{operator}: expected {name} of {input_name}'s dtype {x.dtype}, got {other.dtype}")
+        raise ValueError(
+            f"{operator}: expected {name} of {input_name}'s dtype {x.dtype}, got {other.dtype}: give a model's parts "
+            f"one dtype, or run it within torch.autocast"
+        )
     if x.device != other.device:
         raise ValueError(f"{operator}: expected {name} on {input_name}'s device {x.device}, got {other.device}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections import Counter
 from typing import Any
 
@@ -273,6 +275,45 @@ def data_parallel_step(
     loss.backward()
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     return {"loss": loss.item(), "gradients": gradients if rank == 0 else None}
+
+
+# Parts of a model in another type than the rest: (rest, names of the parts, their type).
+MIXTURES = {
+    "head": (torch.bfloat16, "lm_head", torch.float32),
+    "norms in fp32": (torch.bfloat16, "norm", torch.float32),
+    "norms in bf16": (torch.float32, "norm", torch.bfloat16),
+    "embedding": (torch.float32, "embed", torch.bfloat16),
+    "layer": (torch.float32, "layers.1", torch.bfloat16),
+}
+
+
+def mixed_step(case: Case, model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float] | str:
+    """Loss and norm of all gradients, or the error's text."""
+    try:
+        with case.autocast():
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return loss.item(), math.sqrt(sum(whole(p.grad).double().square().sum().item() for p in model.parameters()))
+
+
+def mixed_model(case: Case, mixture: str) -> Any:
+    rest, names, other = MIXTURES[mixture]
+    model = case.model().to(rest)
+    for name, module in model.named_modules():
+        if names in name:
+            module.to(other)
+    return model
+
+
+def mixed_types(rank: int, world_size: int, cases: list[Case]) -> list[tuple[float, float] | str]:
+    """Every mixture and case under two strategies."""
+    mesh, found = make_mesh(world_size, 1), []
+    for mixture, case, strategy in itertools.product(MIXTURES, cases, ("tp", "odysseus")):
+        model = parallelize(mixed_model(case, mixture), mesh, strategy, OverlapConfig(timeout_s=60))
+        found.append(mixed_step(case, model, shard_sequence(case.whole_batch(), mesh, strategy)))
+    return found
 
 
 def data_parallel_masters(

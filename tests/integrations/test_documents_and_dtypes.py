@@ -6,9 +6,21 @@ import dataclasses
 
 import pytest
 import torch
-from family_cases import Case, assemble, logits_pair, packed_positions, parallel_step, stock_step
+from family_cases import (
+    MIXTURES,
+    Case,
+    assemble,
+    logits_pair,
+    mixed_model,
+    mixed_step,
+    mixed_types,
+    packed_positions,
+    parallel_step,
+    stock_step,
+)
 
 from odysseus_kernels.strategies import STRATEGIES
+from odysseus_kernels.testing.compare import unit_roundoff
 
 PACKED = {"llama": Case(packed=True, kv_heads=4), "mistral": Case(family="mistral", packed=True, kv_heads=4)}
 
@@ -88,6 +100,24 @@ def test_autocast(ranks, family, dtype, strategy):
                 for steps in (found, singles)
             )
             assert error**0.5 <= 1.5 * limit**0.5, f"ring {ring}, {name}: {error**0.5:.1e}, single {limit**0.5:.1e}"
+
+
+def test_parts_of_different_types(ranks):
+    """What a stock model computes is computed, and what it refuses is refused in words that say what to do."""
+    cases = [Case(kv_heads=4, autocast_to=dtype) for dtype in (None, torch.bfloat16)]
+    found = iter(ranks(2).run(mixed_types, cases)[0])
+    refused = 0
+    for mixture in MIXTURES:
+        for case in cases:
+            stock = mixed_step(case, mixed_model(case, mixture), case.whole_batch())
+            for result in (next(found), next(found)):
+                if isinstance(stock, str):
+                    refused += 1
+                    assert "dtype" in result and "torch.autocast" in result, mixture
+                else:
+                    # Roundings to bf16 of single values, averaged over a batch: a few of a hundred numbers each.
+                    assert result == pytest.approx(stock, rel=unit_roundoff(torch.bfloat16)), mixture
+    assert refused == 2 * 3, "the head, norms in fp32 and the layer, without autocast"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
