@@ -25,6 +25,8 @@ _KERNELS = ("sdpa", "flash_attention_2")
 # Probabilities that exist at one time where no kernel serves.
 _MOST_PROBABILITIES = 1 << 21
 _FEWEST_ROWS = 128
+# Elements of queries that are held in fp32 at one time where a kernel's operands are widened.
+_MOST_WIDENED = 1 << 22
 _FLASH_WIDTHS = 256  # largest head dimension of flash kernels on CUDA
 
 aten = torch.ops.aten
@@ -74,6 +76,7 @@ def attend(
         out [B, Hq, Sq, Dv] in q's type or wider, zero where a query sees nothing; log-sum-exp [B, Hq, Sq] in fp32
         (fp64 for fp64), -inf where a query sees nothing.
     """
+    q, k, v = (_dense_rows(x) for x in (q, k, v))
     if not _kernel_serves(q, v, mask, dropout):
         return _attend_by_products(q, k, v, scale, _with_causal(mask, causal, q, k), dropout)
     if q.is_cuda:
@@ -109,14 +112,60 @@ def attend_backward(
         out, lse: over all keys; ``lse`` is finite.
         q, k, v, scale, causal, mask, dropout, kernel: as in :func:`attend`.
     """
+    grad, q, k, v, out = (_dense_rows(x) for x in (grad, q, k, v, out))
     if not _kernel_serves(q, v, mask, dropout):
         return _backward_by_products(grad, q, k, v, out, lse, scale, _with_causal(mask, causal, q, k), dropout)
     if q.is_cuda:
         return _backward_cuda(grad, q, k, v, out, lse, scale, causal, kernel)
-    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, causal, attn_mask=_additive(mask, q.dtype), scale=scale
-    )
+    return _backward_cpu(grad, q, k, v, out, lse, scale, causal, mask)
+
+
+def _backward_cpu(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In fp32 for 16 bits, some key/value heads at a time.
+
+    The kernel gives gradients in its operands' type: shares of many ranks, each rounded to 16 bits, would add up to
+    less than an unsharded run gives.  (Without instructions for 16 bits it is several times slower in them, too.)
+    """
+    wide = accumulator_dtype(q.dtype)
+    additive = _additive(mask, wide)
+
+    def run(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *operands, 0.0, causal, attn_mask=additive, scale=scale
+        )
+        return found
+
+    if wide == q.dtype:
+        return run(grad, q, k, v, out, lse)
+    dq, dk, dv = (torch.empty_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
+    shared, head = q.shape[1] // k.shape[1], q[:, 0].numel()
+    some = max(1, _MOST_WIDENED // (shared * head))
+    for first in range(0, k.shape[1], some):
+        groups = slice(first, min(first + some, k.shape[1]))
+        heads = slice(groups.start * shared, groups.stop * shared)
+        parts = [x[:, heads].to(wide) for x in (grad, q)] + [x[:, groups].to(wide) for x in (k, v)]
+        shares = run(*parts, out[:, heads].to(wide), lse[:, heads])
+        dq[:, heads], dk[:, groups], dv[:, groups] = shares
     return dq, dk, dv
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """``x``, copied unless its rows lie behind one another.
+
+    Kernels take a row's elements to be neighbours, and the distance of rows for a leading dimension, without asking:
+    where that is not so they read other memory.
+    """
+    return x if x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] else x.contiguous()
 
 
 def _kernel_serves(q: Tensor, v: Tensor, mask: Tensor | None, dropout: Dropout | None) -> bool:

@@ -2,8 +2,8 @@
 
 While queries meet one rank's keys and values, the next rank's travel; in backward the gradients of the keys and values
 just used travel back meanwhile.  One :class:`~odysseus_kernels.comm.exchange.Exchange` each way.  Beside inputs,
-outputs and gradients a rank holds the output or dq in fp32, and what the transport has in flight: nothing is as long as
-the whole sequence but the documents' ids.
+outputs and gradients a rank holds the output, or dq, dk and dv, in fp32, and what the transport has in flight: nothing
+is as long as the whole sequence but the documents' ids.
 
 Concurrency contract: visits run on the calling thread, one at a time; a visited rank's keys and values are the
 transport's memory, read within the visit only.
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from ..comm.exchange import Exchange
 from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
@@ -64,8 +65,9 @@ def ring_attention(
     value gradient:  dv [B, Hkv, S, Dv], the same
 
     Elements sent by each rank (``send_recv``): (R-1) * B*Hkv*S*(D+Dv) forward, and in backward that again for k and v
-    and once more for dk and dv.  These go straight to their owner in k's type; a ring's accumulator would make one hop
-    more, in fp32.
+    and once more for dk and dv.  These go straight to their owner, in fp32 (fp64 for fp64): rounded to 16 bits each,
+    the shares of R ranks would add up to less than an unsharded run gives.  A ring's accumulator would make one hop
+    more.
 
     Args:
         q: [B, Hq, S, D], this rank's tokens in ``layout``'s order.
@@ -93,8 +95,10 @@ def ring_attention(
         CommunicationError: ranks differ in what they call (documents, dropout and seed included), or a peer is lost or
             silent.
     """
+    check_tensors(_NAME, q=q, k=k, v=v, documents=documents)
+    settled = check_config(config)
+    q, k, v = under_autocast(q.device, q, k, v)
     resolved = resolve_group(group)
-    settled = config or OverlapConfig()
     check_ring_attention(
         q, k, v, resolved.size(), causal, layout, documents, window, scale, dropout, dropout_seed, first_head, kernel,
         settled,
@@ -151,7 +155,7 @@ def _phase(phase: Literal["forward", "backward"], q: Tensor, k: Tensor, v: Tenso
         dtype=q.dtype,
         flops=2 * products * q.numel() * k.shape[2] * world // (2 if causal else 1),
         gathered_bytes=nbytes,
-        scattered_bytes=nbytes if phase == "backward" else 0,
+        scattered_bytes=(k.numel() + v.numel()) * accumulator_dtype(q.dtype).itemsize if phase == "backward" else 0,
     )
 
 
@@ -272,8 +276,9 @@ def _backward(
     visits = Visits(documents, causal, layout, window, scale, dropout, seed, first_head, kernel)
     shapes = _shapes(visits, q)
     shared = (k.contiguous(), v.contiguous())
-    sums = (torch.empty_like(shared[0]), torch.empty_like(shared[1]))
-    dq = q.new_empty(q.shape, dtype=accumulator_dtype(q.dtype))
+    wide = accumulator_dtype(q.dtype)
+    sums = (torch.empty_like(shared[0], dtype=wide), torch.empty_like(shared[1], dtype=wide))
+    dq = q.new_empty(q.shape, dtype=wide)
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         dq.zero_()
@@ -288,7 +293,7 @@ def _backward(
             transport.execute(call)
             return
         whole = _gathered(transport, call, shared)
-        made = [torch.empty_like(x) for x in whole]
+        made = [torch.empty_like(x, dtype=wide) for x in whole]
         for hop in range(transport.world):
             rank = (transport.rank + 1 + hop) % transport.world
             visit(rank, tuple(x[rank] for x in whole), tuple(x[rank] for x in made))
@@ -298,7 +303,7 @@ def _backward(
             transport.reduce_scatter(one, parts.view(transport.world, *_rows(total).shape))
 
     dispatch(group, config, q.device, run, _phase("backward", q, k, v, group.size(), causal))
-    return dq.to(q.dtype), sums[0], sums[1]
+    return dq.to(q.dtype), sums[0].to(k.dtype), sums[1].to(v.dtype)
 
 
 @_backward.register_fake
@@ -340,3 +345,4 @@ def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

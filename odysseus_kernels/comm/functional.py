@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import OverlapConfig
+from .arguments import check_config
 from .bundles import as_bytes
 from .groups import dispatch, resolve_group
 from .transport import Call, Gather, Scatter, Transport
@@ -29,7 +30,7 @@ def _unused(*_: object) -> None:
 
 
 def _collective_config(config: OverlapConfig | None) -> OverlapConfig:
-    return dataclasses.replace(config or OverlapConfig(), mode="unfused")
+    return dataclasses.replace(check_config(config), mode="unfused")
 
 
 def all_gather(
@@ -41,6 +42,7 @@ def all_gather(
     phase: Phase = "forward",
     config: OverlapConfig | None = None,
     keeps_ahead: bool = False,
+    shapes: str = "",
 ) -> Tensor:
     """All ranks' tensors concatenated along ``dim`` in rank order.
 
@@ -51,6 +53,7 @@ def all_gather(
         dim: dimension that grows from s to N * s.
         config: transport and timeout.
         keeps_ahead: leaves what an operator has sent ahead to the operator that comes next.
+        shapes: what else must be equal on all ranks, in words.
 
     Raises:
         ValueError: see :func:`odysseus_kernels.comm.groups.resolve_group`.
@@ -67,13 +70,17 @@ def all_gather(
     described = _collective_config(config)
 
     def run(transport: Transport, _: OverlapConfig) -> None:
-        shapes = f"tensor {list(tensor.shape)} {tensor.dtype}, dim {dim}"
+        signature = _joined(f"tensor {list(tensor.shape)} {tensor.dtype}, dim {dim}", shapes)
         gather = Gather(raw, _unused)
-        transport.all_gather(Call(operator, phase, described, gather, shapes=shapes, keeps_ahead=keeps_ahead), out)
+        transport.all_gather(Call(operator, phase, described, gather, shapes=signature, keeps_ahead=keeps_ahead), out)
 
     dispatch(resolved, described, tensor.device, run)
     full = out.view(shard.dtype) if raw is not shard else out
     return full.transpose(0, 1).reshape(*before, world * rows, *after)
+
+
+def _joined(own: str, shapes: str) -> str:
+    return f"{own}, {shapes}" if shapes else own
 
 
 def reduce_scatter(
@@ -155,6 +162,7 @@ def all_reduce(
     operator: str = "all_reduce",
     phase: Phase = "forward",
     config: OverlapConfig | None = None,
+    shapes: str = "",
 ) -> Tensor:
     """The sum of all ranks' tensors, a new tensor, bitwise equal on every rank.
 
@@ -163,7 +171,7 @@ def all_reduce(
 
     Args:
         tensor: any shape and floating dtype, the same on every rank.
-        group, operator, phase, config: as in :func:`all_gather`.
+        group, operator, phase, config, shapes: as in :func:`all_gather`.
     """
     resolved = resolve_group(group)
     world = resolved.size()
@@ -176,9 +184,9 @@ def all_reduce(
     mine = tensor.new_empty((1, 1, rows))
     everyone = tensor.new_empty((world, 1, 1, rows))
 
-    shapes = f"tensor {list(tensor.shape)} {tensor.dtype}"
+    shapes = _joined(f"tensor {list(tensor.shape)} {tensor.dtype}", shapes)
     scatter = Call(operator, phase, described, None, Scatter(mine, _unused), shapes, "all_reduce")
-    gather = Call(operator, phase, described, Gather(mine, _unused), None, shapes, "all_reduce")
+    gather = Call(operator, phase, described, Gather(mine, _unused), None, shapes, "all_reduce", continued=True)
 
     def run_scatter(transport: Transport, _: OverlapConfig) -> None:
         transport.reduce_scatter(scatter, full.view(world, 1, 1, rows))

@@ -92,9 +92,9 @@ class CommRecorder:
 
         return "\n".join("  ".join(cell(i, text) for i, text in enumerate(line)).rstrip() for line in lines)
 
-    def _add(self, traffic: Traffic, count: int) -> None:
+    def _add(self, traffic: Traffic, count: int, calls: int) -> None:
         self._bytes[traffic] += count
-        self._calls[traffic] += 1
+        self._calls[traffic] += calls
 
 
 @contextlib.contextmanager
@@ -108,10 +108,10 @@ def not_recorded() -> Iterator[None]:
         _paused.on = before
 
 
-def record(traffic: Traffic, count: int) -> None:
-    """Adds ``count`` bytes sent by this rank to every entered recorder."""
+def record(traffic: Traffic, count: int, calls: int = 1) -> None:
+    """Adds ``count`` bytes sent by this rank in ``calls`` calls to every entered recorder."""
     if getattr(_paused, "on", False):
         return
     with _lock:
         for recorder in _active:
-            recorder._add(traffic, count)
+            recorder._add(traffic, count, calls)

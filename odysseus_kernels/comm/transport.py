@@ -156,6 +156,7 @@ class Call:
         keeps_ahead: what was sent ahead stays for the call after this one; any other call takes it or drops it.
         collective: name to record instead of ``all_gather`` and ``reduce_scatter`` (``all_reduce`` is both).
         exchange: visits every rank; instead of ``gather`` and ``scatter``.
+        continued: a further part of a collective that an earlier call has begun: bytes are counted, not a call.
     """
 
     operator: str
@@ -167,6 +168,7 @@ class Call:
     collective: str | None = None
     keeps_ahead: bool = False
     exchange: Exchange | None = None
+    continued: bool = False
 
     @property
     def program(self) -> Program:
@@ -320,7 +322,7 @@ class Transport(abc.ABC):
     def _execute(self, call: Call) -> None: ...
 
     def _count(self, call: Call) -> None:
-        peers = self.world - 1
+        peers, calls = self.world - 1, int(not call.continued)
         if call.exchange is not None and peers:
             self._count_exchange(call, call.exchange)
         for part, collective in ((call.gather, "all_gather"), (call.scatter, "reduce_scatter")):
@@ -328,7 +330,9 @@ class Transport(abc.ABC):
                 continue
             chunk = part.shard if isinstance(part, Gather) else part.out
             traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
-            record(traffic, peers * chunk.numel() * chunk.element_size())
+            record(traffic, peers * chunk.numel() * chunk.element_size(), calls)
+            # Both parts under one name are one collective.
+            calls = 0 if call.collective else calls
 
     def _count_exchange(self, call: Call, exchange: Exchange) -> None:
         """Each peer is sent all of what is shared and summed, and its part of what is addressed and received."""

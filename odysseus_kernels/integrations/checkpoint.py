@@ -31,6 +31,8 @@ _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 _NO_SETTINGS = ("params", "param_names", *_IMPLEMENTATION)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def save_checkpoint(
     folder: str | os.PathLike[str],
     model: nn.Module,
@@ -41,7 +43,7 @@ def save_checkpoint(
     """Saves a parallelized or a stock model, and its optimizer.  Every rank of the default process group calls it.
 
     The folder appears only when it is complete: until then it is called ``<folder>.unfinished``. A checkpoint of the
-    same name is replaced. All ranks must see the same file system.
+    same name is replaced, and nothing else ever is. All ranks must see the same file system.
 
     A parameter that has several names is saved once. Beside DCP's files, which PyTorch's tools can read, the folder has
     ``checkpoint.json``, which :func:`load_checkpoint` reads instead of DCP's pickle. While saving, DCP's own
@@ -55,7 +57,8 @@ def save_checkpoint(
             top level; the same on every rank.
 
     Raises:
-        ValueError: for state that cannot be saved; names it, before anything is written.
+        ValueError: for state that cannot be saved, or a folder that exists and is no checkpoint or holds other things,
+            too; names it, before anything is written.
         RuntimeError: on every rank, if one could not write; an earlier checkpoint of this name is kept.
     """
     named = model_tensors(model)
@@ -79,6 +82,8 @@ def save_checkpoint(
     files.write(Path(folder).absolute(), {name: tensor.detach() for name, tensor in tensors.items()}, contents)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def load_checkpoint(
     folder: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:

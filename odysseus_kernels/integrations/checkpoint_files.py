@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 __all__ = ["Description", "read_description", "read_tensors", "write"]
 
 _DESCRIPTION = "checkpoint.json"
+_OF_A_CHECKPOINT = re.compile(r"checkpoint\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp(\.tmp)?|\.nfs\w+")
 _VERSION = 1
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
@@ -81,8 +83,11 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], contents: Mapping[str,
     """Writes tensors (of DTensors, every rank its part) and ``contents``; every rank calls it.
 
     Raises:
+        ValueError: ``folder`` exists and is no checkpoint, or holds other things, too; nothing is touched.
         RuntimeError: on every rank, if one could not write; a checkpoint that was there before is kept.
     """
+    for path, complete in _made_by_write(folder):
+        _check_replaceable(path, complete=complete)
     alone = not dist.is_initialized()
     with _plain_errors(f"could not save {folder}"):
         # Plain tensors are the same on every rank: DCP writes one of them.
@@ -133,6 +138,25 @@ def read_tensors(description: Description, tensors: dict[str, torch.Tensor]) -> 
         )
 
 
+def _made_by_write(folder: Path) -> list[tuple[Path, bool]]:
+    """Paths that a save removes or replaces where they exist, and whether each is a complete checkpoint."""
+    return [(folder, True), (_beside(folder, "replaced"), True), (_beside(folder, "unfinished"), False)]
+
+
+def _check_replaceable(path: Path, *, complete: bool) -> None:
+    """Raises ValueError unless ``path`` is absent, or a folder with the files of a checkpoint and nothing else."""
+    if not path.exists() and not path.is_symlink():
+        return
+    expected = "expected no such path, or a checkpoint of save_checkpoint, which would be replaced"
+    if path.is_symlink() or not path.is_dir():
+        raise ValueError(f"{path}: {expected}, got a {'link' if path.is_symlink() else 'file'}; nothing was touched")
+    names = sorted(entry.name for entry in path.iterdir())
+    others = [name for name in names if not _OF_A_CHECKPOINT.fullmatch(name)]
+    if others or (complete and _DESCRIPTION not in names):
+        held = f"with {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}" if others else "without one"
+        raise ValueError(f"{path}: {expected}, got a folder {held}; nothing was touched")
+
+
 class _Writer(dcp.FileSystemWriter):
     """Writes beside the folder; the coordinating rank makes room before all others write, and renames at the end."""
 
@@ -144,6 +168,7 @@ class _Writer(dcp.FileSystemWriter):
         return plan  # the folder is made by one rank, in prepare_global_plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        _check_replaceable(Path(self.path), complete=False)
         shutil.rmtree(self.path, ignore_errors=True)  # of an interrupted attempt
         Path(self.path).mkdir(parents=True)
         return super().prepare_global_plan(plans)
@@ -156,7 +181,8 @@ class _Writer(dcp.FileSystemWriter):
             json.dump(document, file)
             file.flush()
             os.fsync(file.fileno())
-        replaced = _beside(self._folder, "replaced")
+        for path in (self._folder, replaced := _beside(self._folder, "replaced")):
+            _check_replaceable(path, complete=True)  # once more: writing takes a while
         shutil.rmtree(replaced, ignore_errors=True)
         if self._folder.exists():
             self._folder.rename(replaced)

@@ -16,6 +16,7 @@ from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.families import FAMILIES, Family
 from odysseus_kernels.integrations.model import SequenceCausalLM, SequenceModel
+from odysseus_kernels.integrations.wrappers import refuse_replicating_wrappers
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.identity import check_identical
@@ -57,6 +58,7 @@ def parallelize(
         the layers with ``torch.distributed.fsdp.fully_shard(layer, mesh=mesh["dp"])`` afterwards, or the model with
         ``replicate`` of ``torch.distributed._composable.replicate_with_fsdp``.
     """
+    refuse_replicating_wrappers()
     chosen = get_strategy(strategy)
     group = chosen.group(SequenceGroup.of(mesh, config))
     family = _family(model)

@@ -264,6 +264,13 @@ class SequenceCausalLM(nn.Module):
             "AutoModelForCausalLM.from_pretrained(folder).generate(...)"
         )
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses: rows of a vocabulary that is cut over the ranks cannot be added on one of them."""
+        raise RuntimeError(
+            "resize_token_embeddings() does not work on a parallelized model: resize the stock model, and parallelize "
+            "it then. One that is parallelized already is exported by odysseus_kernels.save_pretrained(model, folder)"
+        )
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes the stock model; every rank calls it.  See :func:`odysseus_kernels.save_pretrained`.
 

@@ -41,6 +41,8 @@ _INDEX = "model.safetensors.index.json"
 _OF_A_SAVE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|model\.part\d+\.safetensors")
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def save_pretrained(
     model: PreTrainedModel, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
 ) -> None:
@@ -90,6 +92,8 @@ def save_pretrained(
         raise RuntimeError(f"save_pretrained: the first rank could not write {target}; its error says why")
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """Loads a Hugging Face directory into a model that may be parallelized already; nothing is sent.
 

@@ -14,25 +14,32 @@ __all__ = ["clip_grad_norm_"]
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
 ) -> torch.Tensor:
     """Scales gradients so that their norm is at most ``max_norm``; the same norm on every rank.
 
     ``torch.nn.utils.clip_grad_norm_`` does that for DTensors of one mesh; this also takes parameters of different
     meshes and plain parameters among them. Every element counts once, however often it is replicated. Norms are added
-    in fp32 (fp64 for fp64 gradients).  Every rank of the meshes calls it; each mesh sends one number.
+    in fp32 (fp64 for fp64 gradients).  Every rank of the meshes calls it; each mesh sends one or two numbers.  What is
+    not finite makes a norm that is not finite on all ranks, and clipped gradients as torch's.
 
     Args:
         parameters: one or several; plain ones have the same gradient on every rank.
         max_norm: what the norm may be.
-        norm_type: order of the norm, at least 1; may be ``math.inf``.
+        norm_type: order of the norm, at least 1; may be ``math.inf`` or ``"inf"``.
+        error_if_nonfinite: whether a norm that is not finite is an error.
 
     Returns:
         The norm before clipping, a plain scalar.
 
     Raises:
         ValueError: for another order, or for gradients that still have to be added over ranks.
+        RuntimeError: on all ranks, for a norm that is not finite with ``error_if_nonfinite``; no gradient is changed.
     """
+    norm_type, max_norm = float(norm_type), float(max_norm)
     if not norm_type >= 1:
         raise ValueError(f"norm_type: expected at least 1, got {norm_type}")
     given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
@@ -58,6 +65,11 @@ def clip_grad_norm_(
     device = (gradients[0].to_local() if isinstance(gradients[0], DTensor) else gradients[0]).device
     norms = [_norm(tensors, mesh, norm_type, wide, device) for mesh, tensors in counted.items()]
     total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise RuntimeError(
+            f"expected gradients with a finite norm of order {norm_type}, got {total.item()}: they cannot be clipped; "
+            f"error_if_nonfinite=False scales them all the same"
+        )
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
@@ -70,10 +82,14 @@ def _norm(
 ) -> torch.Tensor:
     """The norm of all elements of a mesh."""
     total = torch.zeros((), dtype=dtype, device=device)
+    tensors = [tensor for tensor in tensors if tensor.numel()]  # of nothing there is no largest element
     if tensors:
         each = torch.stack([norm.to(device) for norm in torch._foreach_norm(tensors, order, dtype=dtype)])
         total = each.max() if math.isinf(order) else (each**order).sum()
+    if math.isinf(order):
+        # Backends drop NaN from a maximum: it is told beside it.
+        total = torch.stack((total.nan_to_num(0.0, posinf=math.inf), total.isnan().to(dtype)))
     if mesh is not None:
         partial = Partial("max" if math.isinf(order) else "sum")
         total = DTensor.from_local(total, mesh, [partial] * mesh.ndim, run_check=False).full_tensor()
-    return total if math.isinf(order) else total ** (1.0 / order)
+    return total[0].masked_fill(total[1] > 0, math.nan) if math.isinf(order) else total ** (1.0 / order)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from odysseus_kernels.comm.arguments import check_config
 from odysseus_kernels.config import OverlapConfig
 
 __all__ = ["DATA_DIMENSION", "RING_DIMENSION", "SEQUENCE_DIMENSION", "SequenceGroup"]
@@ -82,7 +83,7 @@ class SequenceGroup:
                 f'mesh: expected dimensions out of {_ORDER}, outermost first, got {names}: "ring" lies outside of '
                 f'"seq", "dp" outside of both, and other dimensions are not supported'
             )
-        settled, group = config or OverlapConfig(), mesh.get_group(SEQUENCE_DIMENSION)
+        settled, group = check_config(config), mesh.get_group(SEQUENCE_DIMENSION)
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if RING_DIMENSION not in names:
             own = mesh if len(names) == 1 else mesh[SEQUENCE_DIMENSION]

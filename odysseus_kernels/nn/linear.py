@@ -14,6 +14,7 @@ from torch import nn
 
 from odysseus_kernels import ops
 from odysseus_kernels.comm.functional import all_gather, all_reduce
+from odysseus_kernels.nn.derivatives import first_derivative
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import local_parameter, sharded_parameter
 
@@ -125,6 +126,7 @@ class SummedGradient(torch.autograd.Function):
         return tokens.view_as(tokens)
 
     @staticmethod
+    @first_derivative
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Returns the complete gradient."""
         (grad,) = grad_outputs
@@ -151,6 +153,7 @@ class GatheredVocabulary(torch.autograd.Function):
         return all_gather(local, group.group, operator="vocab_parallel_linear", dim=-1, config=group.config)
 
     @staticmethod
+    @first_derivative
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Returns this rank's columns of the gradient."""
         (grad,) = grad_outputs

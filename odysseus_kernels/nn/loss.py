@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from odysseus_kernels.comm.functional import all_reduce
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.nn.derivatives import first_derivative
 from odysseus_kernels.nn.group import SequenceGroup
 
 __all__ = ["IGNORE_INDEX", "DistributedHead", "sequence_loss"]
@@ -153,6 +154,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total.to(wide)
 
     @staticmethod
+    @first_derivative
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """Returns the gradient of the logits in their own dtype."""
         (grad,) = grad_outputs
@@ -196,6 +198,7 @@ class GlobalMean(torch.autograd.Function):
         return (total_sum / divisor).to(total.dtype)
 
     @staticmethod
+    @first_derivative
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         """Returns the gradient of this rank's sum."""
         (grad,) = grad_outputs

@@ -1,8 +1,8 @@
 """Training in bf16 or fp16 with fp32 master weights: the optimizer that keeps them.
 
 The model computes with narrow parameters, the optimizer works on fp32 copies of them that are distributed in the same
-way. Gradients of several backward passes are added in fp32 (``torch.Tensor.grad_dtype``), so that ``.grad`` is what
-``clip_grad_norm_`` and loss scalers expect, only wider. Nothing is sent.
+way. Gradients of several backward passes are added in fp32: the first one is widened where it arrives, so that
+``.grad`` is what ``clip_grad_norm_`` and loss scalers expect, only wider. Nothing is sent.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+
+from odysseus_kernels.nn.dtensor import complete_dtensor
 
 __all__ = ["MasterWeights"]
 
@@ -63,13 +65,16 @@ class MasterWeights(torch.optim.Optimizer):
         if grad_dtype is not None and not hasattr(torch.Tensor, "grad_dtype"):
             raise ValueError(f"grad_dtype: expected None, torch {torch.__version__} adds in the own type")
         super().__init__(params, {})
+        complete_dtensor()
         groups, self._masters = [], dict[torch.Tensor, torch.Tensor]()
         for group in self.param_groups:
             for parameter in group["params"]:
                 narrow = parameter.dtype in _NARROW
                 self._masters[parameter] = _wide_copy(parameter) if narrow else parameter
                 if narrow and grad_dtype is not None and parameter.requires_grad:
-                    parameter.grad_dtype = grad_dtype
+                    # Any type: FSDP2 gives gradients in the parameter's own, and calls the hook, too.
+                    parameter.grad_dtype = None
+                    parameter.register_post_accumulate_grad_hook(_widen)
             groups.append({**group, "params": [self._masters[parameter] for parameter in group["params"]]})
         self._inner = optimizer_class(groups, **settings)
         self.kind = f"{type(self).__name__} of {type(self._inner).__name__}"
@@ -136,6 +141,12 @@ class MasterWeights(torch.optim.Optimizer):
             shown |= self._inner.state.get(master, {})
             if shown:
                 self.state[parameter] = shown
+
+
+def _widen(parameter: torch.Tensor) -> None:
+    """After each backward pass: later gradients are added to what is fp32 by then."""
+    if parameter.grad is not None and parameter.grad.dtype != torch.float32:
+        parameter.grad = parameter.grad.to(torch.float32)
 
 
 def _wide_copy(parameter: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch import nn
 from odysseus_kernels import ops
 from odysseus_kernels.comm.functional import all_gather, all_reduce
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.nn.derivatives import first_derivative
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import local_parameter
 
@@ -135,6 +136,7 @@ class SplitTokens(torch.autograd.Function):
         return x[first:last]
 
     @staticmethod
+    @first_derivative
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Returns the gradient of all tokens."""
         return _join(grad_outputs[0], ctx.tokens, ctx.group, "backward"), None
@@ -154,6 +156,7 @@ class JoinTokens(torch.autograd.Function):
         return _join(part, tokens, group, "forward")
 
     @staticmethod
+    @first_derivative
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Returns the gradient of this rank's slice."""
         first, last = _slice(ctx.tokens, ctx.group)
@@ -257,6 +260,7 @@ class GlobalSums(torch.autograd.Function):
         return totals, counts, number
 
     @staticmethod
+    @first_derivative
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         """Returns the gradient of this rank's sum of probabilities."""
         return grad_outputs[0].to(ctx.dtype), None, None, None, None

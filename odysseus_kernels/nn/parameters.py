@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from odysseus_kernels.comm.arguments import refuse_second_derivative
 from odysseus_kernels.comm.functional import all_reduce
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.nn.dtensor import complete_dtensor
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.ops._validate import group_by_name
 
@@ -60,6 +62,7 @@ def distribute_parameter(parameter: nn.Parameter, group: SequenceGroup, cut: Cut
         group: the ranks to distribute it over.
         cut: how; the ranks it is cut over divide ``parameter.shape[cut.dim]``.
     """
+    complete_dtensor()
     full = parameter.detach()
     local = full
     if cut.dim is not None:
@@ -177,3 +180,6 @@ def _complete(grad: torch.Tensor, group_name: str, config_key: str) -> torch.Ten
 @_complete.register_fake
 def _(grad: torch.Tensor, group_name: str, config_key: str) -> torch.Tensor:
     return grad.new_empty(grad.shape)
+
+
+refuse_second_derivative(_complete, "a replicated parameter")

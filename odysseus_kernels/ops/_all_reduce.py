@@ -89,14 +89,14 @@ def sum_rows(
     def run(transport: Transport, settled: OverlapConfig) -> None:
         blocks, settled = _blocks(transport, settled, whole)
 
-        def call(scatter: Scatter | None, gather: Gather | None) -> Call:
-            return Call(operator, phase, settled, gather, scatter, shapes, "all_reduce")
+        def call(scatter: Scatter | None, gather: Gather | None, *, continued: bool = True) -> Call:
+            return Call(operator, phase, settled, gather, scatter, shapes, "all_reduce", continued=continued)
 
         if settled.mode == "unfused":
             full = like.new_zeros((padded, width))
             produce(0, lines, full[:lines], None)
             scatter, gather = parts(0, padded // world)
-            transport.reduce_scatter(call(scatter, None), full.view(world, 1, padded // world, width))
+            transport.reduce_scatter(call(scatter, None, continued=False), full.view(world, 1, padded // world, width))
             if bias is not None:
                 scatter.out.add_(bias)
             transport.all_gather(call(None, gather), whole.view(world, 1, padded // world, width))
@@ -107,7 +107,7 @@ def sum_rows(
         for block in range(blocks):
             first, stop = share * block // blocks, share * (block + 1) // blocks
             scatter, gather = parts(first * world, stop - first)
-            transport.execute(call(scatter, travels))
+            transport.execute(call(scatter, travels, continued=block > 0))
             travels = gather
         transport.execute(call(None, travels))
 

@@ -90,8 +90,9 @@ def loss_phase(operator: str, phase: str, rows: int, weight: Tensor, gathered: i
     return Phase(
         operator=operator,
         phase=phase,
-        shapes=f"weight {list(weight.shape)}, gathers {gathered}, scatters {scattered}",
-        own="",  # rows may change on one rank alone, and ranks have to come to a choice together
+        shapes=f"gathers {gathered}, scatters {scattered}",
+        # Not the rows: they may change on one rank alone, and ranks have to come to a choice together.
+        own=f"weight {list(weight.shape)}",
         dtype=weight.dtype,
         flops=2 * products * rows * weight.numel(),
         gathered_bytes=gathered,

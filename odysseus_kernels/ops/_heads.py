@@ -53,14 +53,14 @@ class HeadCut:
         """[..., n] from ``parts`` [world, ..., width] of all ranks; what ranks with the same columns have adds up."""
         if self.sharers > 1:
             wide = torch.promote_types(parts.dtype, torch.float32)
-            parts = parts.view(-1, self.sharers, *parts.shape[1:]).sum(1, dtype=wide).to(parts.dtype)
+            parts = parts.unflatten(0, (-1, self.sharers)).sum(1, dtype=wide).to(parts.dtype)
         return parts.movedim(0, -2).flatten(-2)
 
 
 def tokens_of_ranks(tensor: Tensor, world: int) -> Tensor:
     """``tensor`` [..., L, w], contiguous, as [world, batch, L / world, w]: a view by the rank that has the tokens."""
     length, width = tensor.shape[-2:]
-    return tensor.view(-1, world, length // world, width).transpose(0, 1)
+    return tensor.view(tensor.shape[:-2].numel(), world, length // world, width).transpose(0, 1)
 
 
 def exchange_parts(transport: Transport, call: Call, received: Sequence[Tensor], fill: Fill) -> None:

@@ -28,6 +28,8 @@ def check_projections(
         )
     if heads is None:
         return [1] * len(weights)
+    if not isinstance(heads, int | list | tuple):
+        raise TypeError(f"{operator}: expected heads to be whole numbers or None, got {heads!r}")
     counts = [heads] if isinstance(heads, int) else list(heads)
     if len(counts) != len(weights):
         raise ValueError(f"{operator}: expected heads for each of {len(weights)} weights, got {tuple(counts)}")

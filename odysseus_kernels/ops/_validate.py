@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_bias", "check_dim", "check_experts", "check_linear", "group_by_name"]
+from ..comm.arguments import check_tensors, under_autocast
+
+__all__ = ["check_bias", "check_dim", "check_experts", "check_linear", "check_several", "group_by_name"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -50,8 +53,38 @@ def check_bias(
     _same(operator, x, bias, name, input_name)
 
 
+def check_several(
+    operator: str,
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor | None] | None,
+    name: str = "weight",
+    bias_name: str = "bias",
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """x, the weights [n, K] of one or several projections and a bias or None for each, as autocast has them."""
+    weights: list[Tensor] = [weight] if isinstance(weight, Tensor) else list(weight)
+    if bias is None:
+        biases: list[Tensor | None] = [None] * len(weights)
+    else:
+        biases = [bias] if isinstance(bias, Tensor) else list(bias)
+    if not weights or len(biases) != len(weights):
+        raise ValueError(f"{operator}: expected as many biases as weights, got {len(biases)} and {len(weights)}")
+    check_tensors(operator, x=x)
+    for index, (one, its_bias) in enumerate(zip(weights, biases, strict=True)):
+        number = "" if isinstance(weight, Tensor) else f"[{index}]"
+        check_tensors(operator, **{f"{name}{number}": one, f"{bias_name}{number}": its_bias})
+    x, *weights = under_autocast(x.device, x, *weights)
+    biases = list(under_autocast(x.device, *biases))
+    for one, its_bias in zip(weights, biases, strict=True):
+        check_linear(operator, x, one, name)
+        check_bias(operator, x, one, its_bias, bias_name)
+    return x, weights, biases
+
+
 def check_dim(operator: str, x: Tensor, dim: int) -> int:
     """``dim`` as a non-negative index; the last dimension holds the features and cannot be cut."""
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{operator}: expected dim to be a whole number, got {dim!r}")
     if x.ndim < 2:
         raise ValueError(f"{operator}: expected x with at least 2 dimensions, got shape {list(x.shape)}")
     if not -x.ndim <= dim < x.ndim:
@@ -112,6 +145,9 @@ def check_experts(
 
 def _same(operator: str, x: Tensor, other: Tensor, name: str, input_name: str = "x") -> None:
     if x.dtype != other.dtype:
-        raise ValueError(f"{operator}: expected {name} of {input_name}'s dtype {x.dtype}, got {other.dtype}")
+        raise ValueError(
+            f"{operator}: expected {name} of {input_name}'s dtype {x.dtype}, got {other.dtype}: give a model's parts "
+            f"one dtype, or run it within torch.autocast"
+        )
     if x.device != other.device:
         raise ValueError(f"{operator}: expected {name} on {input_name}'s device {x.device}, got {other.device}")

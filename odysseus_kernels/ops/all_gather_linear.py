@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.arguments import check_config, refuse_second_derivative
 from ..comm.groups import dispatch, resolve_group
 from ..comm.selection import Phase
 from ..comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
 from ..config import OverlapConfig
 from . import _tiles
 from ._products import Layout, WeightGradient, multiply, project
-from ._validate import check_bias, check_dim, check_linear, group_by_name
+from ._validate import check_dim, check_several, group_by_name
 
 __all__ = ["all_gather_linear"]
 
@@ -90,18 +91,9 @@ def all_gather_linear(
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
     single = isinstance(weight, Tensor)
-    weights: list[Tensor] = [weight] if isinstance(weight, Tensor) else list(weight)
-    if bias is None:
-        biases: list[Tensor | None] = [None] * len(weights)
-    else:
-        biases = [bias] if isinstance(bias, Tensor) else list(bias)
-    if not weights or len(biases) != len(weights):
-        raise ValueError(f"{_NAME}: expected as many biases as weights, got {len(biases)} and {len(weights)}")
-    for one, its_bias in zip(weights, biases, strict=True):
-        check_linear(_NAME, x, one)
-        check_bias(_NAME, x, one, its_bias)
+    config = check_config(config)
+    x, weights, biases = check_several(_NAME, x, weight, bias)
     dim = check_dim(_NAME, x, dim)
-    config = config or OverlapConfig()
     resolved = resolve_group(group)
     keep = (
         config.gathered == "save"
@@ -396,3 +388,4 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm import functional
+from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from ..comm.exchange import Exchange
 from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
@@ -71,8 +72,10 @@ def all_to_all_linear(
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
-    config = config or OverlapConfig()
+    check_tensors(_NAME, x=x, weight_shard=weight_shard, bias_shard=bias_shard)
+    config = check_config(config)
     check_mode(_NAME, config)
+    x, weight_shard, bias_shard = under_autocast(x.device, x, weight_shard, bias_shard)
     resolved = resolve_group(group)
     owners = resolved if zero3_group is None else resolve_group(zero3_group)
     _check(x, weight_shard, bias_shard, resolved.size(), owners.size())
@@ -165,11 +168,11 @@ def _forward(
         weight, part = given
         if keep:
             received[rank].copy_(part)
-        total.add(part.reshape(lines, -1), weight.t())
+        total.add(part.reshape(lines, part.shape[-1]), weight.t())
 
     def visit_owner(owner: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
         rank, columns = _columns(owner, shards, world, width)
-        total.add(received[rank].view(lines, -1)[:, columns], given[0].t())
+        total.add(received[rank].view(lines, whole.shape[-1])[:, columns], given[0].t())
 
     def fill(rank: int, made: Sequence[Tensor]) -> None:
         made[0].copy_(whole[rank])
@@ -203,7 +206,7 @@ def _forward(
 
 def _all_heads(received: Tensor) -> Tensor:
     """[batch * rows, k] from ``received`` [world, batch, rows, k / world]."""
-    return received.permute(1, 2, 0, 3).reshape(received.shape[1] * received.shape[2], -1)
+    return received.permute(1, 2, 0, 3).reshape(received.shape[1:3].numel(), received.shape[0] * received.shape[3])
 
 
 @_forward.register_fake
@@ -243,7 +246,7 @@ def _backward(
     rows, across = grad.shape[-2], width * shards // world
     incoming = grad.reshape(-1, features)
     incoming = incoming if incoming.is_contiguous() else incoming.contiguous()
-    block = incoming.view(-1, rows, features)
+    block = incoming.view(grad.shape[:-2].numel(), rows, features)
     wide = accumulator_dtype(grad.dtype)
     dx = grad.new_empty((*grad.shape[:-2], rows * world, across) if input_needed else (0,))
     dweight = grad.new_empty(weight_shard.shape if weight_needed else (0,))
@@ -271,7 +274,7 @@ def _backward(
             multiply_lines(product[:, owner * width : (owner + 1) * width], incoming, given[0])
 
     def fill(rank: int, made: Sequence[Tensor]) -> None:
-        made[0].copy_(product.view(*block.shape[:2], -1)[..., rank * across : (rank + 1) * across])
+        made[0].copy_(product.view(*block.shape[:2], across * world)[..., rank * across : (rank + 1) * across])
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         nonlocal product, dweight
@@ -348,3 +351,4 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.arguments import check_config, refuse_second_derivative
 from ..comm.groups import resolve_group
 from ..config import OverlapConfig
 from ._all_reduce import sum_rows
 from ._heads import check_mode
 from ._products import WeightGradient, multiply, multiply_lines
-from ._validate import check_bias, check_linear, group_by_name
+from ._validate import check_several, group_by_name
 
 __all__ = ["column_parallel_linear"]
 
@@ -83,17 +84,8 @@ def column_parallel_linear(
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
     single = isinstance(weight, Tensor)
-    weights: list[Tensor] = [weight] if isinstance(weight, Tensor) else list(weight)
-    if bias is None:
-        biases: list[Tensor | None] = [None] * len(weights)
-    else:
-        biases = [bias] if isinstance(bias, Tensor) else list(bias)
-    if not weights or len(biases) != len(weights):
-        raise ValueError(f"{_NAME}: expected as many biases as weights, got {len(biases)} and {len(weights)}")
-    for one, its_bias in zip(weights, biases, strict=True):
-        check_linear(_NAME, x, one)
-        check_bias(_NAME, x, one, its_bias)
-    config = config or OverlapConfig()
+    config = check_config(config)
+    x, weights, biases = check_several(_NAME, x, weight, bias)
     check_mode(_NAME, config)
     resolved = resolve_group(group)
     present = [one for one in biases if one is not None]
@@ -235,3 +227,4 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

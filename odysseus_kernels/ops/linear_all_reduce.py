@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from ..comm.groups import resolve_group
 from ..config import OverlapConfig
 from ._all_reduce import sum_rows
@@ -58,9 +59,11 @@ def linear_all_reduce(
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
+    check_tensors(_NAME, x=x, weight=weight, bias=bias)
+    config = check_config(config)
+    x, weight, bias = under_autocast(x.device, x, weight, bias)
     check_linear(_NAME, x, weight)
     check_bias(_NAME, x, weight, bias)
-    config = config or OverlapConfig()
     check_mode(_NAME, config)
     resolved = resolve_group(group)
     return torch.ops.odysseus.linear_all_reduce(x, weight, bias, resolved.group_name, config.key())
@@ -85,7 +88,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, co
         group_by_name(group_name),
         config,
         flops=2 * x.numel() * width,
-        shapes=f"x {[*x.shape[:-1], '*']}, weight {[width, '*']}",
+        shapes=f"x {[*x.shape[:-1], '*']}, weight {[width, '*']}, bias {bias is not None}",
         own=str(weight.shape[1]),
         bias=bias,
     )
@@ -97,18 +100,45 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, config_ke
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.custom_op("odysseus::linear_all_reduce_backward", mutates_args=())
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, input_needed: bool, weight_needed: bool, bias_needed: bool
+) -> list[Tensor]:
+    """[dx, dweight, dbias]; an empty tensor stands for a gradient that is not needed.
+
+    An operator of its own although nothing is sent: torch would differentiate plain products once more, without the
+    sums over the ranks that belong to second derivatives.
+    """
+    lines, nothing = grad.reshape(-1, grad.shape[-1]), x.new_empty(0)
+    return [
+        (lines @ weight).view(x.shape) if input_needed else nothing,
+        lines.t() @ x.reshape(-1, x.shape[-1]) if weight_needed else nothing.clone(),
+        lines.sum(0) if bias_needed else nothing.clone(),
+    ]
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, input_needed: bool, weight_needed: bool, bias_needed: bool
+) -> list[Tensor]:
+    return [
+        x.new_empty(x.shape if input_needed else (0,)),
+        weight.new_empty(weight.shape if weight_needed else (0,)),
+        weight.new_empty(weight.shape[:1] if bias_needed else (0,)),
+    ]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, *_ = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    input_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
-    lines = grad.reshape(-1, grad.shape[-1])
-    dx = (lines @ weight).view(x.shape) if input_needed else None
-    dweight = lines.t() @ x.reshape(-1, x.shape[-1]) if weight_needed else None
-    return dx, dweight, lines.sum(0) if bias_needed else None, None, None
+    needed = ctx.needs_input_grad[:3]
+    results = torch.ops.odysseus.linear_all_reduce_backward(grad, *ctx.saved_tensors, *needed)
+    gradients = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
+    return *gradients, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

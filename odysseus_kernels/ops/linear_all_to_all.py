@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm import functional
+from ..comm.arguments import check_config, refuse_second_derivative
 from ..comm.exchange import Exchange
 from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
@@ -27,7 +28,7 @@ from ..config import OverlapConfig
 from ._heads import all_to_all, check_mode, exchange_parts, tokens_of_ranks
 from ._products import ProductSum, multiply_lines, project
 from ._projections import Projections, check_projections
-from ._validate import check_bias, check_linear
+from ._validate import check_several
 
 __all__ = ["linear_all_to_all"]
 
@@ -104,19 +105,10 @@ def linear_all_to_all(
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
     single = isinstance(weight_shard, Tensor)
-    weights: list[Tensor] = [weight_shard] if isinstance(weight_shard, Tensor) else list(weight_shard)
-    if bias_shard is None:
-        biases: list[Tensor | None] = [None] * len(weights)
-    else:
-        biases = [bias_shard] if isinstance(bias_shard, Tensor) else list(bias_shard)
-    if not weights or len(biases) != len(weights):
-        raise ValueError(f"{_NAME}: expected as many biases as weights, got {len(biases)} and {len(weights)}")
-    for one, its_bias in zip(weights, biases, strict=True):
-        check_linear(_NAME, x, one, "weight_shard")
-        check_bias(_NAME, x, one, its_bias, "bias_shard")
+    config = check_config(config)
+    x, weights, biases = check_several(_NAME, x, weight_shard, bias_shard, "weight_shard", "bias_shard")
     if x.ndim < 2:
         raise ValueError(f"{_NAME}: expected x [..., tokens, features], got shape {list(x.shape)}")
-    config = config or OverlapConfig()
     check_mode(_NAME, config)
     resolved = resolve_group(group)
     owners = resolved if zero3_group is None else resolve_group(zero3_group)
@@ -162,7 +154,9 @@ def _forward(
 
     def fill(rank: int, made: Sequence[Tensor]) -> None:
         for i, product in products.items():
-            made[i].copy_(product.view(sizes.batch, sizes.rows, -1)[..., sizes.cuts[i].columns(rank)])
+            made[i].copy_(
+                product.view(sizes.batch, sizes.rows, sizes.cuts[i].features)[..., sizes.cuts[i].columns(rank)]
+            )
 
     def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
         fill(rank, made)
@@ -394,3 +388,4 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

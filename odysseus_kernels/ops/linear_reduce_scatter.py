@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from ..comm.groups import dispatch, resolve_group
 from ..comm.selection import Phase
 from ..comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
@@ -63,6 +64,9 @@ def linear_reduce_scatter(
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
+    check_tensors(_NAME, x=x, weight=weight, bias=bias)
+    key = check_config(config).key()
+    x, weight, bias = under_autocast(x.device, x, weight, bias)
     check_linear(_NAME, x, weight)
     check_bias(_NAME, x, weight, bias)
     dim = check_dim(_NAME, x, dim)
@@ -72,7 +76,6 @@ def linear_reduce_scatter(
             f"{_NAME}: expected dimension {dim} of x to divide by {resolved.size()} ranks, got x {list(x.shape)}; "
             f"shard_sequence pads a batch so that it does"
         )
-    key = (config or OverlapConfig()).key()
     return torch.ops.odysseus.linear_reduce_scatter(x, weight, bias, resolved.group_name, dim, key)
 
 
@@ -96,7 +99,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, di
     def prepare() -> None:
         _tiles.prepare_scatter(out[0], group.rank(), world, [whole[0]], [weight], bias)
 
-    shapes = f"x {[*x.shape[:-1], '*']} dim {dim}"
+    shapes = f"x {[*x.shape[:-1], '*']} dim {dim}, bias {bias is not None}"
     can_tile = _tiles.can_serve(layout, [weight])
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
@@ -258,3 +261,4 @@ def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.arguments import check_config, check_tensors, under_autocast
 from ..comm.groups import resolve_group
 from ..config import OverlapConfig
 from ._heads import all_to_all, check_head_counts
@@ -62,10 +63,15 @@ def ulysses_attention(
         ValueError: bad input, before anything is sent; heads that the ranks cannot share out, with what would divide.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
+    check_tensors(_NAME, q=q, k=k, v=v)
+    key = check_config(config).key()
+    q, k, v = under_autocast(q.device, q, k, v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
-            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{_NAME}: expected {name} [batch, heads, tokens, head_dim], got {got}")
+        if tensor.ndim != 4 or 0 in (tensor.shape[1], tensor.shape[3]):
+            raise ValueError(
+                f"{_NAME}: expected {name} [batch, heads, tokens, head_dim] with at least one head of at least one "
+                f"element, got {list(tensor.shape)}"
+            )
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(
                 f"{_NAME}: expected {name} of q's dtype {q.dtype} on {q.device}, got {tensor.dtype} on {tensor.device}"
@@ -85,7 +91,6 @@ def ulysses_attention(
     _, sharers = check_head_counts(_NAME, (q.shape[1], k.shape[1]), world)
     if sharers > 1:
         k, v = (tensor.repeat_interleave(sharers, 1) for tensor in (k, v))
-    key = (config or OverlapConfig()).key()
     whole = torch.ops.odysseus.tokens_to_heads([q, k, v], resolved.group_name, key, "forward")
     out = attention(*whole)
     expected = (q.shape[0], q.shape[1] // world, q.shape[2] * world)
@@ -103,7 +108,8 @@ def _tokens_to_heads(tensors: Sequence[Tensor], group_name: str, config_key: str
     world = group.size()
     outputs = [t.new_empty((t.shape[0], t.shape[1] // world, t.shape[2] * world, t.shape[3])) for t in tensors]
     received = [
-        out.view(-1, world, t.shape[2], t.shape[3]).transpose(0, 1) for out, t in zip(outputs, tensors, strict=True)
+        out.view(out.shape[:2].numel(), world, t.shape[2], t.shape[3]).transpose(0, 1)
+        for out, t in zip(outputs, tensors, strict=True)
     ]
 
     def fill(rank: int, made: Sequence[Tensor]) -> None:

@@ -10,6 +10,7 @@ returns; input gradients leave while the next rank's tokens are multiplied.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm import functional
+from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from ..comm.exchange import Exchange
 from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
@@ -51,13 +53,15 @@ def vocab_parallel_linear_cross_entropy(
     *,
     group: dist.ProcessGroup | DeviceMesh | None,
     tokens: Tokens = "sharded",
+    vocabulary_rows: Sequence[int] | None = None,
     ignore_index: int = -100,
     chunk_rows: int = 1024,
     config: OverlapConfig | None = None,
 ) -> Tensor:
     """Sum of -log softmax(logits)[target] over valid rows, with logits over the vocabulary's rows of all ranks.
 
-    N ranks with V/N rows of the vocabulary each; R rows of tokens; d features.  p = softmax(logits), local columns.
+    N ranks with V/N rows of the vocabulary each (or with ``vocabulary_rows``); R rows of tokens; d features.
+    p = softmax(logits), local columns.
 
     forward:          loss              = sum over valid rows of logsumexp(logits) - logits[target]
     input gradient:   dhidden [R, d]    = RS(dlogits @ weight), dlogits = (p - onehot(target)) * grad; replicated: AR
@@ -75,6 +79,8 @@ def vocab_parallel_linear_cross_entropy(
         bias: [V/N], of the same rows, or None.
         group: the ranks; None is the default group.
         tokens: ``"sharded"`` or ``"replicated"``.
+        vocabulary_rows: rows of the weight on each rank, in the order of ranks, where they differ: (5, 4) for a
+            vocabulary of 9 on two ranks.  None: every rank has as many as this one.
         ignore_index: target of rows that do not count.
         chunk_rows: rows whose logits are held at a time.
         config: mode, transport, pieces, time limit; mode ``"tiles"`` means ``"fused"`` here.
@@ -87,18 +93,38 @@ def vocab_parallel_linear_cross_entropy(
             make the loss infinite elsewhere.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
+    check_tensors(_NAME, hidden=hidden, targets=targets, weight=weight, bias=bias)
+    key = check_config(config).key()
+    hidden, weight, bias = under_autocast(hidden.device, hidden, weight, bias)
     check_loss_input(_NAME, hidden, targets, weight, bias, chunk_rows, weight_name="weight", bias_name="bias")
     if tokens not in get_args(Tokens):
         raise ValueError(f'{_NAME}: expected tokens "sharded" or "replicated", got {tokens!r}')
     if targets.numel() == 0:
         raise ValueError(f"{_NAME}: expected hidden with at least one row, got shape {list(hidden.shape)}")
     resolved = resolve_group(group)
-    key = (config or OverlapConfig()).key()
+    counts = _vocabulary_rows(vocabulary_rows, weight.shape[0], resolved.rank(), resolved.size())
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     total, _, _ = torch.ops.odysseus.vocab_parallel_linear_cross_entropy(
-        rows, labels, weight, bias, tokens == "sharded", resolved.group_name, key, ignore_index, chunk_rows
+        rows, labels, weight, bias, counts, tokens == "sharded", resolved.group_name, key, ignore_index, chunk_rows
     )
     return total  # type: ignore[no-any-return]
+
+
+def _vocabulary_rows(given: Sequence[int] | None, own: int, rank: int, world: int) -> list[int]:
+    """Rows of the vocabulary on each rank."""
+    if given is None:
+        return [own] * world
+    counts = list(given)
+    if len(counts) != world or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts):
+        raise ValueError(
+            f"{_NAME}: expected vocabulary_rows to be a number of rows for each of {world} ranks, got {counts}"
+        )
+    if counts[rank] != own:
+        raise ValueError(
+            f"{_NAME}: expected weight with the {counts[rank]} rows that vocabulary_rows {counts} names for rank "
+            f"{rank}, got {own}"
+        )
+    return counts
 
 
 @torch.library.custom_op("odysseus::vocab_parallel_linear_cross_entropy", mutates_args=())
@@ -107,6 +133,7 @@ def _forward(
     targets: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    vocabulary_rows: Sequence[int],
     sharded: bool,
     group_name: str,
     config_key: str,
@@ -115,11 +142,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of losses, logsumexp of each row, targets of all ranks [N, R], empty where tokens are replicated)."""
     group, config = group_by_name(group_name), loss_config(config_key)
-    world, count = group.size(), weight.shape[0]
-    check_targets(_NAME, targets, count * world, ignore_index)
-    first = group.rank() * count
+    world = group.size()
+    check_targets(_NAME, targets, sum(vocabulary_rows), ignore_index)
+    first, shapes = sum(vocabulary_rows[: group.rank()]), _shapes(vocabulary_rows, ignore_index)
     if sharded:
-        everyone = functional.all_gather(targets[None], group, operator=_NAME, config=config)
+        everyone = functional.all_gather(targets[None], group, operator=_NAME, config=config, shapes=shapes)
         statistics = new_statistics(hidden, world * hidden.shape[0]).view(world, 1, -1, 2)
         shared = (hidden.contiguous(),)
 
@@ -129,7 +156,7 @@ def _forward(
 
         def run(transport: Transport, settled: OverlapConfig) -> None:
             exchange = Exchange(visit, shared=shared, received=(statistics,))
-            execute_exchange(transport, Call(_NAME, "forward", settled, exchange=exchange))
+            execute_exchange(transport, Call(_NAME, "forward", settled, shapes=shapes, exchange=exchange))
 
         phase = loss_phase(_NAME, "forward", hidden.shape[0] * world, weight, hidden.nbytes, 0)
         dispatch(group, config, hidden.device, run, phase)
@@ -138,10 +165,15 @@ def _forward(
         own = new_statistics(hidden, hidden.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             add_statistics(own, hidden, targets, weight, bias, first, chunk_rows)
-        statistics = functional.all_gather(own[None], group, operator=_NAME, config=config)
+        statistics = functional.all_gather(own[None], group, operator=_NAME, config=config, shapes=shapes)
     parts = statistics.view(world, -1, 2)
     log_sums, found = torch.logsumexp(parts[..., 0], 0), parts[..., 1].amax(0)
     return sum_of_losses(log_sums, found, targets, ignore_index), log_sums, everyone
+
+
+def _shapes(vocabulary_rows: Sequence[int], ignore_index: int) -> str:
+    """What every rank takes the others to have."""
+    return f"vocabulary_rows {list(vocabulary_rows)}, ignore_index {ignore_index}"
 
 
 @_forward.register_fake
@@ -150,6 +182,7 @@ def _(
     targets: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    vocabulary_rows: Sequence[int],
     sharded: bool,
     group_name: str,
     config_key: str,
@@ -174,6 +207,7 @@ def _backward(
     everyone: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    vocabulary_rows: Sequence[int],
     sharded: bool,
     group_name: str,
     config_key: str,
@@ -185,7 +219,7 @@ def _backward(
 ) -> list[Tensor]:
     """[dhidden, dweight, dbias]; an empty tensor stands for a gradient that is not needed."""
     group, config = group_by_name(group_name), loss_config(config_key)
-    first = group.rank() * weight.shape[0]
+    first, shapes = sum(vocabulary_rows[: group.rank()]), _shapes(vocabulary_rows, ignore_index)
     wide = accumulator_dtype(hidden.dtype)
     dhidden = hidden.new_empty(hidden.shape if hidden_needed else (0,))
     dweight = weight.new_empty(weight.shape if weight_needed else (0,), dtype=wide)
@@ -219,7 +253,7 @@ def _backward(
             dweight.zero_()
             dbias.zero_()
             exchange = Exchange(visit, shared=shared, sums=sums)
-            execute_exchange(transport, Call(_NAME, "backward", settled, exchange=exchange))
+            execute_exchange(transport, Call(_NAME, "backward", settled, shapes=shapes, exchange=exchange))
 
         rows = hidden.shape[0] * group.size()
         phase = loss_phase(_NAME, "backward", rows, weight, hidden.nbytes, dhidden.nbytes)
@@ -230,7 +264,9 @@ def _backward(
         with torch.autocast(hidden.device.type, enabled=False):
             add(hidden, targets, log_sums, grad, dhidden if hidden_needed else None)
         if hidden_needed:
-            dhidden = functional.all_reduce(dhidden, group, operator=_NAME, phase="backward", config=config)
+            dhidden = functional.all_reduce(
+                dhidden, group, operator=_NAME, phase="backward", config=config, shapes=shapes
+            )
     same = wide == weight.dtype
     return [dhidden, dweight if same else dweight.to(weight.dtype), dbias if same else dbias.to(weight.dtype)]
 
@@ -244,6 +280,7 @@ def _(
     everyone: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    vocabulary_rows: Sequence[int],
     sharded: bool,
     group_name: str,
     config_key: str,
@@ -272,7 +309,8 @@ def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor | None, __: Tensor | No
         grad, *ctx.saved_tensors, *ctx.settings, *needed
     )
     dhidden, dweight, dbias = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
-    return dhidden, None, dweight, dbias, None, None, None, None, None
+    return dhidden, None, dweight, dbias, *[None] * len(ctx.settings)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

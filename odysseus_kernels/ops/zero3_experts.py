@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from ..comm.exchange import Exchange
 from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
@@ -72,7 +73,12 @@ def zero3_experts(
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
-    settings = config or OverlapConfig()
+    check_tensors(
+        _NAME, x=x, top_k_index=top_k_index, top_k_weights=top_k_weights, gate_up_shard=gate_up_shard,
+        down_shard=down_shard,
+    )  # fmt: skip
+    settings = check_config(config)
+    x, gate_up_shard, down_shard = under_autocast(x.device, x, gate_up_shard, down_shard)
     check_experts(_NAME, x, top_k_index, top_k_weights, gate_up_shard, down_shard)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{_NAME}: expected activation to be one of {sorted(ACTIVATIONS)}, got {activation!r}")
@@ -119,7 +125,7 @@ def _forward(
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         y.zero_()
-        call = Call(_NAME, "forward", settled, exchange=Exchange(visit, shared=shards))
+        call = Call(_NAME, "forward", settled, shapes=activation, exchange=Exchange(visit, shared=shards))
         if settled.mode != "unfused":
             transport.execute(call)
         else:
@@ -290,3 +296,4 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

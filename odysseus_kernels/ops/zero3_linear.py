@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm import functional
+from ..comm.arguments import autocasts, check_config, check_tensors, refuse_second_derivative, under_autocast
 from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
 from ..comm.selection import Phase
@@ -68,13 +69,21 @@ def zero3_linear(
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
+    check_tensors(
+        _NAME, x=x, weight_shard=weight_shard, bias_shard=bias_shard, prefetch=prefetch,
+        prefetch_backward=prefetch_backward,
+    )  # fmt: skip
+    key = check_config(config).key()
+    if autocasts(x.device):
+        # What travels is made in each call: there is nothing yet that could be sent ahead.
+        prefetch = prefetch_backward = None
+        x, weight_shard, bias_shard = under_autocast(x.device, x, weight_shard, bias_shard)
     check_linear(_NAME, x, weight_shard, "weight_shard")
     check_bias(_NAME, x, weight_shard, bias_shard, "bias_shard")
     for name, ahead_shard in (("prefetch", prefetch), ("prefetch_backward", prefetch_backward)):
         if ahead_shard is not None:
             _check_prefetch(name, weight_shard, ahead_shard)
     resolved = resolve_group(group)
-    key = (config or OverlapConfig()).key()
     ahead = None if prefetch is None else prefetch.detach()
     ahead_backward = None if prefetch_backward is None else prefetch_backward.detach()
     return torch.ops.odysseus.zero3_linear(x, weight_shard, bias_shard, resolved.group_name, key, ahead, ahead_backward)
@@ -282,3 +291,4 @@ def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from ..comm.exchange import Exchange
 from ..comm.groups import dispatch, resolve_group
 from ..comm.reduce import accumulator_dtype
@@ -78,6 +79,9 @@ def zero3_linear_cross_entropy(
             make the loss infinite elsewhere.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
     """
+    check_tensors(_NAME, hidden=hidden, targets=targets, weight_shard=weight_shard, bias_shard=bias_shard)
+    key = check_config(config).key()
+    hidden, weight_shard, bias_shard = under_autocast(hidden.device, hidden, weight_shard, bias_shard)
     check_loss_input(
         _NAME,
         hidden,
@@ -89,7 +93,6 @@ def zero3_linear_cross_entropy(
         bias_name="bias_shard",
     )
     resolved = resolve_group(group)
-    key = (config or OverlapConfig()).key()
     rows = hidden.reshape(-1, hidden.shape[-1])
     total, _ = torch.ops.odysseus.zero3_linear_cross_entropy(
         rows, targets.reshape(-1).long(), weight_shard, bias_shard, resolved.group_name, key, ignore_index, chunk_rows
@@ -249,3 +252,4 @@ def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

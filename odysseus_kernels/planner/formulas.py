@@ -28,7 +28,7 @@ ulysses       all_to_all of [T, 2q + 2k];                  all_to_all of [T, 2q 
 
 ZeRO-3 weights are cut over all W ranks.  Weights that are cut over seq have copies on the ring, whose gradients are
 all-reduced over it; those of norms, over the ranks that hold different tokens.  Ring attention sends k and v to R - 1
-peers forward, and again in backward, where their partial gradients return.
+peers forward, and again in backward, where their partial gradients return in the accumulator's type (fp32, or fp64).
 """
 
 from __future__ import annotations
@@ -229,8 +229,11 @@ def _attention(
         if shape.out_bias:
             ledger.replicated(ring, d)
     keys_and_values = 2 * (tokens // ring) * used // world
-    ledger.shard("forward", "ring_attention", "send_recv", ring, keys_and_values)
-    ledger.shard("backward", "ring_attention", "send_recv", ring, 2 * keys_and_values)  # and their gradients
+    for phase in ("forward", "backward"):
+        ledger.shard(phase, "ring_attention", "send_recv", ring, keys_and_values)
+    gradients = _Ledger(max(4, ledger.size))  # shares of every rank's queries, in the accumulator's type
+    gradients.shard("backward", "ring_attention", "send_recv", ring, keys_and_values)
+    ledger.bytes.update(gradients.bytes)
 
 
 def _gathered(ledger: _Ledger, strategy: str, world: int, shard: int, gathered: str) -> None:

@@ -161,9 +161,10 @@ def _compare(
         )
         if baselines is not None and result.numel() >= 256:
             error, unfair = (relative_error(x, truths[index]) for x in (result, baselines[index]))
-            # The contract, and the rounding of what is merged or sent, which the unsharded kernel does not have: it is
-            # rounded in 0.4 unit roundoffs (root of the mean square); errors add up as squares, so less is felt.
-            assert error <= 1.5 * unfair + unit_roundoff(kind) / 4, f"{name} of {what}: {error:.2e}, {unfair:.2e}"
+            # Gradients are made and sent in fp32. Outputs are merged from what the kernel has rounded: 0.4 unit
+            # roundoffs (root of the mean square) that an unsharded run does not have; errors add up as squares.
+            limit = 1.2 * unfair + (unit_roundoff(kind) / 4 if index == 0 else 0)
+            assert error <= limit, f"{name} of {what}: {error:.2e}, {unfair:.2e}"
 
 
 def traffic(rank: int, world: int, transport: str, mode: str, dtype: str) -> dict[str, int]:

@@ -100,16 +100,18 @@ def wide_sum(rank: int, world: int) -> None:
 
 
 def autocast(rank: int, world: int) -> None:
-    """Operators compute in their inputs' type whatever the shape; autocast does not reach into them."""
+    """Operators take their operands in autocast's type, whatever the shape, and it does not reach further into them."""
     torch.manual_seed(0)
     for rows in (4, 256):
-        x, w = torch.randn(2, rows, 64, requires_grad=True), torch.randn(8, 64, requires_grad=True)
+        wide = torch.randn(2, rows, 64), torch.randn(8, 64)
         results = []
         for enabled in (False, True):
+            x, w = (t.to(torch.float32 if enabled else torch.bfloat16).requires_grad_() for t in wide)
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 a = ody.all_gather_linear(x, w, group=None)
-                b = ody.zero3_linear(x, w, group=None)
-                results.append([a, b, *torch.autograd.grad((a.sum() + b.square().sum()), (x, w))])
+                b = ody.zero3_linear(x[..., :], w, group=None)
+            gradients = [torch.autograd.grad(y.float().square().sum(), (x, w)) for y in (a, b)]
+            results.append([a, b, *(gradient.bfloat16() for both in gradients for gradient in both)])
         for plain, cast in zip(*results, strict=True):
             assert torch.equal(plain, cast)
 

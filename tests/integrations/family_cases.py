@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections import Counter
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.huggingface import parallelize
+from odysseus_kernels.nn.master import MasterWeights
 from odysseus_kernels.nn.sequence import shard_sequence
 
 VOCABULARY = 120
@@ -61,6 +64,7 @@ class Case:
     packed: bool = False
     attention: str = "sdpa"
     dtype: torch.dtype = torch.float32
+    autocast_to: torch.dtype | None = None
     changes: tuple[tuple[str, Any], ...] = ()
     changed_token: int | None = None
 
@@ -90,6 +94,10 @@ class Case:
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
         return model.to(self.dtype).train()
+
+    def autocast(self) -> torch.autocast:
+        """What forwards run in."""
+        return torch.autocast("cpu", self.autocast_to or torch.bfloat16, enabled=self.autocast_to is not None)
 
     def whole_batch(self) -> dict[str, torch.Tensor]:
         """The batch that every rank has."""
@@ -128,7 +136,8 @@ def without_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def stock_step(case: Case) -> dict[str, Any]:
     """Loss, logits and gradients of the stock model in one process."""
     model, batch = case.model(), case.whole_batch()
-    out = model(**batch, use_cache=False)  # with a cache, stock models do not see packed documents
+    with case.autocast():
+        out = model(**batch, use_cache=False)  # with a cache, stock models do not see packed documents
     out.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": out.loss.item(), "logits": out.logits.detach(), "gradients": gradients}
@@ -160,7 +169,8 @@ def parallel_step(
     model = parallel_model(case, strategy, mesh, **(settings or {}))
     batch = shard_sequence(case.whole_batch(), mesh, strategy)
     with CommRecorder() as record:
-        loss = model(**batch).loss
+        with case.autocast():
+            loss = model(**batch).loss
         loss.backward()
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -172,7 +182,7 @@ def parallel_step(
                 gradients[name] = full
     return {
         "loss": loss.item(),
-        "logits": own_logits(model, batch),
+        "logits": own_logits(model, batch, case),
         "where": own_positions(case, mesh, strategy),
         "gradients": gradients,
         "traffic": record.rows(),
@@ -180,9 +190,10 @@ def parallel_step(
 
 
 @torch.no_grad()
-def own_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def own_logits(model: Any, batch: dict[str, torch.Tensor], case: Case) -> torch.Tensor:
     """Logits of this rank's tokens."""
-    return model(**without_labels(batch)).logits
+    with case.autocast():
+        return model(**without_labels(batch)).logits
 
 
 def own_positions(case: Case, mesh: DeviceMesh, strategy: str) -> torch.Tensor:
@@ -195,7 +206,7 @@ def logits_pair(rank: int, world_size: int, case: Case, other: Case, strategy: s
     """Logits of one model on two batches."""
     mesh = make_mesh(world_size, ring)
     model = parallel_model(case, strategy, mesh)
-    found = [own_logits(model, shard_sequence(one.whole_batch(), mesh, strategy)) for one in (case, other)]
+    found = [own_logits(model, shard_sequence(one.whole_batch(), mesh, strategy), one) for one in (case, other)]
     return {"where": own_positions(case, mesh, strategy), "first": found[0], "second": found[1]}
 
 
@@ -264,6 +275,64 @@ def data_parallel_step(
     loss.backward()
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     return {"loss": loss.item(), "gradients": gradients if rank == 0 else None}
+
+
+# Parts of a model in another type than the rest: (rest, names of the parts, their type).
+MIXTURES = {
+    "head": (torch.bfloat16, "lm_head", torch.float32),
+    "norms in fp32": (torch.bfloat16, "norm", torch.float32),
+    "norms in bf16": (torch.float32, "norm", torch.bfloat16),
+    "embedding": (torch.float32, "embed", torch.bfloat16),
+    "layer": (torch.float32, "layers.1", torch.bfloat16),
+}
+
+
+def mixed_step(case: Case, model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float] | str:
+    """Loss and norm of all gradients, or the error's text."""
+    try:
+        with case.autocast():
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return loss.item(), math.sqrt(sum(whole(p.grad).double().square().sum().item() for p in model.parameters()))
+
+
+def mixed_model(case: Case, mixture: str) -> Any:
+    rest, names, other = MIXTURES[mixture]
+    model = case.model().to(rest)
+    for name, module in model.named_modules():
+        if names in name:
+            module.to(other)
+    return model
+
+
+def mixed_types(rank: int, world_size: int, cases: list[Case]) -> list[tuple[float, float] | str]:
+    """Every mixture and case under two strategies."""
+    mesh, found = make_mesh(world_size, 1), []
+    for mixture, case, strategy in itertools.product(MIXTURES, cases, ("tp", "odysseus")):
+        model = parallelize(mixed_model(case, mixture), mesh, strategy, OverlapConfig(timeout_s=60))
+        found.append(mixed_step(case, model, shard_sequence(case.whole_batch(), mesh, strategy)))
+    return found
+
+
+def data_parallel_masters(
+    rank: int, world_size: int, case: Case, strategy: str, sizes: tuple[int, int, int], wrapper: str
+) -> Any:
+    """bf16 with fp32 masters beside a wrapper: sums of two batches' gradients, and masters after a step, on rank 0."""
+    mesh = data_mesh(sizes)
+    model = DATA_PARALLEL[wrapper](parallel_model(case, strategy, mesh), mesh)
+    optimizer = MasterWeights(torch.optim.SGD, model.parameters(), lr=1.0)
+    rows = {name: t.chunk(sizes[0])[mesh.get_local_rank("dp")] for name, t in case.whole_batch().items()}
+    for _ in range(2):
+        model(**shard_sequence(rows, mesh, strategy)).loss.backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    optimizer.step()
+    masters = {name: optimizer.state[p]["master"].full_tensor() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        assert torch.equal(p.full_tensor(), masters[name].bfloat16()), name
+    return (gradients, masters) if rank == 0 else None
 
 
 def traffic_of_a_layer(

@@ -13,6 +13,7 @@ from llama_cases import Case
 from state_cases import (
     build,
     different,
+    give_gradients,
     load,
     load_masters,
     optimizer_of,
@@ -134,6 +135,66 @@ def test_an_interrupted_checkpoint_does_not_look_complete(tmp_path: Path, monkey
     ody.save_checkpoint(folder, model, extra={"step": 3})
     assert ody.load_checkpoint(folder, model)["step"] == 3
     assert [path.name for path in tmp_path.iterdir() if "saved" in path.name] == ["saved"]
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+
+
+def save_onto(rank: int, world_size: int, folder: str) -> str:
+    with pytest.raises(ValueError, match="nothing was touched") as caught:
+        ody.save_checkpoint(folder, build("odysseus", world_size, GQA))
+    return str(caught.value)
+
+
+def test_only_a_checkpoint_is_replaced(ranks, tmp_path: Path):
+    model = GQA.model()
+    logs, file, mixed, beside = tmp_path / "logs", tmp_path / "file", tmp_path / "mixed", tmp_path / "beside"
+    (logs / "run").mkdir(parents=True)
+    (logs / "run" / "events").write_text("losses")
+    (tmp_path / "empty").mkdir()
+    file.write_text("text")
+    ody.save_checkpoint(mixed, model)
+    (mixed / "tokenizer.json").write_text("{}")
+    (tmp_path / "beside.unfinished").mkdir()
+    (tmp_path / "beside.unfinished" / "notes").write_text("mine")
+    ody.save_checkpoint(tmp_path / "real", model)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    ody.save_pretrained(model, tmp_path / "export")
+    before = _tree(tmp_path)
+    for name, got in (
+        ("logs", "a folder with run"), ("file", "a file"), ("mixed", "with tokenizer.json"), ("empty", "without one"),
+        ("beside", "with notes"), ("link", "a link"), ("export", "with config.json"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{got}.*nothing was touched"):
+            ody.save_checkpoint(tmp_path / name, model)
+    for message in ranks(2).run(save_onto, str(logs)):
+        assert "expected no such path, or a checkpoint of save_checkpoint" in message
+    assert _tree(tmp_path) == before
+    assert not beside.exists()
+    ody.save_checkpoint(tmp_path / "real", model, extra={"step": 2})
+    assert ody.load_checkpoint(tmp_path / "link", model) == {"step": 2}
+
+
+def in_inference_mode(rank: int, world_size: int, folder: str) -> None:
+    model, other = build("odysseus", world_size, GQA), build("odysseus", world_size, GQA, seed=3)
+    optimizer, second = optimizer_of(model), optimizer_of(other)
+    give_gradients(model, 0)
+    optimizer.step()
+    with torch.inference_mode():
+        ody.save_checkpoint(folder, model, optimizer)
+        ody.load_checkpoint(folder, other, second)
+        assert different(snapshot(model, optimizer), snapshot(other, second)) == []
+        ody.save_pretrained(model, f"{folder}-export")
+        other = build("odysseus", world_size, GQA, seed=3)
+        ody.load_pretrained(other, f"{folder}-export")
+        assert different(snapshot(model), snapshot(other)) == []
+    give_gradients(model, 1)
+    optimizer.step()  # it can still be trained
+
+
+def test_in_inference_mode(ranks, tmp_path: Path):
+    ranks(2).run(in_inference_mode, str(tmp_path / "saved"))
 
 
 class _Evil:

@@ -6,9 +6,21 @@ import dataclasses
 
 import pytest
 import torch
-from family_cases import Case, assemble, logits_pair, packed_positions, parallel_step, stock_step
+from family_cases import (
+    MIXTURES,
+    Case,
+    assemble,
+    logits_pair,
+    mixed_model,
+    mixed_step,
+    mixed_types,
+    packed_positions,
+    parallel_step,
+    stock_step,
+)
 
 from odysseus_kernels.strategies import STRATEGIES
+from odysseus_kernels.testing.compare import unit_roundoff
 
 PACKED = {"llama": Case(packed=True, kv_heads=4), "mistral": Case(family="mistral", packed=True, kv_heads=4)}
 
@@ -53,6 +65,59 @@ def test_bf16(ranks, family, strategy):
         step = {"logits": assemble(results, "logits", case.length), "gradients": results[0]["gradients"]}
         for name, error in _errors(step, truth).items():
             assert error <= 1.5 * single[name] + 2e-3, f"ring {ring}, {name}: {error:.1e}, single {single[name]:.1e}"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.bfloat16), ("starcoder2", torch.bfloat16), ("llama", torch.float16)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_autocast(ranks, family, dtype, strategy):
+    """fp32 weights under autocast: at most 1.5 times the error of a stock model under autocast, gradients in fp32."""
+    cases = [Case(family=family, kv_heads=4, autocast_to=dtype, changed_token=token) for token in (None, 3)]
+    truths, singles = [], []
+    for case in cases:
+        exact = dataclasses.replace(case, autocast_to=None).model().double()
+        out = exact(**case.whole_batch(), use_cache=False)
+        out.loss.backward()
+        truths.append({"logits": out.logits.detach(), **{name: p.grad for name, p in exact.named_parameters()}})
+        single = stock_step(case)
+        singles.append({"logits": single["logits"], **single["gradients"]})
+    for world_size, ring in ((2, 1), (4, 2)):
+        found = []
+        for case in cases:
+            results = ranks(world_size).run(parallel_step, case, strategy, ring)
+            found.append({"logits": assemble(results, "logits", case.length), **results[0]["gradients"]})
+            assert all(gradient.dtype == torch.float32 for gradient in results[0]["gradients"].values())
+        for name in truths[0]:
+            # Of all batches together: a ratio of errors of the few numbers of one bias is noise.
+            error, limit = (
+                sum(
+                    float((one[name].double() - true[name]).square().sum())
+                    for one, true in zip(steps, truths, strict=True)
+                )
+                for steps in (found, singles)
+            )
+            assert error**0.5 <= 1.5 * limit**0.5, f"ring {ring}, {name}: {error**0.5:.1e}, single {limit**0.5:.1e}"
+
+
+def test_parts_of_different_types(ranks):
+    """What a stock model computes is computed, and what it refuses is refused in words that say what to do."""
+    cases = [Case(kv_heads=4, autocast_to=dtype) for dtype in (None, torch.bfloat16)]
+    found = iter(ranks(2).run(mixed_types, cases)[0])
+    refused = 0
+    for mixture in MIXTURES:
+        for case in cases:
+            stock = mixed_step(case, mixed_model(case, mixture), case.whole_batch())
+            for result in (next(found), next(found)):
+                if isinstance(stock, str):
+                    refused += 1
+                    assert "dtype" in result and "torch.autocast" in result, mixture
+                else:
+                    # Roundings to bf16 of single values, averaged over a batch: a few of a hundred numbers each.
+                    assert result == pytest.approx(stock, rel=unit_roundoff(torch.bfloat16)), mixture
+    assert refused == 2 * 3, "the head, norms in fp32 and the layer, without autocast"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

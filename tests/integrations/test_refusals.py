@@ -66,6 +66,15 @@ def misused_model(rank: int, world_size: int) -> None:
         parallelize(model, mesh)
     with pytest.raises(RuntimeError, match=r"odysseus_kernels.save_pretrained\(model, folder\) on every rank"):
         model.generate(ids)
+    with pytest.raises(RuntimeError, match="resize the stock model, and parallelize it then"):
+        model.resize_token_embeddings(128)
+    for wrap in (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel):
+        for wrapped in (model, nn.Sequential(model)):
+            with pytest.raises(TypeError, match=r"got a parallelized model.*Trainer.*fully_shard"):
+                wrap(wrapped)
+        assert sum(p.numel() for p in wrap(nn.Linear(2, 2)).parameters()) == 6, "others are none of our business"
+    with pytest.raises(TypeError, match="config: expected an OverlapConfig or None, got dict"):
+        parallelize(_llama(), mesh, config={"mode": "fused"})
     with pytest.raises(ValueError, match="save_pretrained: expected max_shard_bytes or nothing, got push_to_hub"):
         model.save_pretrained("/nonexistent", push_to_hub=True)
     with pytest.raises(ValueError, match="through shard_sequence"):

@@ -64,6 +64,40 @@ def test_selective_checkpointing_sends_nothing_again(ranks, world_size):
     ranks(world_size).run(checkpointing)
 
 
+def anomalies(rank: int, world_size: int) -> None:
+    """Anomaly detection passes what is right and finds what is not, in a gradient that is a DTensor, too."""
+    mesh = sequence_mesh(world_size)
+    model = _model(mesh)
+    loss, gradients, _ = _step(_model(mesh), mesh)
+    with torch.autograd.set_detect_anomaly(True):
+        its_loss, its_gradients, _ = _step(model, mesh)
+        assert its_loss == loss
+        assert all(torch.equal(its_gradients[name], gradient) for name, gradient in gradients.items())
+        weight = model.model.layers[0].mlp.up_proj.weight
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            (weight * torch.nan).sum().backward()
+
+
+def test_anomaly_detection(ranks):
+    ranks(2).run(anomalies)
+
+
+def second_derivative(rank: int, world_size: int) -> None:
+    """A penalty on gradients is refused, wherever in the model it begins."""
+    mesh = sequence_mesh(world_size)
+    for strategy in ("tp", "odysseus"):
+        model = ody.parallelize(CASE.model(), mesh, strategy, OverlapConfig(timeout_s=60))
+        for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+            loss = model(**shard_sequence(CASE.whole_batch(), mesh, strategy)).loss
+            (gradient,) = torch.autograd.grad(loss, model.get_parameter(name), create_graph=True)
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                gradient.to_local().square().sum().backward()
+
+
+def test_second_derivatives_are_refused(ranks):
+    ranks(2).run(second_derivative)
+
+
 def compiled(rank: int, world_size: int) -> None:
     mesh = sequence_mesh(world_size)
     loss, gradients, sent = _step(_model(mesh), mesh)

@@ -73,11 +73,48 @@ def test_mixed_placements_and_meshes(ranks, order):
         assert torchs == pytest.approx(on_mesh, rel=1e-5)
 
 
+def clip_nonfinite(rank: int, world_size: int) -> None:
+    """One element that is not finite, on each rank in turn: norms and clipped gradients are torch's of the whole."""
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("seq",))
+    for order in (2.0, 1.0, math.inf, "inf"):
+        for bad in (math.nan, math.inf, -math.inf):
+            for row in range(0, 4 * world_size, 4):
+                whole = torch.arange(8.0 * world_size).view(4 * world_size, 2) - 3
+                whole[row, 1] = bad
+                plain, replicated = _parameter(whole.clone()), torch.full((3,), 2.0)
+                expected = torch.nn.utils.clip_grad_norm_([plain, _parameter(replicated.clone())], NORM, order)
+                local = whole.chunk(world_size)[rank].clone()
+                # Beside them one of which only the first rank has anything.
+                uneven = DTensor.from_local(
+                    torch.ones(1 - min(rank, 1), 2), mesh, [Shard(0)], run_check=False, shape=(1, 2), stride=(2, 1)
+                )
+                gradients = [
+                    DTensor.from_local(replicated.clone(), mesh, [Replicate()], run_check=False),
+                    DTensor.from_local(local, mesh, [Shard(0)], run_check=False),
+                    uneven,
+                ]
+                parameters = [_parameter(gradient) for gradient in gradients]
+                before = [gradient.to_local().clone() for gradient in gradients]
+                with pytest.raises(RuntimeError, match="finite norm of order"):
+                    clip_grad_norm_(parameters, NORM, order, error_if_nonfinite=True)
+                for gradient, same in zip(gradients, before, strict=True):
+                    assert torch.equal(gradient.to_local().nan_to_num(7.0), same.nan_to_num(7.0))
+                norm = clip_grad_norm_(parameters, NORM, order)
+                torch.testing.assert_close(norm, expected, equal_nan=True)
+                torch.testing.assert_close(gradients[1].full_tensor(), plain.grad, equal_nan=True)
+
+
+def test_gradients_that_are_not_finite(ranks):
+    ranks(2).run(clip_nonfinite)
+    ranks(4).run(clip_nonfinite)
+
+
 def test_plain_parameters_and_bad_input():
     parameter = nn.Parameter(torch.ones(4))
     assert clip_grad_norm_(parameter, 1.0) == 0
     parameter.grad = torch.full((4,), 0.25)
     assert clip_grad_norm_([parameter], 1.0) == 0.5
     assert torch.equal(parameter.grad, torch.full((4,), 0.25)), "small gradients are not scaled up"
+    assert clip_grad_norm_(parameter, 1.0, "inf", error_if_nonfinite=True) == 0.25
     with pytest.raises(ValueError, match="norm_type"):
         clip_grad_norm_([parameter], 1.0, 0.5)

@@ -13,6 +13,7 @@ from operator_cases import MODES, Outputs, leaf, poison_windows, shard
 from torch import Tensor
 
 import odysseus_kernels as ody
+from odysseus_kernels.comm.functional import all_reduce
 from odysseus_kernels.ops import reference
 from odysseus_kernels.testing.compare import assert_close_to_truth, nan_empty
 
@@ -152,6 +153,18 @@ def traffic(rank: int, world: int, mode: str, transport: str, dtype: str, rows: 
         torch.cat(ys, -1).sum().backward()
     assert all(row["transport"] == transport for row in record.rows())
     return {f"{row['operator']} {row['phase']} {row['collective']}": int(row["bytes"]) for row in record.rows()}
+
+
+def calls(rank: int, world: int, mode: str, transport: str, pieces: int) -> list[tuple[str, int]]:
+    """(operator and phase, calls) of an all-reduce of each kind."""
+    config = ody.OverlapConfig(mode=mode, transport=transport, chunks_per_rank=pieces, timeout_s=30)
+    x, w = torch.randn(2, 12, 24, requires_grad=True), torch.randn(10, 24, requires_grad=True)
+    with ody.CommRecorder() as record:
+        all_reduce(torch.ones(5), config=config)
+        ody.linear_all_reduce(x, w, group=None, config=config)
+        ody.column_parallel_linear(x, w, group=None, config=config).sum().backward()
+    assert {row["collective"] for row in record.rows()} == {"all_reduce"}
+    return [(f"{row['operator']} {row['phase']}", int(row["calls"])) for row in record.rows()]
 
 
 def _mlp(config: ody.OverlapConfig) -> Callable[..., Tensor]:

@@ -254,7 +254,7 @@ def opcheck(rank: int, world: int) -> None:
         arguments: tuple[Any, ...] = (hidden, targets, weight, bias, name, key, IGNORE, 4)
         torch.library.opcheck(torch.ops.odysseus.zero3_linear_cross_entropy.default, arguments)
         for sharded in (True, False):
-            arguments = (hidden, targets, weight, bias, sharded, name, key, IGNORE, 4)
+            arguments = (hidden, targets, weight, bias, [5] * world, sharded, name, key, IGNORE, 4)
             torch.library.opcheck(torch.ops.odysseus.vocab_parallel_linear_cross_entropy.default, arguments)
 
 
@@ -282,12 +282,13 @@ def compiled(rank: int, world: int, kind: str, backend: str) -> None:
 
 
 def under_autocast(rank: int, world: int, kind: str) -> None:
-    """Products stay in the operands' type, as those of the other operators do."""
+    """The same bits as of what autocast makes of the operands, logits and sums in fp32 included."""
     problem, config = Problem(), ody.OverlapConfig(timeout_s=30)
     data = make_data(problem, world, torch.float32)
-    expected, _ = run_kind(kind, data, problem, rank, world, config, 5)
+    expected, _ = run_kind(kind, make_data(problem, world, torch.bfloat16), problem, rank, world, config, 5)
     with torch.autocast("cpu", torch.bfloat16):
         actual, _ = run_kind(kind, data, problem, rank, world, config, 5)
+    assert actual.dtype == torch.float32
     assert torch.equal(actual, expected)
 
 

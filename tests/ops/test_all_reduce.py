@@ -92,3 +92,12 @@ def test_opcheck(ranks: RankPools, world: int) -> None:
 
 def test_compile_with_fullgraph(ranks: RankPools) -> None:
     ranks(2).run(cases.compiled, timeout=200)
+
+
+@pytest.mark.parametrize("transport", ("symmetric", "collective"))
+@pytest.mark.parametrize("mode", ("fused", "unfused"))
+def test_an_all_reduce_is_one_call(ranks: RankPools, mode: str, transport: str) -> None:
+    for counted in ranks(2).run(cases.calls, mode, transport, 6):
+        assert counted == [
+            ("all_reduce forward", 1), ("column_parallel_linear backward", 1), ("linear_all_reduce forward", 1)
+        ]  # fmt: skip

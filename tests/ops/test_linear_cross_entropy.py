@@ -101,7 +101,7 @@ def test_compiled_and_recomputed(ranks: RankPools, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
-def test_autocast_changes_nothing(ranks: RankPools, kind: str) -> None:
+def test_autocast(ranks: RankPools, kind: str) -> None:
     ranks(2).run(cases.under_autocast, kind)
 
 

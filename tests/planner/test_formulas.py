@@ -70,13 +70,17 @@ def test_collectives_of_tp_sp_and_odysseus() -> None:
 
 
 def test_ring_with_zero3_weights() -> None:
-    # R = 4 and one rank of seq: 2 L dk f = 2 * 64 * 16 * 3/4 = 1536 forward, 4 L dk f backward.
+    # R = 4 and one rank of seq: 2 L dk f = 2 * 64 * 16 * 3/4 = 1536 of k and v each way, and as many gradients, which
+    # are in fp32 where elements are narrower.
     sent = of(GQA, "ulysses", 1, ring=4)
     assert sent["forward", "ring_attention", "send_recv"] == 1536
-    assert sent["backward", "ring_attention", "send_recv"] == 2 * 1536
+    assert sent["backward", "ring_attention", "send_recv"] == 1536 + 4 * 1536
+    for size, wide in ((2, 4), (4, 4), (8, 8)):
+        sized = traffic(GQA, "ulysses", 1, tokens=L, ring=4, element_size=size)
+        assert sized["backward", "ring_attention", "send_recv"] == (size + wide) * 1536
     assert not any(collective == "all_to_all" for _, _, collective in sent)
     assert elements(sent, "forward") == 1536 + (10240 + 18432) * 3 // 4
-    assert elements(sent, "backward") == 2 * 1536 + 2 * (10240 + 18432) * 3 // 4
+    assert elements(sent, "backward") == 5 * 1536 + 2 * (10240 + 18432) * 3 // 4
 
 
 def test_hybrid_cuts_zero3_over_all_and_sums_other_weights_over_the_ring() -> None:
