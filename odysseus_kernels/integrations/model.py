@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from transformers.utils import can_return_tuple
 
 from odysseus_kernels.attention import layout
+from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.comm.functional import all_gather
 from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
@@ -50,6 +52,7 @@ class SequenceModel(nn.Module):
         past_key_values: object | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        unpadded_length: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the stock base model on this rank's tokens.
@@ -61,6 +64,7 @@ class SequenceModel(nn.Module):
             past_key_values: must be None.
             inputs_embeds: this rank's embeddings [B, s, d] instead of ``input_ids``.
             use_cache: ignored: there is no cache.
+            unpadded_length: [B, 1], tokens of the whole sequence before it was padded; None: it was not.
             **kwargs: as the stock model takes them.
 
         Raises:
@@ -68,7 +72,7 @@ class SequenceModel(nn.Module):
         """
         if past_key_values is not None:
             raise ValueError("past_key_values: expected None: a parallelized model keeps no cache")
-        if kwargs.get("is_causal") is False:
+        if kwargs.get("is_causal") is False or not getattr(self.config, "is_causal", True):
             raise ValueError("is_causal: expected True: a parallelized model attends causally")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -89,13 +93,16 @@ class SequenceModel(nn.Module):
                 position_ids = position_ids[None]
             expected = (1 if position_ids.shape[0] == 1 else batch, local)
             positions = self._gather("position_ids", position_ids, expected, tokens.device)
+        real = None if unpadded_length is None else unpadded_length[0, 0]
         if group.ring_size > 1:
-            mask, positions = self._ring_mask(batch, positions, ring_mask, given=position_ids is not None)
+            given = position_ids is not None
+            mask, positions = self._ring_mask(batch, positions, ring_mask, given=given, real=real)
         else:
             dtype = self.get_input_embeddings().weight.dtype if inputs_embeds is None else inputs_embeds.dtype
             # Stands for the embeddings of the whole sequence: only its shape, dtype and device are read.
             outline = torch.empty(1, dtype=dtype, device=tokens.device).expand(batch, length, 1)
-            mask = self._whole_mask(outline, positions, ring_mask)
+            mask = self._whole_mask(outline, positions, ring_mask, real)
+            positions = self._rotation_positions(positions, real)
         return super().forward(
             input_ids=input_ids,
             # The stock model takes a four-dimensional mask for a finished one and makes none of its own, which would
@@ -109,7 +116,11 @@ class SequenceModel(nn.Module):
         )
 
     def _whole_mask(
-        self, outline: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None
+        self,
+        outline: torch.Tensor,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        real: torch.Tensor | None,
     ) -> SequenceMask:
         """Masks of the kinds of layers that there are, for whatever attention function is configured."""
         arguments = {
@@ -119,30 +130,93 @@ class SequenceModel(nn.Module):
             "past_key_values": None,
             "position_ids": positions,
         }
-        kinds = {layer.self_attn.mask_kind for layer in self.layers}
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        return SequenceMask({kind: makers[kind](**arguments) for kind in sorted(kinds)})
+        masks = {kind: makers[kind](**arguments) for kind in self._mask_kinds()}
+        if real is not None:
+            # An additive mask hides keys by the lowest number, and a query from which all are hidden attends to all
+            # alike: to those that are there without padding.
+            padding = torch.arange(outline.shape[1], device=outline.device) >= real
+            for mask in masks.values():
+                if isinstance(mask, torch.Tensor) and mask.is_floating_point():
+                    mask.masked_fill_(padding, -math.inf)
+        return SequenceMask(masks)
+
+    def _mask_kinds(self) -> list[str]:
+        """Kinds of layers that there are, by the configuration as it is now."""
+        kinds = sorted({layer.self_attn.mask_kind for layer in self.layers})
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ValueError(f"layer_types: expected full_attention and sliding_attention only, got {kind!r}")
+        if "sliding_attention" in kinds and self.config.sliding_window is None:
+            raise ValueError("sliding_window: expected a number of tokens for the layers that have a window, got None")
+        return kinds
+
+    def _rotation_positions(self, positions: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        """Positions [B or 1, T] to rotate with: padding counts for no length."""
+        if real is None or not self._rotates_by_length():
+            return positions
+        group = self.sequence_group
+        where = layout.positions(
+            group.ring_rank, group.ring_size, self._length(positions), RING_LAYOUT, positions.device
+        )
+        return positions.masked_fill(where >= real, 0)
+
+    def _rotates_by_length(self) -> bool:
+        rotation = getattr(self.config, "rope_parameters", None) or {}
+        return rotation.get("rope_type") in _LENGTH_DEPENDENT
 
     def _ring_mask(
-        self, batch: int, positions: torch.Tensor, attention_mask: torch.Tensor | None, *, given: bool
+        self,
+        batch: int,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        given: bool,
+        real: torch.Tensor | None,
     ) -> tuple[SequenceMask, torch.Tensor]:
         """Documents of the whole sequence, as transformers finds them, and the positions to rotate with."""
-        group = self.sequence_group
+        kernel = self.config._attn_implementation
+        check_attention_kernel(kernel)
+        self._mask_kinds()
         natural = self._natural("position_ids", positions) if given else None
-        documents = None
+        documents = keys = None
         if attention_mask is not None:
-            # Tokens see tokens, padding sees padding: what padding computes counts nowhere.
-            documents = 1 - self._natural("attention_mask", attention_mask).clamp(max=1)
+            # Masked tokens are seen by none. They see the others, and their outputs count where they have labels;
+            # only flash-attention leaves them out altogether. Documents are not looked for, as in transformers.
+            keys = self._natural("attention_mask", attention_mask).ne(0)
+            if bool(keys.all()):
+                keys = None
+            elif kernel == "flash_attention_2":
+                self._check_no_holes(keys)
+                documents = keys.logical_not().long()
         elif natural is not None:
             steps = torch.diff(natural, prepend=natural[:, :1] - 1)
-            documents = (steps != 1).cumsum(-1)
-        rotation = getattr(self.config, "rope_parameters", None) or {}
-        if rotation.get("rope_type") in _LENGTH_DEPENDENT:
-            last = positions.shape[1] * group.ring_size - 1 if natural is None else int(natural.max())
-            positions = torch.cat((positions, torch.full_like(positions[:, :1], last)), dim=1)
-        if documents is None or not bool(documents.ne(documents[:, :1]).any()):
-            return SequenceMask({}), positions
-        return SequenceMask({}, documents.expand(batch, -1)), positions
+            found = (steps != 1).cumsum(-1)
+            documents = found.expand(batch, -1) if bool(found[:, -1].any()) else None
+        if self._rotates_by_length():
+            natural = (
+                torch.arange(self._length(positions), device=positions.device)[None] if natural is None else natural
+            )
+            last = natural[:, : None if real is None else int(real)].max()
+            positions = self._rotation_positions(positions, real)
+            # Behind the own ones, so that every ring rank's rotation finds the same length.
+            positions = torch.cat((positions, last.expand(positions.shape[0], 1)), dim=1)
+        return SequenceMask({}, documents, keys), positions
+
+    def _length(self, positions: torch.Tensor) -> int:
+        """Tokens of the whole sequence, from positions [B or 1, T] of this ring rank."""
+        return positions.shape[1] * self.sequence_group.ring_size
+
+    def _check_no_holes(self, keys: torch.Tensor) -> None:
+        """Flash-attention counts a window in tokens that are not masked; Ring attention counts positions."""
+        if all(layer.self_attn.window is None for layer in self.layers):
+            return
+        starts = torch.diff(nn.functional.pad(keys.int(), (1, 0))) == 1
+        if bool((starts.sum(-1) > 1).any()):
+            raise ValueError(
+                'attention_mask: expected one run of unmasked tokens in each sequence with "flash_attention_2", a '
+                'sliding window and a ring: use attn_implementation="sdpa", or remove what is masked within'
+            )
 
     def _natural(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A ring rank's tensor [B, T] of all ring ranks, as [B, L] in the order of the sequence."""

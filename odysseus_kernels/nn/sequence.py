@@ -51,7 +51,8 @@ def shard_sequence(
         ``input_ids``, ``position_ids`` and, where they were given, ``attention_mask``, ``labels``, ``shift_labels``,
         all [B, s]. ``labels`` is the same tensor as ``shift_labels``: shifted already, and required by stock models
         for computing a loss at all. Where the sequence was padded, also ``counted_tokens``, 0 for padding, which losses
-        over all tokens leave out (that of a mixture's router).
+        over all tokens leave out (that of a mixture's router), and ``unpadded_length`` [B, 1], which holds L: what
+        depends on the length of the sequence (dynamic rotary embeddings) must not see the padding.
 
     Raises:
         ValueError: for missing or unknown keys, wrong shapes or dtypes.
@@ -84,6 +85,8 @@ def shard_sequence(
     if padding:
         given = batch.get("attention_mask")
         out["counted_tokens"] = cut(torch.ones_like(batch["input_ids"]) if given is None else given, 0)
+        # A row for each sequence: batches are moved, split and joined as dictionaries of tensors [B, ...].
+        out["unpadded_length"] = torch.full_like(batch["input_ids"][:, :1], length, dtype=torch.int64)
     if "labels" in batch:
         shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         out["labels"] = out["shift_labels"] = cut(shifted, IGNORE_INDEX)
