@@ -11,9 +11,9 @@ from torch import nn
 
 from odysseus_kernels import ops
 from odysseus_kernels.attention.ring import ring_attention
+from odysseus_kernels.nn.cut import RING_LAYOUT
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import head_parameter, local_parameter, sharded_parameter, token_parameter
-from odysseus_kernels.nn.sequence import RING_LAYOUT
 
 __all__ = [
     "AttentionSpec",
