@@ -50,7 +50,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A model and the batches that it sees one after another."""
+    """A model and the batches that it sees one after another; gradients are those of the last."""
 
     case: Case
     batches: tuple[Batch, ...]
@@ -87,8 +87,11 @@ def _steps(run: Run, model: Any, cut: Any, whole: Any) -> list[dict[str, Any]]:
         for name, value in batch.set:
             setattr(model.config, name, list(value) if isinstance(value, tuple) else value)
         inputs = cut(batch.tensors())
-        out = model(**inputs, use_cache=False)
-        out.loss.backward()
+        last = batch is run.batches[-1]
+        with torch.set_grad_enabled(last):
+            out = model(**inputs, use_cache=False)
+        if last:
+            out.loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         with torch.no_grad():
             logits = model(**without_labels(inputs), use_cache=False).logits
@@ -99,7 +102,6 @@ def _steps(run: Run, model: Any, cut: Any, whole: Any) -> list[dict[str, Any]]:
                 "gradients": whole(gradients),
             }
         )
-        model.zero_grad()
     return found
 
 
@@ -109,7 +111,7 @@ def refusals(rank: int, world_size: int, case: Case, changes: list[tuple[str, An
     model = parallel_model(case, "odysseus", mesh)
     batch = shard_sequence(Batch().tensors(), mesh)
     for name, value in changes:
-        before = getattr(model.config, name, None)
+        before = getattr(model.config, name, True)  # stock reads is_causal like this
         setattr(model.config, name, value)
         try:
             model(**batch)
