@@ -232,12 +232,18 @@ class SequenceModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A tensor [B, s] of every rank: [B, T] of this ring rank, and [B, L] in the order of the sequence."""
         check_part(name, tensor, expected)
-        group = self.sequence_group
-        parts = tensor.to(device=device, dtype=torch.int64).contiguous()
-        if group.token_group is not None:
-            parts = all_gather(parts, group.token_group, operator=f"sequence_{name}", dim=1, config=group.config)
+        group, local = self.sequence_group, tensor.shape[1]
+        parts = tensor.to(device=device, dtype=torch.int64)
+        if group.ring_size == 1 and group.tokens == "replicated":
+            return parts, parts
+        if group.tokens == "replicated":
+            # Each rank of seq sends a slice of what all of them have, so that all ranks meet in one call.
+            parts = nn.functional.pad(parts, (0, -local % group.size)).chunk(group.size, dim=1)[group.rank]
+        parts = all_gather(parts.contiguous(), group.everyone, operator=f"sequence_{name}", dim=1, config=group.config)
         if group.ring_size == 1:
             return parts, parts
+        if group.tokens == "replicated":
+            parts = parts.unflatten(1, (group.ring_size, -1))[..., :local].flatten(1)
         order = layout.inverse(group.ring_size, parts.shape[1], RING_LAYOUT, parts.device)
         return parts.chunk(group.ring_size, dim=1)[group.ring_rank], parts[:, order]
 
