@@ -223,9 +223,10 @@ class LayerWorkload:
             return Runnable(stepper(parameters, loss, None, None), parameters, positions, forward=loss)
         leaf = self.x[:, positions].contiguous().requires_grad_()
         grad = self.grad[:, positions].contiguous()
+        cut = batch["sequence_cut"]
 
         def forward() -> Tensor:
-            return model.model(inputs_embeds=leaf).last_hidden_state  # type: ignore[no-any-return]
+            return model.model(inputs_embeds=leaf, sequence_cut=cut).last_hidden_state  # type: ignore[no-any-return]
 
         step = stepper(parameters, forward, leaf, grad)
         return Runnable(step, parameters, positions, leaf, forward)

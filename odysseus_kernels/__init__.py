@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from .integrations.verify import verify
     from .nn.checkpointing import selective_checkpoint
     from .nn.clipping import clip_grad_norm_
+    from .nn.gather import gather_sequence
+    from .nn.items import num_items_in_batch
     from .nn.loss import sequence_loss
     from .nn.master import MasterWeights
-    from .nn.sequence import shard_sequence
+    from .nn.sequence import declare_cut, shard_sequence
 
 __version__ = "0.1.0"
 
@@ -62,12 +64,15 @@ __all__ = [
     "all_to_all_linear",
     "clip_grad_norm_",
     "column_parallel_linear",
+    "declare_cut",
     "explain",
+    "gather_sequence",
     "linear_all_reduce",
     "linear_all_to_all",
     "linear_reduce_scatter",
     "load_checkpoint",
     "load_pretrained",
+    "num_items_in_batch",
     "parallelize",
     "ring_attention",
     "save_checkpoint",
@@ -84,8 +89,11 @@ __all__ = [
 _LAZY = {
     "MasterWeights": "odysseus_kernels.nn.master",
     "clip_grad_norm_": "odysseus_kernels.nn.clipping",
+    "declare_cut": "odysseus_kernels.nn.sequence",
+    "gather_sequence": "odysseus_kernels.nn.gather",
     "load_checkpoint": "odysseus_kernels.integrations.checkpoint",
     "load_pretrained": "odysseus_kernels.integrations.pretrained",
+    "num_items_in_batch": "odysseus_kernels.nn.items",
     "parallelize": "odysseus_kernels.integrations.huggingface",
     "ring_attention": "odysseus_kernels.attention.ring",
     "save_checkpoint": "odysseus_kernels.integrations.checkpoint",

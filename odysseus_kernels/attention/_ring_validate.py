@@ -24,6 +24,7 @@ def check_ring_attention(
     causal: bool,
     layout: str,
     documents: Tensor | None,
+    key_mask: Tensor | None,
     window: int | None,
     scale: float | None,
     dropout: float,
@@ -43,7 +44,9 @@ def check_ring_attention(
             f"{2 * world} blocks), got {rows}; pad the sequence to a multiple of {2 * world}"
         )
     if documents is not None:
-        _check_documents(documents, q, [batch, rows * world])
+        _check_ids("documents", documents, _INTEGERS, q, [batch, rows * world])
+    if key_mask is not None:
+        _check_ids("key_mask", key_mask, (torch.bool, *_INTEGERS), q, [batch, rows * world])
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 1:
             raise ValueError(f"{_NAME}: expected window to be a whole number of tokens of at least 1, got {window!r}")
@@ -103,14 +106,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_documents(documents: Tensor, q: Tensor, shape: list[int]) -> None:
-    if not isinstance(documents, Tensor) or documents.dtype not in _INTEGERS:
-        got = documents.dtype if isinstance(documents, Tensor) else type(documents).__name__
-        raise ValueError(f"{_NAME}: expected documents to be a tensor of integers, got {got}")
-    if list(documents.shape) != shape:
+def _check_ids(name: str, ids: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor, shape: list[int]) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in dtypes:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        wanted = "booleans or integers" if torch.bool in dtypes else "integers"
+        raise ValueError(f"{_NAME}: expected {name} to be a tensor of {wanted}, got {got}")
+    if list(ids.shape) != shape:
         raise ValueError(
-            f"{_NAME}: expected documents [batch, whole length] = {shape}: ids of the whole sequence on every rank, "
-            f"got {list(documents.shape)}"
+            f"{_NAME}: expected {name} [batch, whole length] = {shape}: those of the whole sequence on every rank, "
+            f"got {list(ids.shape)}"
         )
-    if documents.device != q.device:
-        raise ValueError(f"{_NAME}: expected documents on q's device {q.device}, got {documents.device}")
+    if ids.device != q.device:
+        raise ValueError(f"{_NAME}: expected {name} on q's device {q.device}, got {ids.device}")

@@ -28,6 +28,7 @@ __all__ = [
     "padding_multiple",
     "pieces",
     "positions",
+    "sides",
     "visible",
 ]
 
@@ -132,6 +133,13 @@ def visible(
     return seen
 
 
+def sides(documents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Ids [B, L] that queries look for, and ids that keys have, of ``documents`` [B, L] or [2, B, L]; or no ids."""
+    if documents is None or documents.ndim == 2:
+        return documents, documents
+    return documents[0], documents[1]
+
+
 def pieces(
     rank: int,
     visited: int,
@@ -149,13 +157,15 @@ def pieces(
         rank, visited, world: of the ring.
         rows: tokens of each rank.
         layout: see the module.
-        causal, window, documents: as in :func:`~odysseus_kernels.ring_attention`; ``documents`` on the host.
+        causal, window: as in :func:`~odysseus_kernels.ring_attention`.
+        documents: as :func:`sides` takes them, on the host.
     """
     if documents is None and window is None:
         return _joined(rank, visited, world, rows, layout, causal)
     bounds = _tile_bounds(rows, len(blocks(rank, world, layout)))
     queries, keys = (
-        _Tiles.of(bounds, positions(who, world, rows * world, layout), documents) for who in (rank, visited)
+        _Tiles.of(bounds, positions(who, world, rows * world, layout), ids)
+        for who, ids in zip((rank, visited), sides(documents), strict=True)
     )
     found = []
     for (start, stop), row in zip(bounds, _tile_states(queries, keys, causal, window).tolist(), strict=True):

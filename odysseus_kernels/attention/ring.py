@@ -46,6 +46,7 @@ def ring_attention(
     causal: bool = True,
     layout: Layout = "zigzag",
     documents: Tensor | None = None,
+    key_mask: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -78,6 +79,8 @@ def ring_attention(
         layout: ``"zigzag"``: of 2R blocks, rank i holds i and 2R-1-i, which balances causal work; ``"contiguous"``.
         documents: integers [B, L], ids of packed documents for the *whole* sequence in natural order, the same on every
             rank; a query sees keys of its own document only.
+        key_mask: bool or integers [B, L], of the whole sequence like ``documents``: no query sees a key whose entry is
+            0.  The output of a query that sees nothing is 0, as in ``scaled_dot_product_attention``.
         window: a query at position p sees keys p-window+1 to p (transformers' ``sliding_window``); with ``causal``.
         scale: of the scores; None is 1/sqrt(D).
         dropout: probability with which attention probabilities are dropped.
@@ -100,14 +103,14 @@ def ring_attention(
     q, k, v = under_autocast(q.device, q, k, v)
     resolved = resolve_group(group)
     check_ring_attention(
-        q, k, v, resolved.size(), causal, layout, documents, window, scale, dropout, dropout_seed, first_head, kernel,
-        settled,
+        q, k, v, resolved.size(), causal, layout, documents, key_mask, window, scale, dropout, dropout_seed, first_head,
+        kernel, settled,
     )  # fmt: skip
     out, _ = torch.ops.odysseus.ring_attention(
         q,
         k,
         v,
-        documents,
+        _with_key_mask(documents, key_mask),
         resolved.group_name,
         settled.key(),
         causal,
@@ -120,6 +123,14 @@ def ring_attention(
         kernel,
     )
     return cast(Tensor, out)
+
+
+def _with_key_mask(documents: Tensor | None, key_mask: Tensor | None) -> Tensor | None:
+    """``documents``, or [2, B, L]: ids that queries look for, and ids that keys have; masked keys have no query's."""
+    if key_mask is None:
+        return documents
+    queries = key_mask.new_zeros(key_mask.shape, dtype=torch.int64) if documents is None else documents.to(torch.int64)
+    return torch.stack((queries, torch.where(key_mask.bool(), queries, queries.min() - 1)))
 
 
 def _group_by_name(name: str) -> dist.ProcessGroup:

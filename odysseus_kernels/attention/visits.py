@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dropout import Dropout
-from .layout import Piece, pieces, positions, visible
+from .layout import Piece, pieces, positions, sides, visible
 from .local import attend, attend_backward
 
 __all__ = ["Visits"]
@@ -24,7 +24,8 @@ class Visits:
     """The settings of one call; see :func:`~odysseus_kernels.ring_attention`.
 
     Attributes:
-        documents: [B, L] on the device of the queries, or None.
+        documents: [B, L], or [2, B, L] where keys are masked (see :func:`~.layout.sides`), on the queries' device, or
+            None.
         seed: of dropout.
     """
 
@@ -82,6 +83,9 @@ class Visits:
     ) -> None:
         """Adds to ``dq`` (wide) and writes all of ``dk`` and ``dv``: what this rank's queries make for ``visited``."""
         planned = self._pieces(rank, visited, world, q)
+        if self.documents is not None:
+            # A query that sees nothing at all: exp(-inf - 0) is 0, exp(-inf + inf) would not be a number.
+            lse = lse.masked_fill(lse == -math.inf, 0)
         # Pieces that share keys are added in the accumulator's type and rounded once.
         alone = len(planned) == 1
         totals = [x if alone or x.dtype == dq.dtype else torch.empty_like(x, dtype=dq.dtype) for x in (dk, dv)]
@@ -136,7 +140,10 @@ class Visits:
         keys = positions(visited, world, length, self.layout, q.device)[piece.keys]
         mask = dropout = None
         if piece.kind == "masked":
-            ids = [None if self.documents is None else self.documents[:, where] for where in (queries, keys)]
+            ids = [
+                None if side is None else side[:, where]
+                for side, where in zip(sides(self.documents), (queries, keys), strict=True)
+            ]
             mask = visible(queries, keys, *ids, causal=self.causal, window=self.window)
         if self.dropout:
             dropout = Dropout(self.dropout, self.seed, self.first_head, queries, keys)

@@ -172,6 +172,8 @@ class CollectiveTransport(Transport):
         if self._handshakes is not None:
             if self._capturing:
                 return  # what a capture repeats was compared when it ran before
+            if not self._handshakes.beside:
+                signature = call.kind + extra  # what is announced is new each time: a collective more for every step
             timeout_s = call.config.timeout_s
             self._handshakes.compare(self._group, signature, self._sequence, timeout_s, lambda: self._look(call))
             return

@@ -20,6 +20,7 @@ from .. import _ext
 from ..config import OverlapConfig, shared_memory_directory
 from ..errors import ExtensionNotBuiltError, FallbackWarning
 from . import symmetric_cuda
+from .announce import announcing
 from .collective import CollectiveTransport
 from .decision import explain as explain_decisions
 from .meeting import Introduction, Meeting
@@ -321,7 +322,8 @@ def dispatch(
     transports = group_transports(group)
     transport = transports.choose(config, device, phase)
     # Products write where they are told (out=), which autocast leaves alone; the few that do not must not differ.
-    with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING:
+    autocast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING
+    with autocast, announcing(group.group_name):
         try:
             settled = config if phase is None else transports.settle(transport, config, phase, device, run)
             run(transport, settled)

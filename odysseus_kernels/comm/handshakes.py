@@ -37,12 +37,16 @@ class _Exchange:
 
 
 class Handshakes:
-    """Comparisons of one group's calls."""
+    """Comparisons of one group's calls.
+
+    Attributes:
+        beside: whether every call is compared, or only the first of each kind.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._under_way: deque[_Exchange] = deque()
         self._seen: set[int] = set()
-        self._beside = exchange_device(group).type == "cpu"
+        self.beside = exchange_device(group).type == "cpu"
 
     def compare(
         self, group: dist.ProcessGroup, signature: str, sequence: int, timeout_s: float, look: Callable[[], None]
@@ -53,7 +57,7 @@ class Handshakes:
             RankMismatchError: ranks differ in this call or an earlier one; every rank gets it, at this call or later.
         """
         digest = signature_hash(signature)
-        if not self._beside:
+        if not self.beside:
             if digest in self._seen:
                 return
             self._seen.add(digest)
@@ -62,7 +66,7 @@ class Handshakes:
         everyone = own.new_empty((group.size(), own.numel()))
         work = all_gather_single(everyone.view(-1), own, group, async_op=True)
         self._under_way.append(_Exchange(sequence, own, everyone, work, timeout_s))
-        most = _UNDER_WAY if self._beside else 0
+        most = _UNDER_WAY if self.beside else 0
         while self._under_way and (self._under_way[0].work.is_completed() or len(self._under_way) > most):
             self._end(self._under_way.popleft(), look)
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..config import OverlapConfig
+from .announce import announced
 from .exchange import Exchange
 from .recorder import Traffic, record
 from .schedule import Program
@@ -182,8 +183,16 @@ class Call:
 
     @cached_property
     def signature(self) -> str:
-        """What must be equal on all ranks, for people to read."""
-        parts = [f"{self.operator} {self.phase}", self.shapes]
+        """What must be equal on all ranks, for people to read; first read where the call is made."""
+        return self._readable(f" ({said})" if (said := announced()) else "")
+
+    @cached_property
+    def kind(self) -> str:
+        """The same without what was announced for this one call."""
+        return self._readable("")
+
+    def _readable(self, said: str) -> str:
+        parts = [f"{self.operator} {self.phase}{said}", self.shapes]
         if self.gather is not None:
             parts.append(f"gathers {_describe(self.gather.shard)}")
             if self.gather.prefetch is not None:

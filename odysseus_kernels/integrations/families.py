@@ -21,7 +21,8 @@ class AttentionNames:
         rotary: function of the modeling module that rotates queries and keys.
         eager: attention function of the modeling module that serves ``attn_implementation="eager"``.
         query_norm, key_norm: norms over the width of a head, or None.
-        window: where a sliding window is named: nowhere, in the configuration, or in the module.
+        window: which layers have the configuration's sliding window: none, all (where it is set), or those that its
+            ``layer_types`` name.
         output_dropout: attribute with the probability of a dropout behind the output projection, or None.
     """
 
@@ -33,7 +34,7 @@ class AttentionNames:
     eager: str = "eager_attention_forward"
     query_norm: str | None = None
     key_norm: str | None = None
-    window: Literal["none", "config", "module"] = "none"
+    window: Literal["none", "config", "layer_types"] = "none"
     output_dropout: str | None = None
 
 
@@ -107,14 +108,14 @@ FAMILIES: tuple[Family, ...] = (
         "Qwen2ForCausalLM",
         "Qwen2Attention",
         "Qwen2MLP",
-        attention_names=AttentionNames(window="module"),
+        attention_names=AttentionNames(window="layer_types"),
     ),
     Family(
         "transformers.models.qwen3.modeling_qwen3",
         "Qwen3ForCausalLM",
         "Qwen3Attention",
         "Qwen3MLP",
-        attention_names=AttentionNames(window="module", **_HEAD_NORMS),
+        attention_names=AttentionNames(window="layer_types", **_HEAD_NORMS),
     ),
     Family(
         "transformers.models.starcoder2.modeling_starcoder2",
@@ -139,7 +140,7 @@ FAMILIES: tuple[Family, ...] = (
         "Qwen3MoeForCausalLM",
         "Qwen3MoeAttention",
         "Qwen3MoeMLP",
-        attention_names=AttentionNames(window="module", **_HEAD_NORMS),
+        attention_names=AttentionNames(window="config", **_HEAD_NORMS),
         expert_names=ExpertNames(
             "Qwen3MoeSparseMoeBlock", "Qwen3MoeTopKRouter", "Qwen3MoeExperts", count="num_experts"
         ),

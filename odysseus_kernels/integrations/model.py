@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -14,14 +15,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from transformers.utils import can_return_tuple
 
 from odysseus_kernels.attention import layout
+from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.comm.functional import all_gather
+from odysseus_kernels.integrations.inputs import check_part, opened, targets_of
 from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
+from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, DistributedHead, sequence_loss
 from odysseus_kernels.nn.moe import load_balancing_loss
 from odysseus_kernels.nn.parameters import token_parameter
-from odysseus_kernels.nn.sequence import RING_LAYOUT
 
 __all__ = ["SequenceCausalLM", "SequenceModel"]
 
@@ -50,6 +53,7 @@ class SequenceModel(nn.Module):
         past_key_values: object | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        sequence_cut: torch.Tensor | SequenceCut | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the stock base model on this rank's tokens.
@@ -57,59 +61,77 @@ class SequenceModel(nn.Module):
         Args:
             input_ids: this rank's tokens [B, s].
             attention_mask: this rank's part [B, s] of a padding mask, or None on every rank.
-            position_ids: this rank's positions [B or 1, s]; None counts from 0 over the whole sequence.
+            position_ids: this rank's positions [B or 1, s]; None counts from 0 over the whole sequence, which takes
+                ``sequence_cut``.
             past_key_values: must be None.
             inputs_embeds: this rank's embeddings [B, s, d] instead of ``input_ids``.
             use_cache: ignored: there is no cache.
+            sequence_cut: how the batch was cut, as :func:`shard_sequence` says it.
             **kwargs: as the stock model takes them.
 
         Raises:
-            ValueError: for a cache, a prepared mask, or shapes that disagree.
+            ValueError: for a cache, a prepared mask, shapes that disagree, or a batch that was cut in another way than
+                this model computes it, or that does not say how.
+            RankMismatchError: if ranks were given different batches; names the ranks that differ.
         """
         if past_key_values is not None:
             raise ValueError("past_key_values: expected None: a parallelized model keeps no cache")
-        if kwargs.get("is_causal") is False:
+        if kwargs.get("is_causal") is False or not getattr(self.config, "is_causal", True):
             raise ValueError("is_causal: expected True: a parallelized model attends causally")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         tokens: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
+        with opened(
+            self.sequence_group, sequence_cut, tokens, position_ids=position_ids, attention_mask=attention_mask
+        ) as cut:
+            mask, positions = self._mask_and_positions(tokens, attention_mask, position_ids, cut)
+            return super().forward(
+                input_ids=input_ids,
+                # The stock model takes a four-dimensional mask for a finished one and makes none of its own, which
+                # would be for this rank's tokens only; the attention does not use it.
+                attention_mask=torch.empty(0, 0, 0, 0, dtype=torch.bool, device=tokens.device),
+                position_ids=positions,
+                inputs_embeds=inputs_embeds,
+                use_cache=False,
+                sequence_mask=mask,
+                **kwargs,
+            )
+
+    def _mask_and_positions(
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cut: SequenceCut,
+    ) -> tuple[SequenceMask, torch.Tensor]:
+        """Masks of the whole sequence, and the positions [B or 1, T] to rotate with."""
         batch, local = tokens.shape[:2]
         group = self.sequence_group
-        length = local * (group.size if group.tokens == "sharded" else 1)
-        ring_mask = (
-            None
-            if attention_mask is None
-            else self._gather("attention_mask", attention_mask, (batch, local), tokens.device)
-        )
+        whole_mask = natural = None
+        if attention_mask is not None:
+            _, whole_mask = self._gather("attention_mask", attention_mask, (batch, local), tokens.device)
         if position_ids is None:
-            whole = length * group.ring_size
+            whole = local * cut.slices * group.ring_size
             positions = layout.positions(group.ring_rank, group.ring_size, whole, RING_LAYOUT, tokens.device)[None]
         else:
             if position_ids.ndim == 1:
                 position_ids = position_ids[None]
             expected = (1 if position_ids.shape[0] == 1 else batch, local)
-            positions = self._gather("position_ids", position_ids, expected, tokens.device)
+            positions, natural = self._gather("position_ids", position_ids, expected, tokens.device)
+        real = cut.length if cut.padding else None
         if group.ring_size > 1:
-            mask, positions = self._ring_mask(batch, positions, ring_mask, given=position_ids is not None)
-        else:
-            dtype = self.get_input_embeddings().weight.dtype if inputs_embeds is None else inputs_embeds.dtype
-            # Stands for the embeddings of the whole sequence: only its shape, dtype and device are read.
-            outline = torch.empty(1, dtype=dtype, device=tokens.device).expand(batch, length, 1)
-            mask = self._whole_mask(outline, positions, ring_mask)
-        return super().forward(
-            input_ids=input_ids,
-            # The stock model takes a four-dimensional mask for a finished one and makes none of its own, which would
-            # be for this rank's tokens only; the attention does not use it.
-            attention_mask=torch.empty(0, 0, 0, 0, dtype=torch.bool, device=tokens.device),
-            position_ids=positions,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            sequence_mask=mask,
-            **kwargs,
-        )
+            return self._ring_mask(batch, positions, natural, whole_mask, real)
+        dtype = self.get_input_embeddings().weight.dtype if tokens.ndim == 2 else tokens.dtype
+        # Stands for the embeddings of the whole sequence: only its shape, dtype and device are read.
+        outline = torch.empty(1, dtype=dtype, device=tokens.device).expand(batch, positions.shape[1], 1)
+        return self._whole_mask(outline, positions, whole_mask, real), self._rotation_positions(positions, real)
 
     def _whole_mask(
-        self, outline: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None
+        self,
+        outline: torch.Tensor,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        real: int | None,
     ) -> SequenceMask:
         """Masks of the kinds of layers that there are, for whatever attention function is configured."""
         arguments = {
@@ -119,47 +141,111 @@ class SequenceModel(nn.Module):
             "past_key_values": None,
             "position_ids": positions,
         }
-        kinds = {layer.self_attn.mask_kind for layer in self.layers}
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        return SequenceMask({kind: makers[kind](**arguments) for kind in sorted(kinds)})
+        masks = {kind: makers[kind](**arguments) for kind in self._mask_kinds()}
+        if real is not None:
+            # An additive mask hides keys by the lowest number, and a query from which all are hidden attends to all
+            # alike: to those that are there without padding.
+            padding = torch.arange(outline.shape[1], device=outline.device) >= real
+            for mask in masks.values():
+                if isinstance(mask, torch.Tensor) and mask.is_floating_point():
+                    mask.masked_fill_(padding, -math.inf)
+        return SequenceMask(masks)
+
+    def _mask_kinds(self) -> list[str]:
+        """Kinds of layers that there are, by the configuration as it is now."""
+        kinds = sorted({layer.self_attn.mask_kind for layer in self.layers})
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ValueError(f"layer_types: expected full_attention and sliding_attention only, got {kind!r}")
+        if "sliding_attention" in kinds and self.config.sliding_window is None:
+            raise ValueError("sliding_window: expected a number of tokens for the layers that have a window, got None")
+        return kinds
+
+    def _rotation_positions(self, positions: torch.Tensor, real: int | None) -> torch.Tensor:
+        """Positions [B or 1, T] to rotate with: padding counts for no length."""
+        if real is None or not self._rotates_by_length():
+            return positions
+        group = self.sequence_group
+        where = layout.positions(
+            group.ring_rank, group.ring_size, self._length(positions), RING_LAYOUT, positions.device
+        )
+        return positions.masked_fill(where >= real, 0)
+
+    def _rotates_by_length(self) -> bool:
+        rotation = getattr(self.config, "rope_parameters", None) or {}
+        return rotation.get("rope_type") in _LENGTH_DEPENDENT
 
     def _ring_mask(
-        self, batch: int, positions: torch.Tensor, attention_mask: torch.Tensor | None, *, given: bool
+        self,
+        batch: int,
+        positions: torch.Tensor,
+        natural: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        real: int | None,
     ) -> tuple[SequenceMask, torch.Tensor]:
         """Documents of the whole sequence, as transformers finds them, and the positions to rotate with."""
-        group = self.sequence_group
-        natural = self._natural("position_ids", positions) if given else None
-        documents = None
+        kernel = self.config._attn_implementation
+        check_attention_kernel(kernel)
+        self._mask_kinds()
+        documents = keys = None
         if attention_mask is not None:
-            # Tokens see tokens, padding sees padding: what padding computes counts nowhere.
-            documents = 1 - self._natural("attention_mask", attention_mask).clamp(max=1)
+            # Masked tokens are seen by none. They see the others, and their outputs count where they have labels;
+            # only flash-attention leaves them out altogether. Documents are not looked for, as in transformers.
+            keys = attention_mask.ne(0)
+            if bool(keys.all()):
+                keys = None
+            elif kernel == "flash_attention_2":
+                self._check_no_holes(keys)
+                documents = keys.logical_not().long()
         elif natural is not None:
             steps = torch.diff(natural, prepend=natural[:, :1] - 1)
-            documents = (steps != 1).cumsum(-1)
-        rotation = getattr(self.config, "rope_parameters", None) or {}
-        if rotation.get("rope_type") in _LENGTH_DEPENDENT:
-            last = positions.shape[1] * group.ring_size - 1 if natural is None else int(natural.max())
-            positions = torch.cat((positions, torch.full_like(positions[:, :1], last)), dim=1)
-        if documents is None or not bool(documents.ne(documents[:, :1]).any()):
-            return SequenceMask({}), positions
-        return SequenceMask({}, documents.expand(batch, -1)), positions
+            found = (steps != 1).cumsum(-1)
+            documents = found.expand(batch, -1) if bool(found[:, -1].any()) else None
+        if self._rotates_by_length():
+            natural = (
+                torch.arange(self._length(positions), device=positions.device)[None] if natural is None else natural
+            )
+            last = natural[:, :real].max()
+            positions = self._rotation_positions(positions, real)
+            # Behind the own ones, so that every ring rank's rotation finds the same length.
+            positions = torch.cat((positions, last.expand(positions.shape[0], 1)), dim=1)
+        return SequenceMask({}, documents, keys), positions
 
-    def _natural(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A ring rank's tensor [B, T] of all ring ranks, as [B, L] in the order of the sequence."""
-        group = self.sequence_group
-        assert group.ring is not None
-        parts = all_gather(tensor, group.ring, operator=f"sequence_{name}", dim=1, config=group.config)
-        return parts[:, layout.inverse(group.ring_size, parts.shape[1], RING_LAYOUT, parts.device)]
+    def _length(self, positions: torch.Tensor) -> int:
+        """Tokens of the whole sequence, from positions [B or 1, T] of this ring rank."""
+        return positions.shape[1] * self.sequence_group.ring_size
 
-    def _gather(self, name: str, tensor: torch.Tensor, expected: tuple[int, int], device: torch.device) -> torch.Tensor:
-        """A tensor [B, s] of every rank of seq as [B, T]."""
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name}: expected this rank's part, of shape {expected}, got {tuple(tensor.shape)}")
-        group = self.sequence_group
-        tensor = tensor.to(device=device, dtype=torch.int64).contiguous()
+    def _check_no_holes(self, keys: torch.Tensor) -> None:
+        """Flash-attention counts a window in tokens that are not masked; Ring attention counts positions."""
+        if all(layer.self_attn.window is None for layer in self.layers):
+            return
+        starts = torch.diff(nn.functional.pad(keys.int(), (1, 0))) == 1
+        if bool((starts.sum(-1) > 1).any()):
+            raise ValueError(
+                'attention_mask: expected one run of unmasked tokens in each sequence with "flash_attention_2", a '
+                'sliding window and a ring: use attn_implementation="sdpa", or remove what is masked within'
+            )
+
+    def _gather(
+        self, name: str, tensor: torch.Tensor, expected: tuple[int, int], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A tensor [B, s] of every rank: [B, T] of this ring rank, and [B, L] in the order of the sequence."""
+        check_part(name, tensor, expected)
+        group, local = self.sequence_group, tensor.shape[1]
+        parts = tensor.to(device=device, dtype=torch.int64)
+        if group.ring_size == 1 and group.tokens == "replicated":
+            return parts, parts
         if group.tokens == "replicated":
-            return tensor
-        return all_gather(tensor, group.group, operator=f"sequence_{name}", dim=1, config=group.config)
+            # Each rank of seq sends a slice of what all of them have, so that all ranks meet in one call.
+            parts = nn.functional.pad(parts, (0, -local % group.size)).chunk(group.size, dim=1)[group.rank]
+        parts = all_gather(parts.contiguous(), group.everyone, operator=f"sequence_{name}", dim=1, config=group.config)
+        if group.ring_size == 1:
+            return parts, parts
+        if group.tokens == "replicated":
+            parts = parts.unflatten(1, (group.ring_size, -1))[..., :local].flatten(1)
+        order = layout.inverse(group.ring_size, parts.shape[1], RING_LAYOUT, parts.device)
+        return parts.chunk(group.ring_size, dim=1)[group.ring_rank], parts[:, order]
 
 
 class SequenceCausalLM(nn.Module):
@@ -192,45 +278,76 @@ class SequenceCausalLM(nn.Module):
 
         Returns:
             The stock model's output. ``loss`` is the mean over all tokens of all ranks, the same on every rank;
-            ``logits`` [B, s, V] are those of this rank's tokens, and None where there are labels.
+            ``logits`` [B, s, V] are those of this rank's tokens, padding included (:func:`gather_sequence` makes them
+            whole, without it), and None where there are labels.
 
         Raises:
-            ValueError: if ``labels`` come without ``shift_labels``, or ``logits_to_keep`` is given.
+            ValueError: if ``labels`` come without ``shift_labels`` or these without those, if ``logits_to_keep`` is
+                given, and as the base model does.
+            RankMismatchError: if ranks were given different batches, or different divisors of the loss.
         """
         if labels is not None and kwargs.get("shift_labels") is None:
             raise ValueError(
                 "labels: expected shift_labels beside them: labels must be shifted before the sequence is cut; pass "
                 "the whole batch through shard_sequence on every rank"
             )
+        if labels is None and kwargs.get("shift_labels") is not None:
+            raise ValueError(
+                "labels: expected them beside shift_labels, got shift_labels alone: whoever takes the labels out of a "
+                "batch that is cut (Trainer with label_smoothing_factor or compute_loss_func does) would shift labels "
+                "again and take the mean of this rank's tokens only. For a loss of your own take out shift_labels too, "
+                "and give the logits to sequence_loss, or make them whole by gather_sequence"
+            )
         if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
             raise ValueError("logits_to_keep: expected 0: the last tokens of the sequence are on the last rank only")
-        shift_labels = kwargs.pop("shift_labels", None)
+        descriptor, targets = kwargs.pop("sequence_cut", None), kwargs.pop("shift_labels", None)
         num_items, ignore_index = kwargs.pop("num_items_in_batch", None), kwargs.pop("ignore_index", IGNORE_INDEX)
-        counted = kwargs.pop("counted_tokens", attention_mask)
+        with opened(
+            self.sequence_group,
+            descriptor,
+            input_ids if inputs_embeds is None else inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            targets=targets,
+            num_items=num_items,
+            ignore_index=ignore_index,
+        ) as cut:
+            return self._outputs(
+                cut,
+                None if targets is None else targets_of(cut, targets, ignore_index),
+                {"num_items": num_items, "ignore_index": ignore_index},
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+
+    def _outputs(
+        self, cut: SequenceCut, targets: torch.Tensor | None, loss_settings: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        counted = kwargs.pop("counted_tokens", None)
+        if counted is None:
+            counted = kwargs["attention_mask"]
         routed = hasattr(self, "router_aux_loss_coef")
         if routed:
             wanted = kwargs.get("output_router_logits")
             kwargs["output_router_logits"] = self.config.output_router_logits if wanted is None else wanted
-        outputs = self.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
-        )
+        outputs = self.base_model(use_cache=False, sequence_cut=cut, **kwargs)
         hidden, group = outputs.last_hidden_state, self.sequence_group
         loss = logits = None
-        if labels is None:
+        if targets is None:
             logits = self.get_output_embeddings()(hidden)
         else:
-            loss = self._loss(hidden, shift_labels, num_items=num_items, ignore_index=ignore_index)
+            loss = self._loss(hidden, targets, **loss_settings)
         rest = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         if not routed:
             return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         aux_loss = None
         if kwargs["output_router_logits"] and outputs.router_logits:
+            if counted is None and cut.padding:
+                counted = (cut.positions(hidden.device) < cut.length).expand(hidden.shape[:2])
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 self.num_experts_per_tok,

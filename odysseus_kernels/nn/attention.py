@@ -11,9 +11,9 @@ from torch import nn
 
 from odysseus_kernels import ops
 from odysseus_kernels.attention.ring import ring_attention
+from odysseus_kernels.nn.cut import RING_LAYOUT
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import head_parameter, local_parameter, sharded_parameter, token_parameter
-from odysseus_kernels.nn.sequence import RING_LAYOUT
 
 __all__ = [
     "AttentionSpec",
@@ -42,7 +42,8 @@ class AttentionSpec:
         attend: ``attend(module, q, k, v, mask, dropout=, scaling=, **kwargs) -> (out, weights)`` with q
             [B, heads, L, head_dim], k and v [B, kv_heads, L, head_dim] and out [B, L, heads, head_dim].
         query_norm, key_norm: attributes with norms over head_dim, or None.
-        window: where a sliding window is named: nowhere, in the configuration, or in the module.
+        window: which layers have the configuration's sliding window: none, all (where it is set), or those that its
+            ``layer_types`` name.
         output_dropout: attribute with the probability of a dropout behind the output projection, or None.
     """
 
@@ -57,7 +58,7 @@ class AttentionSpec:
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     query_norm: str | None = None
     key_norm: str | None = None
-    window: Literal["none", "config", "module"] = "none"
+    window: Literal["none", "config", "layer_types"] = "none"
     output_dropout: str | None = None
 
 
@@ -70,10 +71,12 @@ class SequenceMask:
             function takes; None is plain causal where the function says so.  Not used by Ring attention.
         documents: [B, L] number of the document that each token belongs to, in the sequence's natural order, or None
             where there is one document.  Used by Ring attention.
+        keys: bool [B, L], in the same order: which tokens are seen at all, or None for all.  Used by Ring attention.
     """
 
     masks: Mapping[str, Any]
     documents: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
 
 
 def local_heads(heads: int, kv_heads: int, rank: int, size: int) -> tuple[int, int, int]:
@@ -99,6 +102,7 @@ class _SequenceAttention(nn.Module):
     sequence_group: SequenceGroup
     attention_spec: AttentionSpec
     config: Any
+    layer_idx: int
     scaling: float
     attention_dropout: float
 
@@ -111,11 +115,26 @@ class _SequenceAttention(nn.Module):
     @property
     def mask_kind(self) -> str:
         """Key of this layer's mask in :class:`SequenceMask`."""
-        return "full_attention" if self._window() is None else "sliding_attention"
+        if self.attention_spec.window == "layer_types":
+            return self.config.layer_types[self.layer_idx]
+        windowed = self.attention_spec.window == "config" and self.config.sliding_window is not None
+        return "sliding_attention" if windowed else "full_attention"
 
-    def _window(self) -> int | None:
-        """Tokens that a query sees, itself included; None: all before it."""
-        source = {"none": None, "config": self.config, "module": self}[self.attention_spec.window]
+    @property
+    def window(self) -> int | None:
+        """Tokens that a query sees, itself included; None: all before it.
+
+        Stock models read it where they make masks, from the configuration at the time of the call. Flash-attention
+        needs no masks and takes what the module is called with, which some families copy when they are built.
+        """
+        if self.config._attn_implementation == "flash_attention_2":
+            return self._passed_window()
+        return self.config.sliding_window if self.mask_kind == "sliding_attention" else None
+
+    def _passed_window(self) -> int | None:
+        if self.attention_spec.window == "none":
+            return None
+        source = self if hasattr(self, "sliding_window") else self.config
         return getattr(source, "sliding_window", None)
 
     def _project(self, hidden_states: torch.Tensor) -> Heads:
@@ -184,7 +203,7 @@ class _SequenceAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SequenceMask, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output [B, T, heads, head_dim] and weights."""
-        spec, group, window = self.attention_spec, self.sequence_group, self._window()
+        spec, group = self.attention_spec, self.sequence_group
         dropout = self.attention_dropout if self.training else 0.0
         if group.ring is not None and group.ring_size > 1:
             first = group.rank * query.shape[1]
@@ -197,7 +216,8 @@ class _SequenceAttention(nn.Module):
                 group=group.ring,
                 layout=RING_LAYOUT,
                 documents=mask.documents,
-                window=window,
+                key_mask=mask.keys,
+                window=self.window,
                 scale=self.scaling,
                 dropout=dropout,
                 dropout_seed=seed,
@@ -207,7 +227,7 @@ class _SequenceAttention(nn.Module):
             )
             return out.transpose(1, 2), None
         if spec.window != "none":
-            kwargs = {**kwargs, "sliding_window": window}
+            kwargs = {**kwargs, "sliding_window": self._passed_window()}
         chosen = mask.masks[self.mask_kind]
         return spec.attend(self, query, key, value, chosen, dropout=dropout, scaling=self.scaling, **kwargs)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from odysseus_kernels.comm.announce import announce, withdraw
 from odysseus_kernels.comm.arguments import check_config
 from odysseus_kernels.config import OverlapConfig
 
@@ -64,6 +65,20 @@ class SequenceGroup:
     def every_size(self) -> int:
         """Number of ranks that share the sequence."""
         return self.ring_size * self.size
+
+    def announce(self, text: str, *groups: dist.ProcessGroup) -> None:
+        """Has ranks compare ``text`` with the next call of each of ``groups``: all that share the sequence, if none."""
+        for name in self._names(groups):
+            announce(name, text)
+
+    def withdraw(self) -> None:
+        """Forgets what was announced and no call has taken."""
+        for name in self._names(()):
+            withdraw(name)
+
+    def _names(self, groups: tuple[dist.ProcessGroup, ...]) -> list[str]:
+        chosen = groups or tuple(group for group in (self.group, self.ring, self.everyone) if group is not None)
+        return list(dict.fromkeys(group.group_name for group in chosen if group.size() > 1))
 
     @staticmethod
     def of(mesh: DeviceMesh, config: OverlapConfig | None = None) -> SequenceGroup:

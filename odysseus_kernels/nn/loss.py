@@ -7,11 +7,13 @@ Where tokens are replicated over "seq", each of its ranks has the gradient with 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +23,7 @@ from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.nn.derivatives import first_derivative
 from odysseus_kernels.nn.group import SequenceGroup
 
-__all__ = ["IGNORE_INDEX", "DistributedHead", "sequence_loss"]
+__all__ = ["IGNORE_INDEX", "DistributedHead", "sequence_loss", "token_count"]
 
 IGNORE_INDEX = -100
 
@@ -69,7 +71,7 @@ def sequence_loss(
         tokens: ``"sharded"`` where every rank has tokens of its own; ``"replicated"`` where all ranks of ``"seq"``
             have the same, which then count once.
         num_items: divides the sum instead of the number of valid tokens; the same number on every rank, for
-            instance the tokens of all accumulated batches.
+            instance the tokens of all accumulated batches. A number, or a tensor of one or of equal numbers.
         ignore_index: label of tokens that do not count.
         chunk_rows: tokens whose probabilities are held in fp32 at a time.
         config: how the sum over ranks is communicated.
@@ -79,9 +81,15 @@ def sequence_loss(
         ``torch.nn.functional.cross_entropy`` are.
 
     Raises:
-        ValueError: if shapes disagree, labels are not integers, or ``head`` is for other tokens.
+        ValueError: if shapes disagree, labels are not integers, ``head`` is for other tokens, or ``num_items`` is no
+            number of tokens.
+        RankMismatchError: if ``num_items`` or ``ignore_index`` differ between ranks, with the next call that compares
+            them; in backward likewise if the loss was scaled differently. (A gradient on a GPU is not looked at: the
+            host would have to wait for it. Replicated tokens without a head that is cut send nothing.)
     """
-    group = SequenceGroup.of(mesh, config)
+    if tokens not in get_args(Tokens):
+        raise ValueError(f'tokens: expected "sharded" or "replicated", got {tokens!r}')
+    group = dataclasses.replace(SequenceGroup.of(mesh, config), tokens=tokens)
     if logits_or_hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels: expected shape {tuple(logits_or_hidden.shape[:-1])} for input of shape "
@@ -91,22 +99,42 @@ def sequence_loss(
         raise ValueError(f"labels: expected an integer dtype, got {labels.dtype}")
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
-    if tokens not in get_args(Tokens):
-        raise ValueError(f'tokens: expected "sharded" or "replicated", got {tokens!r}')
     if isinstance(head, DistributedHead) and head.tokens != tokens:
         raise ValueError(f"tokens: expected {head.tokens!r}, which {type(head).__name__} is for, got {tokens!r}")
+    items = token_count(num_items)
     rows = logits_or_hidden.reshape(-1, logits_or_hidden.shape[-1])
     targets = labels.reshape(-1).to(rows.device)
-    if head is None:
-        total = ChunkedCrossEntropy.apply(rows, targets, ignore_index, chunk_rows)
-    elif isinstance(head, DistributedHead):
-        total = head.cross_entropy_sum(rows, targets, ignore_index, chunk_rows)
-    else:
-        total = _cross_entropy_through_head(rows, targets, head, ignore_index, chunk_rows)
-    count = (targets != ignore_index).sum()
-    # Tokens that all ranks of "seq" have count once: only those of other ring ranks are others.
-    ranks = group.everyone if tokens == "sharded" else group.ring
-    return GlobalMean.apply(total, count, num_items, ranks, group.config)  # type: ignore[no-any-return]
+    group.announce(f"loss over {'valid' if items is None else repr(items)} tokens, ignore_index {ignore_index}")
+    try:
+        if head is None:
+            total = ChunkedCrossEntropy.apply(rows, targets, ignore_index, chunk_rows)
+        elif isinstance(head, DistributedHead):
+            total = head.cross_entropy_sum(rows, targets, ignore_index, chunk_rows)
+        else:
+            total = _cross_entropy_through_head(rows, targets, head, ignore_index, chunk_rows)
+        count = (targets != ignore_index).sum()
+        return GlobalMean.apply(total, count, items, group)  # type: ignore[no-any-return]
+    finally:
+        group.withdraw()
+
+
+def token_count(num_items: object) -> float | None:
+    """What a loss is divided by, in every form that trainers hand over; waits for a tensor's device.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: for several numbers that differ, negative ones, and what is not finite.
+    """
+    if num_items is None:
+        return None
+    values: list[Any] = num_items.detach().flatten().tolist() if isinstance(num_items, torch.Tensor) else [num_items]
+    if any(isinstance(value, bool) or not isinstance(value, Real) for value in values):
+        raise TypeError(f"num_items: expected a number of tokens, or a tensor of it, got {num_items!r}")
+    if len(set(values)) != 1:
+        raise ValueError(f"num_items: expected one number of tokens, or the same for every device, got {values}")
+    if not 0 <= values[0] < math.inf:
+        raise ValueError(f"num_items: expected a number of tokens, got {values[0]!r}")
+    return float(values[0])
 
 
 def _cross_entropy_through_head(
@@ -171,7 +199,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class GlobalMean(torch.autograd.Function):
-    """Sum over ranks of local sums, divided by the sum over ranks of local counts; ``ranks`` None is this rank alone.
+    """Sum over ranks of local sums, divided by the sum over ranks of local counts, or by ``items``.
 
     forward: all_reduce(total) / all_reduce(count)
     total gradient: grad / all_reduce(count), on every rank for its own part of the sum; nothing is sent
@@ -179,27 +207,29 @@ class GlobalMean(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        total: torch.Tensor,
-        count: torch.Tensor,
-        num_items: int | torch.Tensor | None,
-        ranks: dist.ProcessGroup | None,
-        config: OverlapConfig,
+        ctx: Any, total: torch.Tensor, count: torch.Tensor, items: float | None, group: SequenceGroup
     ) -> torch.Tensor:
         """Returns the mean, equal on every rank."""
+        ctx.group = group
         # One message for both; counts are exact in fp64 up to 2**53 tokens.
         both = torch.stack((total.double(), count.double()))
-        if ranks is not None:
-            both = all_reduce(both, ranks, operator="sequence_loss", config=config)
+        # Tokens that all ranks of "seq" have count once: only those of other ring ranks are others.
+        if group.token_group is not None:
+            both = all_reduce(both, group.token_group, operator="sequence_loss", config=group.config)
         total_sum, count_sum = both.unbind()
-        divisor = count_sum if num_items is None else torch.as_tensor(num_items, device=total.device).double()
+        divisor = count_sum if items is None else torch.tensor(items, dtype=torch.float64, device=total.device)
         # With no valid token every gradient is zero already; dividing it by zero would make it nan.
-        ctx.divisor = divisor.clamp_min(1.0) if num_items is None else divisor
+        ctx.divisor = divisor.clamp_min(1.0) if items is None else divisor
         return (total_sum / divisor).to(total.dtype)
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """Returns the gradient of this rank's sum."""
         (grad,) = grad_outputs
-        return (grad / ctx.divisor).to(grad.dtype), None, None, None, None
+        group = ctx.group
+        if grad.device.type == "cpu":
+            # Gradients are added over the ranks: a loss that one of them scales by itself is no one's loss.
+            one_for_all = (group.everyone,) if group.tokens == "sharded" else ()
+            group.announce(f"gradient {grad.item()!r} of the loss", *one_for_all)
+        return (grad / ctx.divisor).to(grad.dtype), None, None, None

@@ -1,4 +1,4 @@
-"""Cuts a batch into this rank's part of the sequence."""
+"""Cuts a batch into this rank's part of the sequence, and says how."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
-from odysseus_kernels.attention import layout
+from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX
 
-__all__ = ["RING_LAYOUT", "shard_sequence"]
+__all__ = ["declare_cut", "shard_sequence"]
 
-# Balanced causal work: every ring rank has an early and a late block.
-RING_LAYOUT: layout.Layout = "zigzag"
 _PAD_TOKEN = 0  # any valid id: no token attends to the padding, which is at the end, and no label counts there
 # Whether ranks of seq hold slices of the tokens, or all of them, under each strategy.
 _TOKENS: dict[str, Literal["sharded", "replicated"]] = {
@@ -51,22 +49,20 @@ def shard_sequence(
         ``input_ids``, ``position_ids`` and, where they were given, ``attention_mask``, ``labels``, ``shift_labels``,
         all [B, s]. ``labels`` is the same tensor as ``shift_labels``: shifted already, and required by stock models
         for computing a loss at all. Where the sequence was padded, also ``counted_tokens``, 0 for padding, which losses
-        over all tokens leave out (that of a mixture's router).
+        over all tokens leave out (that of a mixture's router). ``sequence_cut`` [B, 8] says how the batch was cut,
+        and how long it was before padding; the model compares it with how it is parallelized, and ranks compare what
+        they cut (see ``nn/cut.py``). All have a row for each sequence: some rows of all of them are a batch, too.
 
     Raises:
         ValueError: for missing or unknown keys, wrong shapes or dtypes.
     """
-    if strategy not in _TOKENS:
-        raise ValueError(f"strategy: expected one of {sorted(_TOKENS)}, got {strategy!r}")
-    group = dataclasses.replace(SequenceGroup.of(mesh), tokens=_TOKENS[strategy])
+    group = _group(mesh, strategy)
     batch_size, length = _check(batch)
     parts = group.size if group.tokens == "sharded" else 1
     multiple = parts if group.ring_size == 1 else math.lcm(2 * group.ring_size, group.ring_size * parts)
     padding = -length % multiple
-    own = layout.positions(group.ring_rank, group.ring_size, length + padding, RING_LAYOUT)
-    if parts > 1:
-        own = own.chunk(parts)[group.rank]
-    own = own.to(batch["input_ids"].device)
+    description = SequenceCut.of(group, length, length + padding)
+    own = description.positions().to(batch["input_ids"].device)
 
     def cut(tensor: torch.Tensor, fill: int) -> torch.Tensor:
         return F.pad(tensor, (0, padding), value=fill)[:, own].contiguous()
@@ -87,7 +83,56 @@ def shard_sequence(
     if "labels" in batch:
         shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         out["labels"] = out["shift_labels"] = cut(shifted, IGNORE_INDEX)
+    out[KEY] = description.tensor(checksums(batch, batch_size))
     return out
+
+
+def declare_cut(
+    batch: Mapping[str, torch.Tensor], mesh: DeviceMesh, strategy: str = "odysseus", *, length: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Says of a batch that was cut by hand that it is this rank's part, as :func:`shard_sequence` would have cut it.
+
+    A model takes a part without such a word only if its ``position_ids`` are those of the part, counted through the
+    whole sequence. Nothing is known then, nor here, of what other ranks have cut: that all cut the same sequences is
+    on the caller.
+
+    Args:
+        batch: this rank's part: ``input_ids`` [B, s] or ``inputs_embeds`` [B, s, d], and what else the model takes
+            [B, s]; labels as ``shift_labels``, shifted before they were cut, and ``labels`` beside them.
+        mesh: device mesh with the dimension ``"seq"``, optionally ``"ring"`` and ``"dp"``.
+        strategy: the strategy that the model was parallelized with.
+        length: tokens of the whole sequence before it was padded at its end; None: it was not padded.
+
+    Returns:
+        The same tensors, ``sequence_cut`` and, if they were missing, ``position_ids`` [B, s].
+
+    Raises:
+        ValueError: for a part that cannot be one of this mesh, or a length that does not fit.
+    """
+    group = _group(mesh, strategy)
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2 or 0 in tokens.shape[:2]:
+        raise ValueError(f"batch: expected input_ids [B, s] or inputs_embeds [B, s, d], got the keys {sorted(batch)}")
+    rows, local = tokens.shape[:2]
+    part_of_ring = local * (group.size if group.tokens == "sharded" else 1)
+    if group.ring_size > 1 and part_of_ring % 2:
+        raise ValueError(f"batch: expected an even number of tokens on each ring rank, got {part_of_ring}")
+    padded = part_of_ring * group.ring_size
+    length = padded if length is None else length
+    if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= padded:
+        raise ValueError(f"length: expected 1 to {padded}, the tokens of all parts, got {length!r}")
+    description = SequenceCut.of(group, length, padded, declared=True)
+    out = dict(batch)
+    if out.get("position_ids") is None:
+        out["position_ids"] = description.positions(tokens.device).expand(rows, -1).contiguous()
+    out[KEY] = description.tensor(torch.zeros(rows, dtype=torch.int64, device=tokens.device))
+    return out
+
+
+def _group(mesh: DeviceMesh, strategy: str) -> SequenceGroup:
+    if strategy not in _TOKENS:
+        raise ValueError(f"strategy: expected one of {sorted(_TOKENS)}, got {strategy!r}")
+    return dataclasses.replace(SequenceGroup.of(mesh), tokens=_TOKENS[strategy])
 
 
 def _check(batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:

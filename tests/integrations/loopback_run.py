@@ -76,11 +76,11 @@ def count(rank: int, world_size: int, strategy: str) -> list[int]:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("seq",))
     settings = ody.OverlapConfig(mode="fused", transport="collective", timeout_s=60)
     model = ody.parallelize(LlamaForCausalLM(config), mesh, strategy=strategy, config=settings)
-    own = ody.shard_sequence({"input_ids": torch.arange(TOKENS)[None]}, mesh, strategy)["input_ids"].shape[1]
-    x = torch.randn(1, own, HIDDEN, requires_grad=True)
+    batch = ody.shard_sequence({"input_ids": torch.arange(TOKENS)[None]}, mesh, strategy)
+    x = torch.randn(*batch["input_ids"].shape, HIDDEN, requires_grad=True)
 
     def step() -> None:
-        model.model(inputs_embeds=x).last_hidden_state.sum().backward()
+        model.model(inputs_embeds=x, sequence_cut=batch["sequence_cut"]).last_hidden_state.sum().backward()
 
     step()  # connections are made at the first use
     dist.barrier()

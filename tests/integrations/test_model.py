@@ -78,7 +78,8 @@ def logits_in_evaluation(rank: int, world_size: int, attention: str) -> torch.Te
     model.set_attn_implementation(attention)
     batch = shard_sequence({"input_ids": CASE.whole_batch()["input_ids"]}, mesh)
     with torch.no_grad():
-        return model(input_ids=batch["input_ids"]).logits  # without position_ids, which count over all ranks
+        # Without position_ids, which count over all ranks.
+        return model(input_ids=batch["input_ids"], sequence_cut=batch["sequence_cut"]).logits
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -61,7 +61,7 @@ def test_given_positions_go_on_through_the_padding(ranks):
     results = ranks(3).run(cut, {"input_ids": torch.zeros(2, 5, dtype=torch.int64), "position_ids": positions})
     assert _joined(results, "position_ids") == [[0, 1, 2, 0, 1, 2]] * 2
     assert _joined(results, "counted_tokens") == [[1] * 5 + [0]] * 2
-    assert results[0].keys() == {"input_ids", "position_ids", "counted_tokens"}
+    assert results[0].keys() == {"input_ids", "position_ids", "counted_tokens", "sequence_cut"}
 
 
 def test_sequences_shorter_than_the_ranks(ranks):

@@ -1,0 +1,58 @@
+"""Texts that ranks compare with the next call of a group, without a message of their own.
+
+Every call is compared by its signature before it is relied on.  What must be equal on all ranks but is known above the
+operators only (which batch this is, what a loss is divided by) is announced, and stands in the signature of the call
+that the group makes next: ranks that differ get a RankMismatchError that shows both texts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+__all__ = ["announce", "announced", "announcing", "withdraw"]
+
+_MOST = 400  # characters that are kept while no call takes them
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+# By the name of the group.  Backward passes may run on other threads than forward ones.
+_pending: dict[str, str] = {}
+
+
+class _Current(threading.local):
+    text = ""
+
+
+_current = _Current()
+
+
+def announce(group_name: str, text: str) -> None:
+    """Adds ``text`` to what the group's next call on this rank is compared by."""
+    before = _pending.get(group_name, "")
+    _pending[group_name] = f"{before}; {text}"[-_MOST:] if before else text
+
+
+def withdraw(group_name: str) -> None:
+    """Forgets what no call has taken."""
+    _pending.pop(group_name, None)
+
+
+def announcing(group_name: str) -> contextlib.AbstractContextManager[None]:
+    """The calls made within are the next one of the group, however often it is tried."""
+    text = _pending.pop(group_name, "")
+    return _calls_with(text) if text else _NOTHING
+
+
+@contextlib.contextmanager
+def _calls_with(text: str) -> Iterator[None]:
+    _current.text = text
+    try:
+        yield
+    finally:
+        _current.text = ""
+
+
+def announced() -> str:
+    """What the call that is being made is compared by beside its own signature."""
+    return _current.text

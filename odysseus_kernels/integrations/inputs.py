@@ -1,0 +1,122 @@
+"""What a forward of a parallelized model was given: whether this rank's part is the one that the model computes.
+
+What can be seen here is a ValueError before anything is sent.  What only a comparison shows (other sequences on another
+rank, a step that one rank left out, another divisor of the loss) goes into the signature of the forward's first calls,
+by which ranks are compared anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums, digest
+from odysseus_kernels.nn.group import SequenceGroup
+from odysseus_kernels.nn.loss import IGNORE_INDEX, token_count
+
+__all__ = ["check_part", "opened", "targets_of"]
+
+
+@contextlib.contextmanager
+def opened(
+    group: SequenceGroup,
+    descriptor: torch.Tensor | SequenceCut | None,
+    tokens: torch.Tensor | None,
+    *,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    targets: torch.Tensor | None = None,
+    num_items: object = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> Iterator[SequenceCut]:
+    """A forward: how its batch was cut, checked, and told to the other ranks with the first calls within.
+
+    Args:
+        group: how the model is parallelized.
+        descriptor: ``sequence_cut`` of the batch, None without; or the cut itself where a forward is open already.
+        tokens: ids [B, s] or embeddings [B, s, d].
+        position_ids, attention_mask, targets: of this rank's part, or None.
+        num_items, ignore_index: of the loss.
+
+    Raises:
+        ValueError: for another part than the one that this rank computes, or shapes that disagree.
+    """
+    if isinstance(descriptor, SequenceCut):
+        yield descriptor
+        return
+    if tokens is None:
+        raise ValueError("expected exactly one of input_ids and inputs_embeds")
+    expected = tuple(tokens.shape[:2])
+    if position_ids is not None and position_ids.ndim == 1:
+        position_ids = position_ids[None]
+    if position_ids is not None:
+        check_part("position_ids", position_ids, (1 if position_ids.shape[0] == 1 else expected[0], expected[1]))
+    for name, tensor in (("attention_mask", attention_mask), ("shift_labels", targets)):
+        if tensor is not None:
+            check_part(name, tensor, expected)
+    if descriptor is None:
+        cut = _by_positions(group, tokens, position_ids)
+    else:
+        cut = SequenceCut.read(descriptor)
+        cut.check(group)
+        local = cut.padded // (cut.ring * cut.slices)
+        if expected != (len(cut.sums), local):
+            raise ValueError(
+                f"input_ids: expected shape [{len(cut.sums)}, {local}], as {KEY} beside them says, got {list(expected)}"
+            )
+    known = any(cut.sums)
+    text = f"batch{f' {digest(cut.sums)}' if known else ''} of {expected[0]} x {cut.length} tokens"
+    if targets is not None:
+        text += f" with labels, ignore_index {ignore_index}"
+        if num_items is not None:
+            text += f", num_items_in_batch {token_count(num_items)!r}"
+    group.announce(text)
+    if not cut.sharded and group.size > 1:
+        # Ranks of seq have the same tokens, and nothing of them is sent: compare what they have got in the end.
+        names = ("input_ids", "position_ids", "attention_mask", "labels")
+        given = zip(names, (tokens if tokens.ndim == 2 else None, position_ids, attention_mask, targets), strict=True)
+        same = {name: tensor for name, tensor in given if tensor is not None}
+        if same:
+            sums = tuple(checksums(same, expected[0]).tolist())
+            group.announce(f"{', '.join(same)} {digest(sums)}", group.group)
+    try:
+        yield cut
+    finally:
+        group.withdraw()
+
+
+def check_part(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """Raises ValueError unless ``tensor`` has the shape of this rank's part."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: expected this rank's part, of shape {expected}, got {tuple(tensor.shape)}")
+
+
+def targets_of(cut: SequenceCut, shift_labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Labels, with ``ignore_index`` where there is no token to predict: behind the last one, and in the padding."""
+    if cut.declared and not cut.padding:
+        return shift_labels
+    last = cut.length - (0 if cut.declared else 1)  # who cuts by hand may know what follows the last token
+    return shift_labels.masked_fill(cut.positions(shift_labels.device) >= last, ignore_index)
+
+
+def _by_positions(group: SequenceGroup, tokens: torch.Tensor, position_ids: torch.Tensor | None) -> SequenceCut:
+    """The cut of a batch that does not say how it was cut, which its positions must show."""
+    slices = group.size if group.tokens == "sharded" else 1
+    padded = tokens.shape[1] * slices * group.ring_size
+    cut = SequenceCut.of(group, padded, padded, declared=True)
+    if slices * group.ring_size == 1:
+        return cut
+    if position_ids is None:
+        got = f"nothing that tells which tokens these {tokens.shape[1]} are"
+    elif bool((position_ids == cut.positions(position_ids.device)).all()):
+        return cut
+    else:
+        row = position_ids[0].tolist()
+        got = f"position_ids that are not those of this part ({row[0]} to {row[-1]} in the first row)"
+    raise ValueError(
+        f"input_ids: expected a batch cut {cut.describe()}, and that it says so ({KEY}, which shard_sequence adds), "
+        f"got {got}. Pass the whole batch through shard_sequence(batch, mesh, strategy) on every rank; of inputs "
+        f"that were cut by hand, say so by declare_cut(batch, mesh, strategy)"
+    )

@@ -1,0 +1,170 @@
+"""How a batch was cut: a small tensor that travels with it, and what a model makes of it.
+
+``shard_sequence`` puts it into the batch as ``sequence_cut``, int64 [B, 8], a row for each sequence.  It is moved,
+copied, pickled, split and joined like every other tensor of the batch, and some rows of it describe these rows.  Its
+columns:
+
+====  =================================================================================================================
+0     1: cut by ``shard_sequence``; 2: declared by ``declare_cut``
+1     R, the ring ranks that the sequence was cut over
+2     N, the ranks of seq
+3     1 where ranks of seq hold slices of their ring rank's part, 0 where each holds all of it (``"tp"``)
+4     which part this is: ring rank * slices + slice
+5     L, tokens of the sequence before padding
+6     tokens with padding
+7     checksum of the sequence's row of the whole batch, before it was cut; 0 where it is not known
+====  =================================================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from odysseus_kernels.attention import layout
+from odysseus_kernels.nn.group import SequenceGroup
+
+__all__ = ["KEY", "RING_LAYOUT", "SequenceCut", "checksums", "digest", "part_positions"]
+
+KEY = "sequence_cut"
+# Balanced causal work: every ring rank has an early and a late block.
+RING_LAYOUT: layout.Layout = "zigzag"
+_BY_SHARDING, _DECLARED = 1, 2
+_COLUMNS = 8
+# Odd numbers of 64 bits, for sums whose overflow is meant.
+_STEP, _FACTOR = -7046029254386353131, -4658895280553007687
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceCut:
+    """How the tokens of this rank were cut out of a batch.
+
+    Attributes:
+        ring: ring ranks R.
+        size: ranks N of seq.
+        sharded: whether ranks of seq hold tokens of their own.
+        part: which part these tokens are, in the order of ring rank * slices + slice.
+        length: tokens of each sequence before padding.
+        padded: with padding.
+        declared: by the user, who has cut by hand.
+        sums: checksum of each row of the whole batch; 0 where it is not known.
+    """
+
+    ring: int
+    size: int
+    sharded: bool
+    part: int
+    length: int
+    padded: int
+    declared: bool = False
+    sums: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(group: SequenceGroup, length: int, padded: int, *, declared: bool = False) -> SequenceCut:
+        """This rank's part of sequences of ``padded`` tokens."""
+        sharded = group.tokens == "sharded"
+        part = group.every_rank if sharded else group.ring_rank
+        return SequenceCut(group.ring_size, group.size, sharded, part, length, padded, declared)
+
+    @property
+    def slices(self) -> int:
+        """Parts that a ring rank's tokens are cut into."""
+        return self.size if self.sharded else 1
+
+    @property
+    def padding(self) -> int:
+        """Tokens that are no one's."""
+        return self.padded - self.length
+
+    def tensor(self, sums: Tensor) -> Tensor:
+        """The descriptor [B, 8] of rows with these checksums [B], on their device."""
+        kind = _DECLARED if self.declared else _BY_SHARDING
+        numbers = [kind, self.ring, self.size, int(self.sharded), self.part, self.length, self.padded]
+        fixed = torch.tensor(numbers, dtype=torch.int64).to(sums.device)
+        return torch.cat((fixed.expand(sums.shape[0], -1), sums[:, None]), dim=1)
+
+    @staticmethod
+    def read(descriptor: Tensor) -> SequenceCut:
+        """The cut that a descriptor [B, 8] says; waits for the tensor's device.
+
+        Raises:
+            ValueError: if it is none, or its rows were cut in different ways.
+        """
+        integers = isinstance(descriptor, Tensor) and descriptor.dtype == torch.int64
+        if not integers or descriptor.ndim != 2 or descriptor.shape[1] != _COLUMNS or descriptor.shape[0] == 0:
+            got = (
+                f"{list(descriptor.shape)} {descriptor.dtype}"
+                if isinstance(descriptor, Tensor)
+                else type(descriptor).__name__
+            )
+            raise ValueError(f"{KEY}: expected what shard_sequence returned, int64 [B, {_COLUMNS}], got {got}")
+        rows = descriptor.tolist()
+        kind, ring, size, sharded, part, length, padded, _ = rows[0]
+        if any(row[:-1] != rows[0][:-1] for row in rows):
+            raise ValueError(
+                f"{KEY}: expected sequences that were cut alike, got {len(rows)} of several lengths, cuts or ranks "
+                f"in one batch: cut the whole batch at once"
+            )
+        if kind not in (_BY_SHARDING, _DECLARED):
+            raise ValueError(f"{KEY}: expected what shard_sequence returned, got the numbers {rows[0]}")
+        sums = tuple(row[-1] for row in rows)
+        return SequenceCut(ring, size, bool(sharded), part, length, padded, kind == _DECLARED, sums)
+
+    def positions(self, device: torch.device | None = None) -> Tensor:
+        """int64 [s]: where in the padded sequences the tokens of this part lie."""
+        return part_positions(self.ring, self.slices, self.part, self.padded, device)
+
+    def check(self, group: SequenceGroup) -> None:
+        """Raises ValueError unless this is the part that the ranks of ``group`` have this rank compute."""
+        own = SequenceCut.of(group, self.length, self.padded)
+        if (self.ring, self.slices) != (own.ring, own.slices):
+            raise ValueError(
+                f"{KEY}: this batch was cut {self.describe()}, and the model is parallelized so that it takes batches "
+                f"cut {own.describe()}: call shard_sequence(batch, mesh, strategy) with the mesh and the strategy that "
+                f"parallelize was given"
+            )
+        if self.part != own.part:
+            raise ValueError(
+                f"{KEY}: expected part {own.part} of {own.ring * own.slices} on this rank, got part {self.part}: every "
+                f"rank calls shard_sequence itself, with the whole batch"
+            )
+
+    def describe(self) -> str:
+        """In words."""
+        whole = 'which each rank of "seq" holds whole (as "tp" has it)'
+        cut = f'cut over {self.size} ranks of "seq" (as "tp_sp", "ulysses" and "odysseus" have it)'
+        parts = f'into parts for {self.ring} ranks of "ring", each ' if self.ring > 1 else "into one part, "
+        return parts + (cut if self.sharded else whole)
+
+
+def part_positions(ring: int, slices: int, part: int, padded: int, device: torch.device | None = None) -> Tensor:
+    """int64 [padded / (ring * slices)]: where in the padded sequence the tokens of a part lie."""
+    ring_rank, slice_ = divmod(part, slices)
+    return layout.positions(ring_rank, ring, padded, RING_LAYOUT, device).chunk(slices)[slice_]
+
+
+def checksums(tensors: Mapping[str, Tensor], rows: int) -> Tensor:
+    """int64 [rows], never 0: equal where all rows [L] of integers under the same names are, else almost surely not.
+
+    A tensor with one row counts for all.  Nothing waits for the device.
+    """
+    total = None
+    for name in sorted(tensors):
+        tensor = tensors[name].to(torch.int64)
+        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+        mixed = torch.arange(1, tensor.shape[1] + 1, device=tensor.device).mul_(_STEP).add_(seed) + tensor
+        for shift in (32, 29):
+            mixed.bitwise_xor_(mixed >> shift).mul_(_FACTOR)
+        part = mixed.bitwise_xor_(mixed >> 31).sum(1).expand(rows)
+        total = part.clone() if total is None else total.mul_(_FACTOR).add_(part.to(total.device))
+    assert total is not None, "a batch has tokens"
+    return total.masked_fill_(total == 0, 1)
+
+
+def digest(sums: tuple[int, ...]) -> str:
+    """A short text that stands for checksums in their order."""
+    return hashlib.blake2b(repr(sums).encode(), digest_size=6).hexdigest()
