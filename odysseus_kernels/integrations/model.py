@@ -22,6 +22,7 @@ from odysseus_kernels.nn.loss import IGNORE_INDEX, DistributedHead, sequence_los
 from odysseus_kernels.nn.moe import load_balancing_loss
 from odysseus_kernels.nn.parameters import token_parameter
 from odysseus_kernels.nn.sequence import RING_LAYOUT
+from odysseus_kernels.nn.step import Stepped
 
 __all__ = ["SequenceCausalLM", "SequenceModel"]
 
@@ -29,7 +30,7 @@ __all__ = ["SequenceCausalLM", "SequenceModel"]
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(Stepped):
     """A base model whose tokens are cut over the ranks and whose attention sees the whole sequence.
 
     Embedding, norms and feed-forward networks see [B, s] tokens of this rank, attention the T = L/R of its ring rank.
@@ -162,7 +163,7 @@ class SequenceModel(nn.Module):
         return all_gather(tensor, group.group, operator=f"sequence_{name}", dim=1, config=group.config)
 
 
-class SequenceCausalLM(nn.Module):
+class SequenceCausalLM(Stepped):
     """A model with a language head on this rank's tokens: logits [B, s, V], or the loss over the tokens of all ranks.
 
     With labels the logits are never made whole, and the output has none: call without labels for logits.

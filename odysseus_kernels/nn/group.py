@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from odysseus_kernels.comm.steps import StepGroups
 from odysseus_kernels.config import OverlapConfig
 
 __all__ = ["DATA_DIMENSION", "RING_DIMENSION", "SEQUENCE_DIMENSION", "SequenceGroup"]
@@ -38,6 +40,7 @@ class SequenceGroup:
         everyone: process group of all ranks that share the sequence, R·N of them; ``group`` without a ring.  Its ranks
             are in the order of ring rank · N + rank.
         every_rank: this rank within ``everyone``.
+        steps: tells all ranks of the mesh, those of ``"dp"`` included, of an error on one.
         tokens: ``"sharded"`` where ranks of ``group`` hold different tokens outside of attention, ``"replicated"``
             where they hold the same (classical tensor parallelism).
     """
@@ -52,6 +55,7 @@ class SequenceGroup:
     ring_size: int
     everyone: dist.ProcessGroup
     every_rank: int
+    steps: StepGroups = dataclasses.field(repr=False)
     tokens: Literal["sharded", "replicated"] = "sharded"
 
     @property
@@ -70,7 +74,7 @@ class SequenceGroup:
 
         Raises:
             ValueError: if ``mesh`` is not a DeviceMesh with a dimension ``"seq"``, optionally ``"ring"`` outside it and
-                ``"dp"`` outside both.
+                ``"dp"`` outside both; or if its ranks do not increase along each dimension and over a whole sequence.
         """
         if not isinstance(mesh, DeviceMesh):
             raise ValueError(f"mesh: expected a torch DeviceMesh, got {type(mesh).__name__}; {_how()}")
@@ -82,22 +86,46 @@ class SequenceGroup:
                 f'mesh: expected dimensions out of {_ORDER}, outermost first, got {names}: "ring" lies outside of '
                 f'"seq", "dp" outside of both, and other dimensions are not supported'
             )
+        _check_order(mesh)
         settled, group = config or OverlapConfig(), mesh.get_group(SEQUENCE_DIMENSION)
+        data = [mesh.get_group(DATA_DIMENSION)] if DATA_DIMENSION in names else []
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if RING_DIMENSION not in names:
             own = mesh if len(names) == 1 else mesh[SEQUENCE_DIMENSION]
-            return SequenceGroup(own, group, rank, size, settled, None, 0, 1, group, rank)
+            steps = StepGroups([group], data, settled, mesh.device_type)
+            return SequenceGroup(own, group, rank, size, settled, None, 0, 1, group, rank, steps)
         own = mesh if len(names) == 2 else mesh[RING_DIMENSION, SEQUENCE_DIMENSION]
         ring = mesh.get_group(RING_DIMENSION)
         ring_rank, ring_size = dist.get_rank(ring), dist.get_world_size(ring)
         everyone = group if ring_size == 1 else ring if size == 1 else own._flatten("ring_seq").get_group()
         every_rank = ring_rank * size + rank
         assert dist.get_rank(everyone) == every_rank, "a flattened mesh is in row-major order"
-        return SequenceGroup(own, group, rank, size, settled, ring, ring_rank, ring_size, everyone, every_rank)
+        steps = StepGroups([group, ring, everyone], data, settled, mesh.device_type)
+        return SequenceGroup(own, group, rank, size, settled, ring, ring_rank, ring_size, everyone, every_rank, steps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceGroup:
         # A copy of a module communicates with the same peers; process groups themselves cannot be copied.
         return self
+
+
+def _check_order(mesh: DeviceMesh) -> None:
+    """Refuses meshes whose coordinates are not the ranks of their process groups, which are ordered by number.
+
+    torch itself takes a rank's part of a DTensor from the one in some places and from the other in others.
+    """
+    ranks = mesh.mesh
+    names = mesh.mesh_dim_names or ()
+    over = tuple(names.index(name) for name in (RING_DIMENSION, SEQUENCE_DIMENSION) if name in names)
+    sequences = ranks.reshape(-1, math.prod(ranks.shape[dim] for dim in over))
+    lines = [(f"along {name!r}", ranks.diff(dim=dim)) for dim, name in enumerate(names)]
+    lines.append(('over ("ring", "seq"), row by row', sequences.diff(dim=1)))
+    for where, differences in lines:
+        if bool((differences <= 0).any()):
+            raise ValueError(
+                f"mesh: expected ranks that increase {where}, since the ranks of a process group are ordered by "
+                f"number, got {ranks.tolist()}; give each process the rank that its place in the mesh asks for, "
+                f"or sort the ranks"
+            )
 
 
 def _how() -> str:
