@@ -26,7 +26,8 @@ def departure(name: int, what: str, error: BaseException) -> str:
     """What rank ``name`` says of itself where ``error`` ends its part: passed on as it is where it came from a peer."""
     if isinstance(error, CommunicationError) and error.said:
         return error.said
-    return f"rank {name} {what}: {short_text(error)}"
+    text = " ".join(str(error).split()) if isinstance(error, CommunicationError) else short_text(error)
+    return f"rank {name} {what}: {text}"
 
 
 def describe_mismatch(calls: dict[int, tuple[int, str]], sequence: int) -> str:

@@ -14,7 +14,7 @@ from ..errors import CommunicationError, PeerLostError, RankMismatchError, Signa
 from .mismatch import departure, describe_mismatch, signature_hash
 from .transport import Call
 
-__all__ = ["Peers"]
+__all__ = ["MISMATCH", "Peers"]
 
 # How long a rank that noticed a disagreement waits for the other ranks' descriptors before it reports what it knows.
 _REPORT_WAIT_S = 2.0
@@ -23,7 +23,7 @@ _SHORTAGE_CHARACTERS = 100
 _SIGNATURE_CHARACTERS = 270
 _REASON_CHARACTERS = 450
 # Marks before a reason: peers raise the same error; the group cannot meet again.
-_MISMATCH, _LASTING = "mismatch ", "lasting "
+MISMATCH, _LASTING = "mismatch ", "lasting "
 
 
 class Peers:
@@ -128,7 +128,7 @@ class Peers:
         if status == "failed":
             kind, _, message = self._host.reason(rank).partition("\n")
             lasting = _LASTING in kind
-            if _MISMATCH in kind:
+            if MISMATCH in kind:
                 return RankMismatchError(message, lasting=lasting)
             said = message or f"rank {name} gave up and gave no reason"
             return PeerLostError(f"{where}; {said}", said=said, lasting=lasting)
@@ -137,7 +137,7 @@ class Peers:
 
 def _reason(text: str, *, mismatch: bool, lasting: bool) -> str:
     """What a rank leaves for its peers: marks, and behind them what it says."""
-    marks = (_MISMATCH if mismatch else "") + (_LASTING if lasting else "")
+    marks = (MISMATCH if mismatch else "") + (_LASTING if lasting else "")
     return f"{marks}\n{_line(text, _REASON_CHARACTERS)}"
 
 

@@ -40,6 +40,7 @@ class SequenceGroup:
         everyone: process group of all ranks that share the sequence, R·N of them; ``group`` without a ring.  Its ranks
             are in the order of ring rank · N + rank.
         every_rank: this rank within ``everyone``.
+        whole: the mesh that this is made of, with ``"dp"`` where it has it.
         steps: tells all ranks of the mesh, those of ``"dp"`` included, of an error on one.
         tokens: ``"sharded"`` where ranks of ``group`` hold different tokens outside of attention, ``"replicated"``
             where they hold the same (classical tensor parallelism).
@@ -55,6 +56,7 @@ class SequenceGroup:
     ring_size: int
     everyone: dist.ProcessGroup
     every_rank: int
+    whole: DeviceMesh
     steps: StepGroups = dataclasses.field(repr=False)
     tokens: Literal["sharded", "replicated"] = "sharded"
 
@@ -67,6 +69,19 @@ class SequenceGroup:
     def every_size(self) -> int:
         """Number of ranks that share the sequence."""
         return self.ring_size * self.size
+
+    def dimensions(self) -> list[dist.ProcessGroup]:
+        """The process group of each dimension of the whole mesh, innermost first, without those of one rank."""
+        groups = [self.whole.get_group(dim) for dim in reversed(range(self.whole.ndim))]
+        return [group for group in groups if group.size() > 1]
+
+    def saving_group(self) -> dist.ProcessGroup | None:
+        """A process group of all ranks of the whole mesh; None is the default group.  All of them call it."""
+        if self.whole.size() == dist.get_world_size():
+            return None
+        if DATA_DIMENSION not in (self.whole.mesh_dim_names or ()):
+            return self.everyone
+        return self.whole._flatten("dp_ring_seq").get_group()
 
     @staticmethod
     def of(mesh: DeviceMesh, config: OverlapConfig | None = None) -> SequenceGroup:
@@ -93,7 +108,7 @@ class SequenceGroup:
         if RING_DIMENSION not in names:
             own = mesh if len(names) == 1 else mesh[SEQUENCE_DIMENSION]
             steps = StepGroups([group], data, settled, mesh.device_type)
-            return SequenceGroup(own, group, rank, size, settled, None, 0, 1, group, rank, steps)
+            return SequenceGroup(own, group, rank, size, settled, None, 0, 1, group, rank, mesh, steps)
         own = mesh if len(names) == 2 else mesh[RING_DIMENSION, SEQUENCE_DIMENSION]
         ring = mesh.get_group(RING_DIMENSION)
         ring_rank, ring_size = dist.get_rank(ring), dist.get_world_size(ring)
@@ -101,7 +116,9 @@ class SequenceGroup:
         every_rank = ring_rank * size + rank
         assert dist.get_rank(everyone) == every_rank, "a flattened mesh is in row-major order"
         steps = StepGroups([group, ring, everyone], data, settled, mesh.device_type)
-        return SequenceGroup(own, group, rank, size, settled, ring, ring_rank, ring_size, everyone, every_rank, steps)
+        return SequenceGroup(
+            own, group, rank, size, settled, ring, ring_rank, ring_size, everyone, every_rank, mesh, steps
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceGroup:
         # A copy of a module communicates with the same peers; process groups themselves cannot be copied.
