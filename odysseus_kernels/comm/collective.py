@@ -41,6 +41,7 @@ from .transport import Call, Transport
 __all__ = ["CollectiveTransport"]
 
 _TEXT_BYTES = 384
+_STEP = "step "
 # Instead of the hash of a call: this rank makes none any more in this step.
 _LEFT = -1
 
@@ -226,7 +227,7 @@ class CollectiveTransport(Transport):
 
     def _handshake(self, call: Call, extra: str = "") -> None:
         self._sequence += 1
-        signature = f"{call.signature}{extra}" if self._step == 0 else f"step {self._step}: {call.signature}{extra}"
+        signature = (f"{_STEP}{self._step}: " if self._step else "") + call.signature + extra
         if self._handshakes is not None:
             if self._capturing:
                 return  # what a capture repeats was compared when it ran before
@@ -245,7 +246,11 @@ class CollectiveTransport(Transport):
             said = signatures[hashes.index(_LEFT)]
             raise PeerLostError(f"{self._where(call)}; {said}", said=said)
         calls = dict(zip(self._names, zip(hashes, signatures, strict=True), strict=True))
-        raise RankMismatchError(describe_mismatch(calls, self._sequence))
+        differ = describe_mismatch(calls, self._sequence)
+        if len({text.partition(":")[0] for text in signatures if text.startswith(_STEP)}) > 1:
+            # They would stay one batch apart.
+            raise RankMismatchError(f"{differ}; destroy the process group and make it again", lasting=True)
+        raise RankMismatchError(differ)
 
     def _exchange(self, call: Call, own: Tensor) -> Tensor:
         assert self._lane is not None
@@ -278,6 +283,8 @@ class CollectiveTransport(Transport):
         except RankMismatchError as error:
             if self._handshakes is not None:  # found beside the calls, at different ones on different ranks
                 self.broken = short_text(error)
+            if error.lasting:
+                self._meeting.give_up(str(error))
             raise
         except BaseException as error:
             if self._heard and isinstance(error, PeerLostError):

@@ -39,9 +39,7 @@ def make_mesh(sizes: dict[str, int]) -> DeviceMesh:
 
 def make_model(mesh: DeviceMesh, strategy: str, transport: str, timeout_s: float = 60) -> Any:
     """The parallelized model."""
-    return ody.parallelize(
-        CASE.model(), mesh, strategy, ody.OverlapConfig(transport=transport, timeout_s=timeout_s)
-    )
+    return ody.parallelize(CASE.model(), mesh, strategy, ody.OverlapConfig(transport=transport, timeout_s=timeout_s))
 
 
 def fail(error: BaseException) -> Any:
