@@ -192,7 +192,7 @@ class GroupTransports:
         if self._fixed is not None or self._local is not None or device.type != "cpu":
             return
         self.choose(config, device)
-        if isinstance(self._symmetric, SymmetricHostTransport):
+        if isinstance(self._symmetric, SymmetricHostTransport) and not self._symmetric.broken:
             self._symmetric.begin_step(self._step)
         if self._collective is not None:
             self._collective.begin_step(self._step)
@@ -216,8 +216,9 @@ class GroupTransports:
     @property
     def heard(self) -> str:
         """Why calls of this step failed; empty if none did."""
-        if isinstance(self._symmetric, SymmetricHostTransport) and self._met and self._symmetric.broken:
-            return self._symmetric.broken
+        symmetric = self._symmetric
+        if isinstance(symmetric, SymmetricHostTransport) and symmetric.step == self._step and symmetric.broken:
+            return symmetric.broken
         return self._meeting.unusable or ""
 
     def look(self) -> None:

@@ -80,6 +80,7 @@ class SymmetricHostTransport(Transport):
 
     Attributes:
         completed: number of its calls.
+        step: number of the step that this rank is in; 0 before the first.
         lasting: whether what broke it keeps the ranks from meeting again.
     """
 
@@ -94,6 +95,7 @@ class SymmetricHostTransport(Transport):
         self._leases = LeaseTable(module.WINDOWS, module.CELLS)
         self.completed = 0
         self.lasting = False
+        self.step = 0
         self._refused: int | None = None
         self._ahead: tuple[SentAhead, ShardBuffer] | None = None
 
@@ -167,6 +169,7 @@ class SymmetricHostTransport(Transport):
 
     def begin_step(self, number: int) -> None:
         """Step ``number`` of all ranks begins; see ``comm/steps.py``."""
+        self.step = number
         self._peers.begin_step(number)
 
     def leave(self, said: str, *, lasting: bool = False) -> None:

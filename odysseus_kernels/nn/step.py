@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,12 +65,13 @@ class Stepped(nn.Module):
 def _watch_backward(outputs: Any, steps: StepGroups) -> None:
     """Has an error in the backward pass of any output told to all ranks."""
     values = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else ()
-    watched = [value for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+    watched: list[Any] = [value for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]
     backward = _Backward(steps)
     for value in watched:
         value.register_hook(backward.begin)
         if value.ndim == 0:
-            backward.guard(value)
+            value.__class__ = Loss
+            value._step = backward
 
 
 class _Backward:
@@ -95,23 +95,30 @@ class _Backward:
         if not reached and not self._guarded:
             self._steps.leave(None)
 
-    def guard(self, loss: torch.Tensor) -> None:
-        """Calls of ``loss.backward()`` itself tell the error's text, too."""
-        reference, steps = weakref.ref(loss), self._steps
+    def run(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """``loss.backward()`` itself: an error of it is told with its text."""
+        self._guarded = True
+        try:
+            torch.Tensor.backward(loss, *args, **kwargs)
+        except BaseException as error:
+            self._steps.leave(error)
+            raise
+        finally:
+            self._guarded = False
 
-        def backward(*args: Any, **kwargs: Any) -> None:
-            loss = reference()
-            assert loss is not None, "a method outlived its tensor"
-            self._guarded = True
-            try:
-                torch.Tensor.backward(loss, *args, **kwargs)
-            except BaseException as error:
-                steps.leave(error)
-                raise
-            finally:
-                self._guarded = False
 
-        loss.backward = backward  # type: ignore[method-assign]
+class Loss(torch.Tensor):
+    """A scalar whose ``backward`` is part of a step; what is computed from it is a plain tensor."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _step: _Backward
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """As of every tensor."""
+        self._step.run(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
 
 
 class _End:

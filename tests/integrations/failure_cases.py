@@ -94,10 +94,10 @@ def late_failure(rank: int, world: int, transport: str, sizes: dict[str, int], b
     mesh = make_mesh(sizes)
     model = make_model(mesh, "odysseus", transport)
     step(model, mesh, "odysseus")
-    results = []
-    for number in range(3):
-        fault = "optimizer" if rank == bad and number == 0 else ""
-        results.append(attempt(lambda fault=fault: step(model, mesh, "odysseus", fault)))
+    attempt(lambda: step(model, mesh, "odysseus", "optimizer" if rank == bad else ""))
+    if rank != bad:
+        attempt(lambda: step(model, mesh, "odysseus"))
+    results = [attempt(lambda: step(model, mesh, "odysseus")) for _ in range(2)]
     return results, made_again(rank, world, sizes, transport)
 
 
@@ -158,3 +158,67 @@ def data_parallel(rank: int, world: int, transport: str, wrap: bool, bad: int, f
     seconds = time.perf_counter() - start
     later = attempt(lambda: step(model, mesh, "odysseus"))
     return errors[0], errors[1], seconds, later, made_again(rank, world, sizes, transport)
+
+
+def odd_meshes(rank: int, world: int) -> Any:
+    """Meshes whose ranks are in another order than those of their groups, and one that is not."""
+    odd = [
+        DeviceMesh("cpu", [1, 0, 3, 2], mesh_dim_names=("seq",)),
+        DeviceMesh("cpu", [3, 1, 2, 0], mesh_dim_names=("seq",)),
+        DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("ring", "seq")),
+        DeviceMesh("cpu", [[2, 3], [0, 1]], mesh_dim_names=("dp", "seq")),
+    ]
+    errors = [attempt(lambda mesh=mesh: make_model(mesh, "odysseus", "auto"))[:2] for mesh in odd]
+    strided = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("dp", "seq"))
+    return errors, step(make_model(strided, "odysseus", "auto"), strided, "odysseus")
+
+
+def two_models(rank: int, world: int, folder: str) -> Any:
+    """Two models on interleaved ranks are saved at the same time, each by its own ranks, and loaded again."""
+    meshes = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("which", "seq"))
+    mesh, which = meshes["seq"], rank % 2
+    model = CASE.model(seed=which)
+    ody.parallelize(model, mesh, "odysseus", ody.OverlapConfig(timeout_s=30))
+    for number in range(3):
+        ody.save_checkpoint(f"{folder}/checkpoint-{which}-{number}", model)
+        ody.save_pretrained(model, f"{folder}/pretrained-{which}-{number}")
+    losses = [step(model, mesh, "odysseus")]
+    for load, name in ((ody.load_checkpoint, "checkpoint"), (ody.load_pretrained, "pretrained")):
+        other = ody.parallelize(CASE.model(seed=5), mesh, "tp", ody.OverlapConfig(timeout_s=30))
+        load(
+            *((f"{folder}/{name}-{which}-2", other) if name == "checkpoint" else (other, f"{folder}/{name}-{which}-2"))
+        )
+        losses.append(step(other, mesh, "tp"))
+    return losses
+
+
+def lonely_saves(rank: int, world: int, transport: str, folder: str) -> Any:
+    """One rank saves, the other goes on training; then they save to different folders; then rightly."""
+    sizes = {"seq": world}
+    mesh = make_mesh(sizes)
+    model = make_model(mesh, "odysseus", transport)
+    results = []
+    for save in (ody.save_checkpoint, lambda path, model: ody.save_pretrained(model, path)):
+        dist.barrier()
+        alone = (
+            (lambda save=save: save(f"{folder}/alone", model)) if rank == 0 else lambda: step(model, mesh, "odysseus")
+        )
+        results.append(attempt(alone))
+        results.append(attempt(lambda save=save: save(f"{folder}/{rank}", model)))
+        save(f"{folder}/right", model)
+    left = sorted(path.name for path in Path(folder).iterdir())
+    return results, left, step(model, mesh, "odysseus")
+
+
+def early_optimizer(rank: int, world: int) -> Any:
+    """An optimizer and a list of parameters from before parallelize."""
+    mesh, model = make_mesh({"seq": world}), CASE.model()
+    before = list(model.parameters())
+    optimizers = [torch.optim.AdamW(before), ody.MasterWeights(torch.optim.SGD, before, lr=0.1)]
+    ody.parallelize(model, mesh)
+    model(**ody.shard_sequence(CASE.whole_batch(), mesh)).loss.backward()
+    uses = [*(one.step for one in optimizers), *(one.zero_grad for one in optimizers)]
+    uses += [lambda clip=clip: clip(before, 1.0) for clip in (ody.clip_grad_norm_, torch.nn.utils.clip_grad_norm_)]
+    errors = [attempt(use)[:2] for use in uses]
+    torch.optim.AdamW(model.parameters()).step()
+    return errors
