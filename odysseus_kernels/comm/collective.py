@@ -196,8 +196,10 @@ class CollectiveTransport(Transport):
     def reduce_scatter(self, call: Call, full: Tensor) -> None:
         scatter = call.scatter
         assert scatter is not None
-        if accumulator_dtype(full.dtype, call.config.reduce_dtype) != full.dtype or not scatter.out.is_contiguous():
-            # A backend adds in the tensors' own type; all-to-all sends the same bytes and we add in a wider one.
+        wide = accumulator_dtype(full.dtype, call.config.reduce_dtype) != full.dtype
+        if wide or not scatter.out.is_contiguous() or full.device.type == "cpu":
+            # A backend adds in the tensors' own type; all-to-all sends the same bytes and we add in a wider one. And
+            # Gloo's reduce-scatter is an all-reduce (torch 2.13) whose wait can neither look up nor end early.
             super().reduce_scatter(call, full)
             return
         call = dataclasses.replace(call, gather=None)

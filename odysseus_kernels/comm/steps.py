@@ -18,9 +18,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ..config import OverlapConfig
 from ..errors import CommunicationError
+from .data_parallel import watch_fsdp
 from .groups import GroupTransports, group_transports
 from .mismatch import departure
 
@@ -48,6 +50,11 @@ class StepGroups:
         self._others = [group for group in others if group.size() > 1]
         self._config, self._device = config, torch.device(device_type)
         self._inside = threading.local()
+
+    def watch(self, model: nn.Module) -> None:
+        """Has what data parallelism waits for in ``model`` end where a rank of another replica leaves its step."""
+        if self._others and self._device.type == "cpu":
+            watch_fsdp(model, self._config.timeout_s)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[bool]:

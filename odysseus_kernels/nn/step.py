@@ -56,6 +56,7 @@ class Stepped(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stock model's call."""
         with self.sequence_group.steps.step() as outermost:
+            self.sequence_group.steps.watch(self)
             outputs = super().__call__(*args, **kwargs)
             if outermost and torch.is_grad_enabled():
                 _watch_backward(outputs, self.sequence_group.steps)

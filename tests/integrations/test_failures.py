@@ -100,3 +100,15 @@ def test_optimizers_from_before_are_refused(ranks: RankPools) -> None:
         assert len(errors) == 6
         for error, message in errors:
             assert error == "ValueError" and "make it after parallelize" in message, (error, message)
+
+
+@pytest.mark.parametrize(("transport", "bad", "fault"), (("symmetric", 0, "id"), ("collective", 2, "backward")))
+@pytest.mark.parametrize("wrap", (False, True))
+def test_other_replicas_learn_as_well(loss: float, transport: str, bad: int, fault: str, wrap: bool) -> None:
+    with RankPool(4, timeout=90) as pool:
+        results = pool.run(cases.data_parallel, transport, wrap, bad, fault)
+    for rank, (_, message, seconds, later, after) in enumerate(results):
+        assert rank == bad or f"rank {bad} left the step: {TEXTS[fault]}" in message, (rank, message)
+        assert seconds < AT_ONCE_S and later[2] < AT_ONCE_S
+        assert "make it again" in later[1], (rank, later)
+        assert after == pytest.approx(loss, rel=1e-6)
