@@ -13,7 +13,7 @@ TEXT_BYTES: Final[int]
 REASON_BYTES: Final[int]
 """UTF-8 bytes that the reason given to :meth:`SymmetricHost.fail` may have: 511; longer text is cut."""
 
-WaitStatus = Literal["ok", "timeout", "lost", "failed"]
+WaitStatus = Literal["ok", "timeout", "lost", "failed", "ahead"]
 
 class NoSpace(OSError):
     """The segment's file system cannot back the bytes asked for; ``needed`` and ``free`` are in bytes."""
@@ -90,8 +90,9 @@ class SymmetricHost:
     def wait_ready(self, owner: int, window: int, cell: int, value: int, timeout_s: float) -> tuple[WaitStatus, int]:
         """Waits until ``owner`` has published ``value`` or more.
 
-        Returns ("ok", owner), ("timeout", owner), ("lost", rank whose process is gone or that closed) or
-        ("failed", rank that gave up; see :meth:`reason`).  Any peer can be the lost or failed one.  Data published
+        Returns ("ok", owner), ("timeout", owner), ("lost", rank whose process is gone or that closed), ("failed", rank
+        that gave up; see :meth:`reason`) or ("ahead", rank that has begun a later step than this one without posting
+        the latest descriptor that this rank posted).  Any peer can be the lost, failed or early one.  Data published
         before a peer died counts as there.  The GIL is released; Python signal handlers run and may raise.
         ``timeout_s`` 0 looks once, ``math.inf`` waits for as long as the peers live.
         """
@@ -113,11 +114,20 @@ class SymmetricHost:
     def descriptor(self, peer: int, seq: int) -> tuple[int, str]:
         """(hash, text) of a posted descriptor.  LookupError where it is not posted yet or already overwritten."""
 
+    def set_step(self, number: int) -> None:
+        """Says that this rank begins step ``number``, which must not shrink; all calls of earlier steps are made."""
+
+    def step(self, rank: int) -> int:
+        """What the rank gave to :meth:`set_step`, 0 at first."""
+
     def fail(self, text: str) -> None:
         """Gives up on the group: peers' waits return ("failed", this rank).  The first reason stays."""
 
+    def leave(self, text: str) -> None:
+        """As :meth:`fail`, between two calls: peers complete the calls whose descriptors this rank has posted."""
+
     def reason(self, rank: int) -> str:
-        """What the rank gave to :meth:`fail`, "" where it did not fail."""
+        """What the rank gave to :meth:`fail` or :meth:`leave`, "" where it did neither."""
 
     def alive(self, rank: int) -> bool:
         """Whether the rank's process exists and has not closed its end."""

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .nn.loss import sequence_loss
     from .nn.master import MasterWeights
     from .nn.sequence import declare_cut, shard_sequence
+    from .nn.step import step
 
 __version__ = "0.1.0"
 
@@ -80,6 +81,7 @@ __all__ = [
     "selective_checkpoint",
     "sequence_loss",
     "shard_sequence",
+    "step",
     "synchronize",
     "ulysses_attention",
     "verify",
@@ -101,6 +103,7 @@ _LAZY = {
     "selective_checkpoint": "odysseus_kernels.nn.checkpointing",
     "sequence_loss": "odysseus_kernels.nn.loss",
     "shard_sequence": "odysseus_kernels.nn.sequence",
+    "step": "odysseus_kernels.nn.step",
     "verify": "odysseus_kernels.integrations.verify",
 }
 

@@ -19,7 +19,17 @@ __all__ = [
 
 
 class CommunicationError(RuntimeError):
-    """Ranks could not complete an operator together."""
+    """Ranks could not complete an operator together.
+
+    Attributes:
+        said: what the rank that went wrong first says of itself, with its number; empty where no rank says anything.
+        lasting: whether the process group has to be made again.  Else the next call of all ranks may succeed.
+    """
+
+    def __init__(self, *args: object, said: str = "", lasting: bool = False) -> None:
+        super().__init__(*args)
+        self.said = said
+        self.lasting = lasting
 
 
 class SignalTimeoutError(CommunicationError, TimeoutError):

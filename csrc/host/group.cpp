@@ -41,20 +41,31 @@ void Group::wake_all() const {
 
 std::optional<WaitOutcome> Group::find_broken(int awaited) const {
   std::optional<int> failed;
-  if (own.status() == Status::kFailed) failed = rank;
+  std::optional<int> ahead;
+  if (own.status() == Status::kFailed || own.status() == Status::kLeft) failed = rank;
+  const std::uint64_t call = own.header().posted.value.load(std::memory_order_relaxed);
+  const std::uint64_t own_step = own.header().step.value.load(std::memory_order_relaxed);
   for (int step = 0; step < static_cast<int>(peers.size()); ++step) {
     const int peer = (awaited + step) % shape.world;
     if (!peers[peer]) continue;
     // The lock before the status: a peer that closes sets its status first, so this order never calls it vanished.
     const bool locked = peers[peer]->locked();
     const Status status = peers[peer]->status();
-    if (status == Status::kFailed) {
+    const Header& header = peers[peer]->header();
+    // Read before `posted`: a step begins behind the calls of the one before.
+    const std::uint64_t peer_step = header.step.value.load(std::memory_order_seq_cst);
+    const bool behind = header.posted.value.load(std::memory_order_seq_cst) < call;
+    if (peer_step > own_step && behind && !ahead) ahead = peer;
+    if (status == Status::kLeft) {
+      if (!failed && behind) failed = peer;
+    } else if (status == Status::kFailed) {
       if (!failed) failed = peer;
     } else if (status == Status::kClosed ? peer == awaited : !locked) {
       return WaitOutcome{"lost", peer};
     }
   }
   if (failed) return WaitOutcome{"failed", *failed};
+  if (ahead) return WaitOutcome{"ahead", *ahead};
   return std::nullopt;
 }
 

@@ -16,7 +16,7 @@ constexpr std::size_t kTextBytes = 384;
 constexpr std::size_t kCacheLine = 64;
 
 constexpr std::uint64_t kMagic = 0x6f64797373657573;  // "odysseus"
-constexpr std::uint64_t kLayoutVersion = 1;
+constexpr std::uint64_t kLayoutVersion = 2;
 
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free && std::atomic<std::uint32_t>::is_always_lock_free,
               "atomics are shared between processes, so they must not use locks");
@@ -44,7 +44,9 @@ struct alignas(kCacheLine) Descriptor {
   SharedText<kTextBytes> text;
 };
 
-enum class Status : std::uint64_t { kOpen = 1, kClosed = 2, kFailed = 3 };
+// kFailed: gave up in the middle of its latest call.  kLeft: gave up between two calls, so all that it has posted is
+// complete, and whoever waits in one of those calls does not wait for it.
+enum class Status : std::uint64_t { kOpen = 1, kClosed = 2, kFailed = 3, kLeft = 4 };
 
 struct Header {
   std::uint64_t magic;
@@ -56,6 +58,7 @@ struct Header {
   SharedText<kReasonBytes> reason;
   Word status;
   Word posted;
+  Word step;  // number of the step that the rank is in; 0 outside of any
   Descriptor ring[kDescriptors];
   // Followed by, for each window and cell: one `ready` word, then one `done` word for each rank.
 };

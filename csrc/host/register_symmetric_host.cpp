@@ -113,7 +113,10 @@ void register_symmetric_host(py::module_& module) {
             return py::make_tuple(found.first, to_text(found.second));
           },
           "peer"_a, "seq"_a)
+      .def("set_step", &SymmetricHost::set_step, "number"_a)
+      .def("step", &SymmetricHost::step, "rank"_a)
       .def("fail", &SymmetricHost::fail, "text"_a)
+      .def("leave", &SymmetricHost::leave, "text"_a)
       .def(
           "reason", [](const SymmetricHost& self, int rank) { return to_text(self.reason(rank)); }, "rank"_a)
       .def("alive", &SymmetricHost::alive, "rank"_a)

@@ -204,19 +204,30 @@ std::pair<std::uint64_t, std::string> SymmetricHost::descriptor(int peer, std::u
   return {hash, std::move(text)};
 }
 
-void SymmetricHost::fail(const std::string& text) {
+void SymmetricHost::set_step(std::uint64_t number) {
+  const auto group = open_group();
+  raise_signal(group->own.header().step, number);
+}
+
+std::uint64_t SymmetricHost::step(int rank) const {
+  const auto group = open_group();
+  return segment(*group, rank).header().step.value.load(std::memory_order_acquire);
+}
+
+void SymmetricHost::give_up(Status status, const std::string& text) {
   const auto group = open_group();
   if (group->own.status() != Status::kOpen) return;
   Header& header = group->own.header();
   store_text(header.reason, text);
-  publish(header.status, static_cast<std::uint64_t>(Status::kFailed));
+  publish(header.status, static_cast<std::uint64_t>(status));
   group->wake_all();
 }
 
 std::string SymmetricHost::reason(int rank) const {
   const auto group = open_group();
   const Segment& owner = segment(*group, rank);
-  return owner.status() == Status::kFailed ? load_text(owner.header().reason) : std::string();
+  const Status status = owner.status();
+  return status == Status::kFailed || status == Status::kLeft ? load_text(owner.header().reason) : std::string();
 }
 
 bool SymmetricHost::alive(int rank) const {

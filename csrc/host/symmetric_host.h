@@ -20,7 +20,7 @@ namespace odysseus {
 
 // The end of a wait: what happened, and the rank it happened to.
 struct WaitOutcome {
-  const char* status;  // "ok", "timeout", "lost" or "failed"
+  const char* status;  // "ok", "timeout", "lost", "failed" or "ahead"
   int rank;
 };
 
@@ -34,7 +34,8 @@ struct Group {
   bool in_creator() const;
   void wake_all() const;
   // First rank of all that can no longer take part: a vanished one before one that gave up, which may have done so
-  // because of it.  A peer that closed in good order only matters to those who wait for it.
+  // because of it, and that before one that is in a later step without having begun the call that this rank is in.  A
+  // peer that closed in good order only matters to those who wait for it.
   std::optional<WaitOutcome> find_broken(int awaited) const;
   void close();
 
@@ -111,12 +112,17 @@ class SymmetricHost {
   std::uint64_t posted(int peer) const;
   std::pair<std::uint64_t, std::string> descriptor(int peer, std::uint64_t seq) const;
 
-  void fail(const std::string& text);
+  void set_step(std::uint64_t number);
+  std::uint64_t step(int rank) const;
+
+  void fail(const std::string& text) { give_up(Status::kFailed, text); }
+  void leave(const std::string& text) { give_up(Status::kLeft, text); }
   std::string reason(int rank) const;
   bool alive(int rank) const;
   void close();
 
  private:
+  void give_up(Status status, const std::string& text);
   std::shared_ptr<Group> open_group() const;
   // The segment of a rank, checked for range and attachment.
   const Segment& segment(const Group& group, int rank) const;

@@ -8,15 +8,16 @@ all-to-all: the same bytes, and the sum is ours, in fp32 and in a fixed order.  
 (``comm/collective_exchange.py``).
 
 Before the data of a call moves, ranks exchange a hash of what they call (8 bytes each): collectives of different sizes
-would hang or mix data, where an error that names the rank is wanted.  On a GPU they do so beside the calls
-(``comm/handshakes.py``).
+would hang or mix data, where an error that names the rank is wanted.  A rank that leaves a step takes part in the next
+such exchange, whatever its peers call then, and says so there; the group stays in step.  On a GPU they do so beside
+the calls (``comm/handshakes.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import weakref
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,14 +32,27 @@ from .collective_exchange import ExchangeRun
 from .collective_run import Ahead, CollectiveRun
 from .handshakes import Handshakes
 from .lanes import Lane, make_lane
-from .membership import Member, lost_members, lost_members_soon
-from .mismatch import describe_mismatch, short_text, signature_hash
+from .meeting import Meeting
+from .membership import lost_members_soon
+from .mismatch import departure, describe_mismatch, short_text, signature_hash
 from .reduce import accumulator_dtype
 from .transport import Call, Transport
 
 __all__ = ["CollectiveTransport"]
 
 _TEXT_BYTES = 384
+_STEP = "step "
+# Instead of the hash of a call: this rank makes none any more in this step.
+_LEFT = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Departure:
+    """The exchanges in which a rank says that it left: under way until its peers come to them or leave as well."""
+
+    handles: list[Any]
+    buffers: list[Tensor]
+    group: dist.ProcessGroup  # not to be destroyed before these have ended
 
 
 class CollectiveTransport(Transport):
@@ -46,20 +60,21 @@ class CollectiveTransport(Transport):
 
     name = "collective"
 
-    def __init__(self, group: dist.ProcessGroup, members: list[Member]) -> None:
-        super().__init__(group.rank(), group.size())
-        self._reference = weakref.ref(group)  # a destroyed group must be free to go
-        self._members = members
+    def __init__(self, meeting: Meeting) -> None:
+        super().__init__(meeting.group.rank(), meeting.group.size())
+        self._meeting = meeting
+        self._names = meeting.names
         self._sequence = 0
         self._ahead: Ahead | None = None
         self._lane: Lane | None = None
         self._handshakes: Handshakes | None = None  # on a GPU
+        self._step = 0
+        self._departure: _Departure | None = None
+        self._heard = False  # that a peer left this step
 
     @property
     def _group(self) -> dist.ProcessGroup:
-        group = self._reference()
-        assert group is not None, "a transport outlived its process group"
-        return group
+        return self._meeting.group
 
     def synchronize(self) -> None:
         """Waits until a GPU has done what was enqueued; raises what went wrong, as the next call would."""
@@ -73,20 +88,64 @@ class CollectiveTransport(Transport):
             self.broken = self.broken or short_text(error)
             raise
 
+    def begin_step(self, number: int) -> None:
+        """Step ``number`` of all ranks begins; see ``comm/steps.py``."""
+        self._step, self._heard = number, False
+
+    def leave(self, said: str, device: torch.device, timeout_s: float) -> bool:
+        """Between two calls, this rank leaves the step; on all ranks of the group it is over then.
+
+        Returns:
+            Whether the group stays in step; else it cannot be used any more.
+        """
+        if self.broken or device.type != "cpu":
+            return False
+        if self._heard:
+            return True
+        try:
+            with self._lock:
+                lane = self._begin_lane(device, timeout_s)
+                self._end_departure(lane, said, timeout_s)
+                self._sequence += 1
+                left = [torch.tensor([_LEFT]), _text(said)]
+                everyone = [one.new_empty(self.world * one.numel()) for one in left]
+                group = self._group
+                handles = [
+                    lane.issue(functools.partial(all_gather_single, into, one, group, async_op=True))
+                    for into, one in zip(everyone, left, strict=True)
+                ]
+                self._departure = _Departure(handles, [*left, *everyone], group)
+        except (RuntimeError, WaitTimeoutError):
+            return False
+        return True
+
     def close(self) -> None:
         super().close()
         if self._lane is not None:
+            self._lane.abandon()
             self._lane.close()
+        self._departure = None
 
     def _begin(self, call: Call) -> Lane:
         """Where the call's collectives travel."""
+        lane = self._begin_lane(call.device, call.config.timeout_s)
+        self._end_departure(lane, self._where(call), call.config.timeout_s)
+        return lane
+
+    def _begin_lane(self, device: torch.device, timeout_s: float) -> Lane:
         if self._lane is None:
-            device = call.device
-            self._lane = make_lane(lambda: self._group, device, call.config.timeout_s)
+            self._lane = make_lane(lambda: self._group, device, timeout_s)
             if device.type != "cpu":
                 self._handshakes = Handshakes(self._group)
         self._lane.check()
         return self._lane
+
+    def _end_departure(self, lane: Lane, where: str, timeout_s: float) -> None:
+        """Before the next call: all peers have left the step that this rank left."""
+        if self._departure is not None:
+            for handle in self._departure.handles:
+                lane.finish(handle, where, timeout_s, lambda: self._meeting.look(where))
+            self._departure = None
 
     def _execute(self, call: Call) -> None:
         with self._errors(call):
@@ -137,8 +196,10 @@ class CollectiveTransport(Transport):
     def reduce_scatter(self, call: Call, full: Tensor) -> None:
         scatter = call.scatter
         assert scatter is not None
-        if accumulator_dtype(full.dtype, call.config.reduce_dtype) != full.dtype or not scatter.out.is_contiguous():
-            # A backend adds in the tensors' own type; all-to-all sends the same bytes and we add in a wider one.
+        wide = accumulator_dtype(full.dtype, call.config.reduce_dtype) != full.dtype
+        if wide or not scatter.out.is_contiguous() or full.device.type == "cpu":
+            # A backend adds in the tensors' own type; all-to-all sends the same bytes and we add in a wider one. And
+            # Gloo's reduce-scatter is an all-reduce (torch 2.13) whose wait can neither look up nor end early.
             super().reduce_scatter(call, full)
             return
         call = dataclasses.replace(call, gather=None)
@@ -168,7 +229,7 @@ class CollectiveTransport(Transport):
 
     def _handshake(self, call: Call, extra: str = "") -> None:
         self._sequence += 1
-        signature = call.signature + extra
+        signature = (f"{_STEP}{self._step}: " if self._step else "") + call.signature + extra
         if self._handshakes is not None:
             if self._capturing:
                 return  # what a capture repeats was compared when it ran before
@@ -182,11 +243,18 @@ class CollectiveTransport(Transport):
         if len(set(hashes)) == 1:
             return
         # Everybody has seen the same hashes, so everybody comes here.
-        text = signature.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES)
-        texts = self._exchange(call, torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        texts = self._exchange(call, _text(signature))
         signatures = [bytes(row.tolist()).decode(errors="replace").strip() for row in texts]
-        calls = dict(enumerate(zip(hashes, signatures, strict=True)))
-        raise RankMismatchError(describe_mismatch(calls, self._sequence))
+        if _LEFT in hashes:
+            self._heard = True
+            said = signatures[hashes.index(_LEFT)]
+            raise PeerLostError(f"{self._where(call)}; {said}", said=said)
+        calls = dict(zip(self._names, zip(hashes, signatures, strict=True), strict=True))
+        differ = describe_mismatch(calls, self._sequence)
+        if len({text.partition(":")[0] for text in signatures if text.startswith(_STEP)}) > 1:
+            # They would stay one batch apart.
+            raise RankMismatchError(f"{differ}; destroy the process group and make it again", lasting=True)
+        raise RankMismatchError(differ)
 
     def _exchange(self, call: Call, own: Tensor) -> Tensor:
         assert self._lane is not None
@@ -202,16 +270,10 @@ class CollectiveTransport(Transport):
         self._lane.finish(handle, self._where(call), call.config.timeout_s, lambda: self._look(call))
 
     def _look(self, call: Call) -> None:
-        gone = lost_members(self._members)
-        if gone:
-            raise self._lost(call, gone, "")
+        self._meeting.look(self._where(call))
 
     def _where(self, call: Call) -> str:
-        return f"{call.name}: rank {self.rank}, collective number {self._sequence} of its group"
-
-    def _lost(self, call: Call, gone: list[int], reason: str) -> PeerLostError:
-        ranks = ", ".join(f"rank {rank}" for rank in gone)
-        return PeerLostError(f"{self._where(call)}: the process of {ranks} is gone" + (reason and f" ({reason})"))
+        return f"{call.name}: rank {self._names[self.rank]}, collective number {self._sequence} of its group"
 
     @contextlib.contextmanager
     def _errors(self, call: Call) -> Iterator[None]:
@@ -225,20 +287,32 @@ class CollectiveTransport(Transport):
         except RankMismatchError as error:
             if self._handshakes is not None:  # found beside the calls, at different ones on different ranks
                 self.broken = short_text(error)
+            if error.lasting:
+                self._meeting.give_up(str(error))
             raise
         except BaseException as error:
-            self.broken = short_text(error)
+            if self._heard and isinstance(error, PeerLostError):
+                raise
+            if self._lane is not None:
+                self._lane.abandon()
+            self.broken = departure(self._names[self.rank], "gave up", error)
+            self._meeting.give_up(self.broken)
             if isinstance(error, CommunicationError) or not isinstance(error, (RuntimeError, WaitTimeoutError)):
                 raise
             if isinstance(error, WaitTimeoutError):
                 raise SignalTimeoutError(
                     f"{self._where(call)}: {error}, and all known processes are alive: a peer is stuck, has not come, "
-                    f"or makes other calls"
+                    f"or makes other calls",
+                    lasting=True,
                 ) from error
             reason = str(error).splitlines()[0][:200]
             if isinstance(error, dist.DistError) or "gloo" in reason.lower() or "connection" in reason.lower():
-                gone = lost_members_soon(self._members)
+                gone = lost_members_soon(self._meeting.members or [])
                 if gone:
-                    raise self._lost(call, gone, reason) from error
-                raise PeerLostError(f"{self._where(call)}: a peer left the group ({reason})") from error
+                    raise self._meeting.lost(self._where(call), gone, reason) from error
+                raise PeerLostError(f"{self._where(call)}: a peer left the group ({reason})", lasting=True) from error
             raise
+
+
+def _text(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES)), dtype=torch.uint8)

@@ -91,6 +91,8 @@ class GroupTransports:
         self._no_symmetric: str | None = None
         self._selection: Selection | None = None
         self._completed = 0
+        self._step = 0
+        self._in_step = self._met = False
         self._unserved: set[tuple[str, str]] = set()
         self._warned_unserved = False
         self._device_type: str | None = None
@@ -157,9 +159,8 @@ class GroupTransports:
         self._check_usable()
         if self._collective is None:
             if self._meeting.members is None:
-                self._meeting.introduce(config, device, self._completed)
-            assert self._meeting.members is not None
-            self._collective = CollectiveTransport(self._meeting.group, self._meeting.members)
+                self._meeting.introduce(config, device, self._completed, self._step)
+            self._collective = CollectiveTransport(self._meeting)
         return self._collective
 
     def settle(
@@ -178,6 +179,54 @@ class GroupTransports:
                 self._selection = Selection(device, lambda text: self._meeting.exchange(text, config))
         return self._selection.settle(transport, config, phase, run)
 
+    def begin_step(self) -> None:
+        """A step of all ranks begins."""
+        self._step += 1
+        self._in_step, self._met = True, False
+
+    def meet(self, config: OverlapConfig, device: torch.device) -> None:
+        """Right after :meth:`begin_step`: ranks of a host meet now if they must, so that they can meet again after it.
+
+        Raises:
+            CommunicationError: as :meth:`choose`.
+        """
+        if self._fixed is not None or self._local is not None or device.type != "cpu":
+            return
+        self.choose(config, device)
+        if isinstance(self._symmetric, SymmetricHostTransport) and not self._symmetric.broken:
+            self._symmetric.begin_step(self._step)
+        if self._collective is not None:
+            self._collective.begin_step(self._step)
+        self._met = True
+
+    def leave_step(self, said: str, config: OverlapConfig, *, lasting: bool) -> None:
+        """This rank makes no more calls of its step; peers that wait for it raise what it ``said``."""
+        if not self._in_step or self._fixed is not None or self._local is not None:
+            return
+        self._in_step = False
+        if isinstance(self._symmetric, SymmetricHostTransport):
+            self._symmetric.leave(said, lasting=lasting)
+        in_step = self._met and not lasting
+        if self._collective is not None:
+            in_step = (
+                self._collective.leave(said, torch.device(self._device_type or "cpu"), config.timeout_s) and in_step
+            )
+        if not in_step:
+            self._meeting.give_up(said)
+
+    @property
+    def heard(self) -> str:
+        """Why calls of this step failed; empty if none did."""
+        symmetric = self._symmetric
+        if isinstance(symmetric, SymmetricHostTransport) and symmetric.step == self._step and symmetric.broken:
+            return symmetric.broken
+        return self._meeting.unusable or ""
+
+    def look(self) -> None:
+        """CommunicationError if a rank said that the group, in which other code waits, is left."""
+        self._meeting.check_usable()
+        self._meeting.look(f"process group {self._meeting.name}")
+
     def explain(self) -> str:
         """Which modes were chosen so far, and why."""
         return explain_decisions(self._selection.decisions if self._selection is not None else ())
@@ -194,10 +243,11 @@ class GroupTransports:
         for transport in (self._symmetric, self._collective):
             if transport is not None:
                 transport.close()
+        self._meeting.board.close()
 
     def _check_usable(self) -> None:
         if self._collective is not None and self._collective.broken:
-            self._meeting.unusable = self._meeting.unusable or self._collective.broken
+            self._meeting.give_up(self._collective.broken)
         self._meeting.check_usable()
 
     def _connect(self, config: OverlapConfig, device: torch.device) -> Symmetric | None:
@@ -205,9 +255,9 @@ class GroupTransports:
             # An error between ranks ends a transport on all of them; the next call starts with fresh segments.
             self._completed += self._symmetric.completed
             self._symmetric.close()
-            if isinstance(self._symmetric, SymmetricDeviceTransport):
-                # A host runs ahead of its device: ranks need not have enqueued the same calls when one gave up.
-                self._meeting.unusable = self._meeting.unusable or self._symmetric.broken
+            # A host runs ahead of its device: ranks need not have enqueued the same calls when one gave up.
+            if isinstance(self._symmetric, SymmetricDeviceTransport) or self._symmetric.lasting:
+                self._meeting.give_up(self._symmetric.broken)
                 self._meeting.check_usable()
             self._symmetric = None
         if self._symmetric is not None or self._no_symmetric is not None:
@@ -219,7 +269,7 @@ class GroupTransports:
             )
         self._check_usable()
         identity = symmetric_cuda.device_identity(device) if device.type == "cuda" else ("", "")
-        everyone = self._meeting.introduce(config, device, self._completed, identity)
+        everyone = self._meeting.introduce(config, device, self._completed, self._step, identity)
         members = [one.member for one in everyone]
         lacking = [f"rank {rank}: {one.extension}" for rank, one in enumerate(everyone) if one.extension]
         hosts = sorted({member.host for member in members})
@@ -254,7 +304,10 @@ class GroupTransports:
         if device.type == "cuda":
             peers = [(one.device_name, one.device_uuid) for one in everyone]
             return symmetric_cuda.connect(group, device, peers, nonce, exchange)
-        return SymmetricHostTransport.connect(group.rank(), group.size(), shared_memory_directory(), nonce, exchange)
+        directory = shared_memory_directory()
+        return SymmetricHostTransport.connect(
+            group.rank(), group.size(), directory, nonce, exchange, self._meeting.names
+        )
 
 
 _registry: dict[str, GroupTransports] = {}

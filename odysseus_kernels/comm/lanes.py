@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from ..errors import SignalTimeoutError
 from .backend import wait
+from .lingering import keep_for_ever
 
 __all__ = ["HostLane", "Lane", "StreamLane", "make_lane"]
 
@@ -47,6 +48,9 @@ class Lane(Protocol):
     def check(self) -> None:
         """SignalTimeoutError for a collective that should have ended long ago."""
 
+    def abandon(self) -> None:
+        """Nobody will finish what is under way."""
+
     def close(self) -> None:
         """Gives back what is held."""
 
@@ -56,19 +60,30 @@ class HostLane:
 
     def __init__(self, group: Callable[[], dist.ProcessGroup]) -> None:
         self._group = group
+        # With what starts them, which refers to their tensors.
+        self._under_way: dict[int, tuple[dist.Work, Callable[[], dist.Work]]] = {}
 
     @property
     def group(self) -> dist.ProcessGroup:
         return self._group()
 
     def issue(self, start: Callable[[], dist.Work]) -> dist.Work:
-        return start()
+        work = start()
+        self._under_way[id(work)] = (work, start)
+        return work
 
     def finish(self, handle: dist.Work, name: str, timeout_s: float, look: Look) -> None:
         wait(handle, timeout_s, look)
+        self._under_way.pop(id(handle), None)  # what was sent ahead is finished twice
 
     def check(self) -> None:
         """Nothing is left behind a call."""
+
+    def abandon(self) -> None:
+        unfinished = [(work, start) for work, start in self._under_way.values() if not work.is_completed()]
+        if unfinished:
+            keep_for_ever(*unfinished, self._group())
+        self._under_way.clear()
 
     def close(self) -> None:
         """Nothing is held."""
@@ -127,6 +142,9 @@ class StreamLane:
                 f"{late.name}: not complete {late.timeout_s:g} s after it was issued: a peer is stuck, gone, has not "
                 f"come, or makes other calls"
             )
+
+    def abandon(self) -> None:
+        """NCCL's own watchdog ends what is left."""
 
     def close(self) -> None:
         self._flights.clear()

@@ -11,7 +11,7 @@ import threading
 from typing import Any
 
 from ..errors import RankMismatchError
-from .peers import Peers
+from .peers import MISMATCH, Peers
 from .transport import Call
 
 __all__ = ["Ledger"]
@@ -67,9 +67,9 @@ class Ledger(Peers):
                 status, rank = self._host.wait_posted(peer, self._sequence + 1, 0.0)
                 if status == "failed":
                     kind, _, message = self._host.reason(rank).partition("\n")
-                    if kind == RankMismatchError.__name__:  # the peer was the first to compare
+                    if MISMATCH in kind:  # the peer was the first to compare
                         raise RankMismatchError(message)
-                    return f"rank {rank} gave up: {message or 'no reason given'}"
+                    return message or f"rank {rank} gave up and gave no reason"
                 if status == "lost":
                     return f"the process of rank {rank} is gone"
         finally:

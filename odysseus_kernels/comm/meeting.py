@@ -17,8 +17,10 @@ from .. import _ext
 from ..config import OverlapConfig
 from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
 from .backend import WaitTimeoutError, all_gather_single, exchange_device, wait
+from .board import Board
+from .lingering import keep_for_ever
 from .membership import Member, lost_members, lost_members_soon, this_member
-from .mismatch import describe_mismatch, short_text
+from .mismatch import departure, describe_mismatch
 
 __all__ = ["Introduction", "Meeting"]
 
@@ -31,7 +33,8 @@ class Introduction:
     """What a rank tells the others when they meet: who it is, and what it has and wants.
 
     ``device`` is the type of the tensors that it was called with, ``device_name`` and ``device_uuid`` its GPU.
-    ``completed`` counts calls on symmetric transports of this group, before an error made the ranks meet again.
+    ``completed`` counts calls on symmetric transports of this group, before an error made the ranks meet again, and
+    ``step`` the steps that it has begun.
     ``extension`` says why the compiled extension cannot be used, or is empty.
     """
 
@@ -41,6 +44,7 @@ class Introduction:
     device_name: str
     device_uuid: str
     completed: int
+    step: int
     extension: str
     nonce: int
 
@@ -58,14 +62,18 @@ class Meeting:
 
     Attributes:
         members: all ranks, once they have met.
+        names: their numbers in the default process group, by which errors call them.
         unusable: why the group cannot be used any more: collectives of different calls could meet in it.
+        board: where a rank says so to peers that wait in one of them.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = weakref.ref(group)
         self.name = group.group_name
+        self.names = dist.get_process_group_ranks(group)
         self.members: list[Member] | None = None
         self.unusable: str | None = None
+        self.board = Board(group)
 
     def belongs_to(self, group: dist.ProcessGroup) -> bool:
         return self._group() is group
@@ -76,32 +84,68 @@ class Meeting:
         assert group is not None, "transports outlived their process group"
         return group
 
+    def give_up(self, why: str) -> None:
+        """The group cannot be used any more; tells all ranks."""
+        if self.unusable is None:
+            self.unusable = why
+            self.board.post(why)
+
     def check_usable(self) -> None:
         """CommunicationError if the group cannot be used any more."""
         if self.unusable:
             raise CommunicationError(
                 f"process group {self.name} is out of step since an earlier error ({self.unusable}); "
-                f"destroy it and make it again"
+                f"destroy it and make it again",
+                said=self.unusable,
+                lasting=True,
             )
 
+    def look(self, where: str) -> None:
+        """While something is waited for.
+
+        Raises:
+            PeerLostError: a process is gone, or a rank said that it gave up.
+        """
+        gone = lost_members(self.members or [])
+        if gone:
+            raise self.lost(where, gone)
+        said = self.board.read()
+        if said:
+            raise PeerLostError(f"{where}; {said}", said=said, lasting=True)
+
+    def lost(self, where: str, gone: list[int], reason: str = "") -> PeerLostError:
+        """The error for ranks of the group that are gone."""
+        ranks = ", ".join(f"rank {self.names[rank]}" for rank in gone)
+        return PeerLostError(f"{where}: the process of {ranks} is gone" + (reason and f" ({reason})"), lasting=True)
+
     def introduce(
-        self, config: OverlapConfig, device: torch.device, completed: int, identity: tuple[str, str] = ("", "")
+        self,
+        config: OverlapConfig,
+        device: torch.device,
+        completed: int,
+        step: int,
+        identity: tuple[str, str] = ("", ""),
     ) -> list[Introduction]:
         """All ranks' introductions, checked for what must be equal."""
         extension = _ext.why_unavailable().encode("ascii", "replace").decode()[:_REASON_CHARACTERS]
         own = Introduction(
-            this_member(), config.transport, device.type, *identity, completed, extension, secrets.randbits(63)
+            this_member(), config.transport, device.type, *identity, completed, step, extension, secrets.randbits(63)
         )
         everyone = [Introduction.from_json(text) for text in self.exchange(own.to_json(), config)]
+        if self.members is None:
+            self.board.tell_apart(everyone[0].nonce)
         self.members = [one.member for one in everyone]
         wanted = [f"transport={one.transport!r} with {one.device} tensors" for one in everyone]
         if len(set(wanted)) > 1:
-            calls = {rank: (hash(text), text) for rank, text in enumerate(wanted)}
+            calls = {name: (hash(text), text) for name, text in zip(self.names, wanted, strict=True)}
             raise RankMismatchError(f"first call of process group {self.name}: {describe_mismatch(calls, 1)}")
-        counts = [one.completed for one in everyone]
-        if len(set(counts)) > 1:
-            self.unusable = f"ranks had completed {counts} calls when it happened"
-            self.check_usable()
+        for what, counts in (
+            ("were in steps {}", [one.step for one in everyone]),
+            ("had completed {} calls", [one.completed for one in everyone]),
+        ):
+            if len(set(counts)) > 1:
+                self.give_up(f"ranks {self.names} {what.format(counts)} when it happened")
+                self.check_usable()
         return everyone
 
     def exchange(self, text: str, config: OverlapConfig) -> list[str]:
@@ -116,24 +160,25 @@ class Meeting:
         assert len(data) <= _TEXT_BYTES, f"a text of {len(data)} bytes, at most {_TEXT_BYTES} can be exchanged"
         own = torch.frombuffer(bytearray(data.ljust(_TEXT_BYTES)), dtype=torch.uint8).to(exchange_device(group))
         everyone = own.new_empty((group.size(), _TEXT_BYTES))
-        where = f"rank {group.rank()} of process group {self.name} waited for all ranks to meet"
+        where = f"rank {self.names[group.rank()]} of process group {self.name} waited for all ranks to meet"
+        work = None
         try:
             work = all_gather_single(everyone.view(-1), own, group, async_op=True)
-            wait(work, config.timeout_s, lambda: self._look(where), on_gpu=own.is_cuda)
+            wait(work, config.timeout_s, lambda: self.look(where), on_gpu=own.is_cuda)
         except BaseException as error:
-            self.unusable = self.unusable or short_text(error)
+            if work is not None and not own.is_cuda:
+                keep_for_ever(work, own, everyone, group)
+            self.give_up(departure(self.names[group.rank()], "gave up", error))
             if isinstance(error, WaitTimeoutError):
                 raise SignalTimeoutError(
-                    f"{where}: {error}; a rank did not make its first call (or, after an error, its next one)"
+                    f"{where}: {error}; a rank did not make its first call (or, after an error, its next one)",
+                    lasting=True,
                 ) from error
             if isinstance(error, RuntimeError) and not isinstance(error, CommunicationError):
+                reason = str(error).splitlines()[0][:200]
                 gone = lost_members_soon(self.members or [])
-                ranks = ", ".join(f"rank {rank}" for rank in gone) or "a rank"
-                raise PeerLostError(f"{where}: {ranks} left ({str(error).splitlines()[0][:200]})") from error
+                if gone:
+                    raise self.lost(where, gone, reason) from error
+                raise PeerLostError(f"{where}: a rank left ({reason})", lasting=True) from error
             raise
         return [bytes(row).decode(errors="replace").rstrip() for row in everyone.tolist()]
-
-    def _look(self, where: str) -> None:
-        gone = lost_members(self.members or [])
-        if gone:
-            raise PeerLostError(f"{where}: the process of {', '.join(f'rank {rank}' for rank in gone)} is gone")

@@ -6,7 +6,9 @@ import functools
 import hashlib
 from collections import Counter
 
-__all__ = ["describe_mismatch", "short_text", "signature_hash"]
+from ..errors import CommunicationError
+
+__all__ = ["departure", "describe_mismatch", "short_text", "signature_hash"]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -18,6 +20,14 @@ def signature_hash(signature: str) -> int:
 def short_text(error: BaseException, most: int = 600) -> str:
     """An error in a line of ASCII that fits what ranks exchange."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".encode("ascii", "replace").decode()[:most]
+
+
+def departure(name: int, what: str, error: BaseException) -> str:
+    """What rank ``name`` says of itself where ``error`` ends its part: passed on as it is where it came from a peer."""
+    if isinstance(error, CommunicationError) and error.said:
+        return error.said
+    text = " ".join(str(error).split()) if isinstance(error, CommunicationError) else short_text(error)
+    return f"rank {name} {what}: {text}"
 
 
 def describe_mismatch(calls: dict[int, tuple[int, str]], sequence: int) -> str:

@@ -7,13 +7,14 @@ own, so that ranks which disagree learn who differs instead of waiting for signa
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
-from .mismatch import describe_mismatch, signature_hash
+from .mismatch import departure, describe_mismatch, signature_hash
 from .transport import Call
 
-__all__ = ["Peers"]
+__all__ = ["MISMATCH", "Peers"]
 
 # How long a rank that noticed a disagreement waits for the other ranks' descriptors before it reports what it knows.
 _REPORT_WAIT_S = 2.0
@@ -21,14 +22,19 @@ _REPORT_WAIT_S = 2.0
 _SHORTAGE_CHARACTERS = 100
 _SIGNATURE_CHARACTERS = 270
 _REASON_CHARACTERS = 450
-_REPEATED = {kind.__name__: kind for kind in (RankMismatchError, CommunicationError)}
+# Marks before a reason: peers raise the same error; the group cannot meet again.
+MISMATCH, _LASTING = "mismatch ", "lasting "
 
 
 class Peers:
-    """Signals, descriptors and errors of one group; ``host`` is the compiled ``SymmetricHost``, attached."""
+    """Signals, descriptors and errors of one group; ``host`` is the compiled ``SymmetricHost``, attached.
 
-    def __init__(self, host: Any, rank: int, world: int) -> None:
+    ``names`` are the numbers that ranks have in errors: those in the default process group.
+    """
+
+    def __init__(self, host: Any, rank: int, world: int, names: Sequence[int] | None = None) -> None:
         self._host = host
+        self._names = range(world) if names is None else names
         self._rank = rank
         self._others = [peer for peer in range(world) if peer != rank]
         self._sequence = 0
@@ -75,12 +81,23 @@ class Peers:
             signal = f"(signal done, window {window}, cell {cell}, count {value})"
             raise self._error(call, answer, reader, f"to finish reading {what} {signal}")
 
-    def give_up(self, error: BaseException) -> None:
-        """Tells all peers that this rank has left the schedule, and why: they must not wait for it."""
-        repeated = isinstance(error, CommunicationError)
-        kind = type(error).__name__ if repeated else CommunicationError.__name__
+    def give_up(self, error: BaseException) -> str:
+        """Tells all peers that this rank has left the schedule, and why: they must not wait for it.  Returns why."""
+        mismatch = isinstance(error, RankMismatchError) and not error.said
+        text = str(error) if mismatch else departure(self._names[self._rank], "gave up", error)
+        lasting = isinstance(error, CommunicationError) and error.lasting
         with contextlib.suppress(RuntimeError):  # closed meanwhile, or a forked child: then nobody waits for us
-            self._host.fail(f"{kind}\n{_line(str(error) if repeated else repr(error), _REASON_CHARACTERS)}")
+            self._host.fail(_reason(text, mismatch=mismatch, lasting=lasting))
+        return text
+
+    def leave(self, said: str, *, lasting: bool) -> None:
+        """Tells all peers, between two calls, that this rank does not make the next one with them."""
+        with contextlib.suppress(RuntimeError):
+            self._host.leave(_reason(said, mismatch=False, lasting=lasting))
+
+    def begin_step(self, number: int) -> None:
+        """A peer that begins a step before it has made all calls of the one before never makes them."""
+        self._host.set_step(number)
 
     def _posted(self, rank: int, sequence: int) -> tuple[int, str, str]:
         digest, text = self._host.descriptor(rank, sequence)
@@ -92,20 +109,36 @@ class Peers:
         for rank in sorted([self._rank, *self._others]):
             if rank == self._rank or self._host.wait_posted(rank, sequence, _REPORT_WAIT_S)[0] == "ok":
                 digest, _, signature = self._posted(rank, sequence)
-                calls[rank] = (digest, signature)
+                calls[self._names[rank]] = (digest, signature)
         return RankMismatchError(describe_mismatch(calls, sequence))
 
     def _error(self, call: Call, answer: tuple[str, int], peer: int, what: str) -> CommunicationError:
         status, rank = answer
-        where = f"{call.name}: rank {self._rank} waited for rank {peer} {what}"
+        name = self._names[rank]
+        where = f"{call.name}: rank {self._names[self._rank]} waited for rank {self._names[peer]} {what}"
         if status == "timeout":
-            return SignalTimeoutError(f"{where}; it is alive and did not signal within {call.config.timeout_s:g} s")
+            late = f"{where}; it is alive and did not signal within {call.config.timeout_s:g} s"
+            return SignalTimeoutError(late, lasting=True)
+        if status == "ahead":
+            mine, others = self._host.step(self._rank), self._host.step(rank)
+            return RankMismatchError(
+                f"{where}; rank {name} has begun step {others} and left step {mine}, in which this rank is, without "
+                f"this call: an exception that was caught there, or a call that was left out"
+            )
         if status == "failed":
             kind, _, message = self._host.reason(rank).partition("\n")
-            if kind == RankMismatchError.__name__:
-                return RankMismatchError(message)
-            return PeerLostError(f"{where}; rank {rank} gave up: {message or 'no reason given'}")
-        return PeerLostError(f"{where}; the process of rank {rank} is gone")
+            lasting = _LASTING in kind
+            if MISMATCH in kind:
+                return RankMismatchError(message, lasting=lasting)
+            said = message or f"rank {name} gave up and gave no reason"
+            return PeerLostError(f"{where}; {said}", said=said, lasting=lasting)
+        return PeerLostError(f"{where}; the process of rank {name} is gone", lasting=True)
+
+
+def _reason(text: str, *, mismatch: bool, lasting: bool) -> str:
+    """What a rank leaves for its peers: marks, and behind them what it says."""
+    marks = (MISMATCH if mismatch else "") + (_LASTING if lasting else "")
+    return f"{marks}\n{_line(text, _REASON_CHARACTERS)}"
 
 
 def _line(text: str, most: int) -> str:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from .. import _ext
-from ..errors import CapacityWarning
+from ..errors import CapacityWarning, CommunicationError
 from .host_exchange import HostExchange
 from .leases import LeaseTable
 from .mismatch import short_text
@@ -76,26 +77,42 @@ class _Buffers:
 
 
 class SymmetricHostTransport(Transport):
-    """Ranks of one host over shared memory; made by ``comm/groups.py``.  ``completed`` counts its calls."""
+    """Ranks of one host over shared memory; made by ``comm/groups.py``.
+
+    Attributes:
+        completed: number of its calls.
+        step: number of the step that this rank is in; 0 before the first.
+        lasting: whether what broke it keeps the ranks from meeting again.
+    """
 
     name = "symmetric"
 
-    def __init__(self, host: Any, rank: int, world: int) -> None:
+    def __init__(self, host: Any, rank: int, world: int, names: Sequence[int] | None = None) -> None:
         super().__init__(rank, world)
         module = _ext.load()
         self._host = host
-        self._peers = Peers(host, rank, world)
+        self._peers = Peers(host, rank, world, names)
         self._windows = Windows(host, module.WINDOWS)
         self._leases = LeaseTable(module.WINDOWS, module.CELLS)
         self.completed = 0
+        self.lasting = False
+        self.step = 0
         self._refused: int | None = None
         self._ahead: tuple[SentAhead, ShardBuffer] | None = None
 
     @classmethod
     def connect(
-        cls, rank: int, world: int, directory: str, nonce: int, rendezvous: Rendezvous
+        cls,
+        rank: int,
+        world: int,
+        directory: str,
+        nonce: int,
+        rendezvous: Rendezvous,
+        names: Sequence[int] | None = None,
     ) -> SymmetricHostTransport:
         """Makes this rank's segment and maps all others'.  Every rank calls it; it fails on all or on none.
+
+        ``names`` are the numbers by which errors call the ranks, if not 0, 1, 2.
 
         Raises:
             OSError: some rank could not; the message names it and says why.
@@ -126,7 +143,7 @@ class SymmetricHostTransport(Transport):
         cores = len(os.sched_getaffinity(0))
         if world > cores:
             host.spin_us = 0  # a spinning rank would keep the one it waits for off its core
-        return cls(host, rank, world)
+        return cls(host, rank, world, names)
 
     @property
     def reserved_bytes(self) -> int:
@@ -147,9 +164,20 @@ class SymmetricHostTransport(Transport):
         except CapacityExceededError:
             raise
         except BaseException as error:
-            self.broken = f"{call.name} failed: {error!r}"
-            self._peers.give_up(error)
+            self.broken = self._peers.give_up(error)
+            self.lasting = isinstance(error, CommunicationError) and error.lasting
             raise
+
+    def begin_step(self, number: int) -> None:
+        """Step ``number`` of all ranks begins; see ``comm/steps.py``."""
+        self.step = number
+        self._peers.begin_step(number)
+
+    def leave(self, said: str, *, lasting: bool = False) -> None:
+        """Between two calls, this rank leaves the others: their next call that needs it raises what it ``said``."""
+        if self.broken is None:
+            self.broken, self.lasting = said, lasting
+            self._peers.leave(said, lasting=lasting)
 
     def _run(self, call: Call) -> None:
         schedule, buffers = self._prepare(call)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.integrations import checkpoint_files as files
+from odysseus_kernels.integrations.saving import SavingRanks
 from odysseus_kernels.nn.master import MasterWeights
 
 __all__ = ["join_names", "load_checkpoint", "model_tensors", "save_checkpoint"]
@@ -40,7 +41,9 @@ def save_checkpoint(
     *,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves a parallelized or a stock model, and its optimizer.  Every rank of the default process group calls it.
+    """Saves a parallelized or a stock model, and its optimizer.  Every rank of the model's mesh calls it.
+
+    (Of the default process group, for a stock model.)
 
     The folder appears only when it is complete: until then it is called ``<folder>.unfinished``. A checkpoint of the
     same name is replaced, and nothing else ever is. All ranks must see the same file system.
@@ -59,6 +62,8 @@ def save_checkpoint(
     Raises:
         ValueError: for state that cannot be saved, or a folder that exists and is no checkpoint or holds other things,
             too; names it, before anything is written.
+        CommunicationError: if ranks make other calls, save other tensors or elsewhere, or do not come within the
+            ``timeout_s`` that the model was parallelized with.
         RuntimeError: on every rank, if one could not write; an earlier checkpoint of this name is kept.
     """
     named = model_tensors(model)
@@ -79,7 +84,9 @@ def save_checkpoint(
         json.dumps(contents)
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected extra and settings of the optimizer that JSON can hold: {error}") from None
-    files.write(Path(folder).absolute(), {name: tensor.detach() for name, tensor in tensors.items()}, contents)
+    target, ranks = Path(folder).absolute(), SavingRanks(model)
+    ranks.come_together("save_checkpoint", target, tensors)
+    files.write(target, {name: tensor.detach() for name, tensor in tensors.items()}, contents, ranks.process_group)
 
 
 @torch.inference_mode(False)

@@ -5,8 +5,8 @@ writes the description last and then gives the folder its name, so that a folder
 ``.metadata`` is written as well, for PyTorch's tools, but never read here: it is a pickle, which DCP's reader would
 execute. What this module reads is JSON, and tensors through ``torch.load(weights_only=True)``.
 
-All ranks see the same file system and save together. While saving, they agree through DCP's collectives in the
-default process group; reading sends nothing.
+All ranks of a model's mesh see the same file system and save together. While saving, they agree through DCP's
+collectives; reading sends nothing.
 """
 
 from __future__ import annotations
@@ -79,8 +79,13 @@ class Description:
         return Metadata(state, storage_data=storage)
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], contents: Mapping[str, Any]) -> None:
-    """Writes tensors (of DTensors, every rank its part) and ``contents``; every rank calls it.
+def write(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    contents: Mapping[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Writes tensors (of DTensors, every rank its part) and ``contents``; every rank of ``group`` calls it.
 
     Raises:
         ValueError: ``folder`` exists and is no checkpoint, or holds other things, too; nothing is touched.
@@ -95,6 +100,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], contents: Mapping[str,
             dict(tensors),
             storage_writer=_Writer(folder, contents),
             planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
             no_dist=alone,
         )
 

@@ -21,6 +21,7 @@ from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.identity import check_identical
 from odysseus_kernels.nn.moe import ExpertsSpec
+from odysseus_kernels.nn.replaced import retire_parameter
 from odysseus_kernels.nn.swap import swap_class
 from odysseus_kernels.strategies import get_strategy
 from odysseus_kernels.strategies.base import ModelShape, Part, apply_strategy
@@ -36,7 +37,7 @@ def parallelize(
     Every rank passes the same full model: built from the same seed, or loaded from the same checkpoint. Its weights
     are kept to the bit. Afterwards its parameters are DTensors under their stock names, each rank runs its own part
     of the sequence (see :func:`shard_sequence`), and every parameter's gradient is that of the whole batch.
-    Make optimizers afterwards: one made before holds the full parameters.
+    Make optimizers afterwards: one made before holds the full parameters, and its first step is a ValueError.
 
     Args:
         model: a stock transformers model of one of the supported families (``integrations/families.py``) on the device
@@ -75,7 +76,10 @@ def parallelize(
     _check_parameters(model, parts, group)
     check_identical([*model.named_parameters(), *model.named_buffers()], group)
 
+    full = list(model.parameters())
     apply_strategy(chosen, shape, parts, group)
+    for parameter in full:
+        retire_parameter(parameter)
     # These two keep their class names: transformers looks up by name what outputs a model can record, and writes the
     # name into configurations that it saves.
     for module, mixin in ((model.base_model, SequenceModel), (model, SequenceCausalLM)):

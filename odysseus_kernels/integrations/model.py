@@ -25,6 +25,7 @@ from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, DistributedHead, sequence_loss
 from odysseus_kernels.nn.moe import load_balancing_loss
 from odysseus_kernels.nn.parameters import token_parameter
+from odysseus_kernels.nn.step import Stepped
 
 __all__ = ["SequenceCausalLM", "SequenceModel"]
 
@@ -32,7 +33,7 @@ __all__ = ["SequenceCausalLM", "SequenceModel"]
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(Stepped):
     """A base model whose tokens are cut over the ranks and whose attention sees the whole sequence.
 
     Embedding, norms and feed-forward networks see [B, s] tokens of this rank, attention the T = L/R of its ring rank.
@@ -248,7 +249,7 @@ class SequenceModel(nn.Module):
         return parts.chunk(group.ring_size, dim=1)[group.ring_rank], parts[:, order]
 
 
-class SequenceCausalLM(nn.Module):
+class SequenceCausalLM(Stepped):
     """A model with a language head on this rank's tokens: logits [B, s, V], or the loss over the tokens of all ranks.
 
     With labels the logits are never made whole, and the output has none: call without labels for logits.

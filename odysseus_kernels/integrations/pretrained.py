@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,6 +31,7 @@ from transformers.core_model_loading import (
 )
 
 from odysseus_kernels.integrations.checkpoint import join_names, model_tensors
+from odysseus_kernels.integrations.saving import SavingRanks
 
 __all__ = ["load_pretrained", "save_pretrained"]
 
@@ -46,7 +45,9 @@ _OF_A_SAVE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|m
 def save_pretrained(
     model: PreTrainedModel, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """Writes a directory that ``from_pretrained`` loads to the bit.  Every rank of the default group calls it.
+    """Writes a directory that ``from_pretrained`` loads to the bit.  Every rank of the model's mesh calls it.
+
+    (Of the default process group, for a stock model.)
 
     It has the stock configuration, generation configuration and weights in files of bounded size; tied weights are
     saved once. Other files in the folder, such as a tokenizer's, are left alone; earlier weights are replaced at the
@@ -60,6 +61,8 @@ def save_pretrained(
 
     Raises:
         ValueError: if ``folder`` is a file, or ``max_shard_bytes`` is not positive.
+        CommunicationError: if ranks make other calls, save other tensors or elsewhere, or do not come within the
+            ``timeout_s`` that the model was parallelized with.
         RuntimeError: on every rank but the first, if that could not write; there it is what went wrong.
     """
     target = Path(folder)
@@ -68,7 +71,9 @@ def save_pretrained(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected bytes above 0, got {max_shard_bytes}")
     ignored = set(model._keys_to_ignore_on_save or ())
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    ranks = SavingRanks(model)
+    first = ranks.first
+    ranks.come_together("save_pretrained", target.absolute(), model_tensors(model))
     files, failure = _Files(target, max_shard_bytes), None
     # Whatever goes wrong on the first rank is raised at the end: the others wait for its part in every gather.
     for name, tensor in model_tensors(model).items():
@@ -85,7 +90,7 @@ def save_pretrained(
             files.finish(model)
         except Exception as error:  # noqa: BLE001
             failure = error
-    failed = _anywhere(failure is not None, next(model.parameters()).device.type)
+    failed = ranks.anywhere(failure is not None, "save_pretrained")
     if failure is not None:
         raise failure
     if failed:
@@ -289,12 +294,3 @@ def _ignored(model: PreTrainedModel, name: str) -> bool:
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Sorts layers and experts by number: their order is their place in a merged parameter."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
-
-
-def _anywhere(flag: bool, device_type: str) -> bool:
-    """Whether the flag is set on any rank; returns when all ranks have come here."""
-    if not dist.is_initialized():
-        return flag
-    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    mine = torch.tensor([float(flag)], device=device_type)
-    return bool(DTensor.from_local(mine, mesh, [Partial("max")], run_check=False).full_tensor().item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from odysseus_kernels.comm.announce import announce, withdraw
 from odysseus_kernels.comm.arguments import check_config
+from odysseus_kernels.comm.steps import StepGroups
 from odysseus_kernels.config import OverlapConfig
 
 __all__ = ["DATA_DIMENSION", "RING_DIMENSION", "SEQUENCE_DIMENSION", "SequenceGroup"]
@@ -40,6 +42,8 @@ class SequenceGroup:
         everyone: process group of all ranks that share the sequence, R·N of them; ``group`` without a ring.  Its ranks
             are in the order of ring rank · N + rank.
         every_rank: this rank within ``everyone``.
+        whole: the mesh that this is made of, with ``"dp"`` where it has it.
+        steps: tells all ranks of the mesh, those of ``"dp"`` included, of an error on one.
         tokens: ``"sharded"`` where ranks of ``group`` hold different tokens outside of attention, ``"replicated"``
             where they hold the same (classical tensor parallelism).
     """
@@ -54,6 +58,8 @@ class SequenceGroup:
     ring_size: int
     everyone: dist.ProcessGroup
     every_rank: int
+    whole: DeviceMesh
+    steps: StepGroups = dataclasses.field(repr=False)
     tokens: Literal["sharded", "replicated"] = "sharded"
 
     @property
@@ -80,13 +86,26 @@ class SequenceGroup:
         chosen = groups or tuple(group for group in (self.group, self.ring, self.everyone) if group is not None)
         return list(dict.fromkeys(group.group_name for group in chosen if group.size() > 1))
 
+    def dimensions(self) -> list[dist.ProcessGroup]:
+        """The process group of each dimension of the whole mesh, innermost first, without those of one rank."""
+        groups = [self.whole.get_group(dim) for dim in reversed(range(self.whole.ndim))]
+        return [group for group in groups if group.size() > 1]
+
+    def saving_group(self) -> dist.ProcessGroup | None:
+        """A process group of all ranks of the whole mesh; None is the default group.  All of them call it."""
+        if self.whole.size() == dist.get_world_size():
+            return None
+        if DATA_DIMENSION not in (self.whole.mesh_dim_names or ()):
+            return self.everyone
+        return self.whole._flatten("dp_ring_seq").get_group()
+
     @staticmethod
     def of(mesh: DeviceMesh, config: OverlapConfig | None = None) -> SequenceGroup:
         """The sequence group of ``mesh``; every rank of the mesh calls this together.
 
         Raises:
             ValueError: if ``mesh`` is not a DeviceMesh with a dimension ``"seq"``, optionally ``"ring"`` outside it and
-                ``"dp"`` outside both.
+                ``"dp"`` outside both; or if its ranks do not increase along each dimension and over a whole sequence.
         """
         if not isinstance(mesh, DeviceMesh):
             raise ValueError(f"mesh: expected a torch DeviceMesh, got {type(mesh).__name__}; {_how()}")
@@ -98,22 +117,48 @@ class SequenceGroup:
                 f'mesh: expected dimensions out of {_ORDER}, outermost first, got {names}: "ring" lies outside of '
                 f'"seq", "dp" outside of both, and other dimensions are not supported'
             )
+        _check_order(mesh)
         settled, group = check_config(config), mesh.get_group(SEQUENCE_DIMENSION)
+        data = [mesh.get_group(DATA_DIMENSION)] if DATA_DIMENSION in names else []
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if RING_DIMENSION not in names:
             own = mesh if len(names) == 1 else mesh[SEQUENCE_DIMENSION]
-            return SequenceGroup(own, group, rank, size, settled, None, 0, 1, group, rank)
+            steps = StepGroups([group], data, settled, mesh.device_type)
+            return SequenceGroup(own, group, rank, size, settled, None, 0, 1, group, rank, mesh, steps)
         own = mesh if len(names) == 2 else mesh[RING_DIMENSION, SEQUENCE_DIMENSION]
         ring = mesh.get_group(RING_DIMENSION)
         ring_rank, ring_size = dist.get_rank(ring), dist.get_world_size(ring)
         everyone = group if ring_size == 1 else ring if size == 1 else own._flatten("ring_seq").get_group()
         every_rank = ring_rank * size + rank
         assert dist.get_rank(everyone) == every_rank, "a flattened mesh is in row-major order"
-        return SequenceGroup(own, group, rank, size, settled, ring, ring_rank, ring_size, everyone, every_rank)
+        steps = StepGroups([group, ring, everyone], data, settled, mesh.device_type)
+        return SequenceGroup(
+            own, group, rank, size, settled, ring, ring_rank, ring_size, everyone, every_rank, mesh, steps
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceGroup:
         # A copy of a module communicates with the same peers; process groups themselves cannot be copied.
         return self
+
+
+def _check_order(mesh: DeviceMesh) -> None:
+    """Refuses meshes whose coordinates are not the ranks of their process groups, which are ordered by number.
+
+    torch itself takes a rank's part of a DTensor from the one in some places and from the other in others.
+    """
+    ranks = mesh.mesh
+    names = mesh.mesh_dim_names or ()
+    over = tuple(names.index(name) for name in (RING_DIMENSION, SEQUENCE_DIMENSION) if name in names)
+    sequences = ranks.reshape(-1, math.prod(ranks.shape[dim] for dim in over))
+    lines = [(f"along {name!r}", ranks.diff(dim=dim)) for dim, name in enumerate(names)]
+    lines.append(('over ("ring", "seq"), row by row', sequences.diff(dim=1)))
+    for where, differences in lines:
+        if bool((differences <= 0).any()):
+            raise ValueError(
+                f"mesh: expected ranks that increase {where}, since the ranks of a process group are ordered by "
+                f"number, got {ranks.tolist()}; give each process the rank that its place in the mesh asks for, "
+                f"or sort the ranks"
+            )
 
 
 def _how() -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,3 +118,52 @@ def test_prefetched_weights_that_change_or_are_not_used(ranks: RankPools, world:
 
 def test_nothing_is_left_behind() -> None:
     assert run_ranks(cases.clean_exit, 2, timeout=60) == [[], []]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_after_a_stopped_rank_calls_fail_at_once_and_processes_end(transport: str, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("exit_run.py")
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), "3", tmp_path / "meeting", transport],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(3)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        processes[1].send_signal(signal.SIGSTOP)
+        outcomes = {}
+        for rank in (0, 2, 1):
+            if rank == 1:
+                processes[1].send_signal(signal.SIGCONT)
+            for process in processes[:1] + processes[2:] if rank == 0 else processes[1:2] if rank == 1 else []:
+                assert process.stdin is not None
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            stdout = processes[rank].stdout
+            assert stdout is not None
+            outcomes[rank] = json.loads(stdout.readline())
+            begin = time.monotonic()
+            _, errors = processes[rank].communicate(timeout=30)
+            assert processes[rank].returncode == 3, errors
+            assert time.monotonic() - begin < 5, f"rank {rank} took its time to end"
+            assert "terminate called" not in errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    kinds = {rank: [kind for kind, _, _ in calls] for rank, calls in outcomes.items()}
+    assert "SignalTimeoutError" in (kinds[0][0], kinds[2][0]), outcomes
+    for rank, calls in outcomes.items():
+        for kind, message, seconds in calls:
+            assert kind in ("SignalTimeoutError", "PeerLostError", "CommunicationError"), (rank, message)
+            assert seconds < 1.5 + 3
+        for _, message, seconds in calls[1:]:
+            assert seconds < 1 and "make it again" in message, (rank, message)

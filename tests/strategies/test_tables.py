@@ -25,7 +25,7 @@ WHOLE, ROWS, COLUMNS, ALL_ROWS, ALL_COLUMNS = Cut(), Cut(0), Cut(1), Cut(0, "eve
 def group(size: int, ring: int = 1) -> SequenceGroup:
     """The sizes alone: nothing is sent."""
     nothing: Any = None
-    return SequenceGroup(nothing, nothing, 0, size, OverlapConfig(), nothing, 0, ring, nothing, 0)
+    return SequenceGroup(nothing, nothing, 0, size, OverlapConfig(), nothing, 0, ring, nothing, 0, nothing, nothing)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from odysseus_kernels.attention import layout
 from odysseus_kernels.comm.functional import all_gather
+from odysseus_kernels.nn.cut import RING_LAYOUT
 from odysseus_kernels.nn.group import SequenceGroup
-from odysseus_kernels.nn.sequence import RING_LAYOUT
 
 __all__ = ["assemble", "bare", "closeness", "observed", "part_names", "share", "whole"]
 

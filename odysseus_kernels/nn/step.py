@@ -1,0 +1,141 @@
+"""Where a model's step begins and ends, so that an error on one rank is an error on all; see ``comm/steps.py``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+
+from odysseus_kernels.comm.steps import StepGroups
+from odysseus_kernels.nn.group import SequenceGroup
+
+__all__ = ["Stepped", "step"]
+
+
+@contextlib.contextmanager
+def step(model: nn.Module) -> Iterator[None]:
+    """All that happens within is one step of a parallelized model: an error in it on one rank is one on all.
+
+    A forward pass is such a step by itself, with its backward pass. This is for code between and behind these that may
+    fail on one rank: a loss or metric of one's own, a logger, an optimizer's step. ::
+
+        with ody.step(model):
+            loss = my_loss(model(**batch).logits)
+            loss.backward()
+            optimizer.step()
+
+    Whatever is raised within is raised again, after all ranks of the mesh have been told: those that wait in an
+    operator leave it within two seconds with a :class:`~odysseus_kernels.errors.PeerLostError` that names this rank
+    and its error. If all ranks catch their errors they may go on with another step, unless one of the errors says
+    that the process group has to be made again (its attribute ``lasting``).
+
+    Args:
+        model: what :func:`odysseus_kernels.parallelize` returned, or a wrapper around it. Every rank of its mesh
+            begins the step.
+
+    Raises:
+        ValueError: if the model is not parallelized.
+        CommunicationError: if ranks cannot begin a step together after an earlier error.
+    """
+    groups = [module.sequence_group for module in model.modules() if isinstance(module, Stepped)]
+    if not groups:
+        raise ValueError(f"model: expected one that parallelize returned, got {type(model).__name__}")
+    with groups[0].steps.step():
+        yield
+
+
+class Stepped(nn.Module):
+    """A model whose call, hooks included, and the backward pass of what it returns are a step."""
+
+    sequence_group: SequenceGroup
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock model's call."""
+        with self.sequence_group.steps.step() as outermost:
+            self.sequence_group.steps.watch(self)
+            outputs = super().__call__(*args, **kwargs)
+            if outermost and torch.is_grad_enabled():
+                _watch_backward(outputs, self.sequence_group.steps)
+            return outputs
+
+
+def _watch_backward(outputs: Any, steps: StepGroups) -> None:
+    """Has an error in the backward pass of any output told to all ranks."""
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else ()
+    watched: list[Any] = [value for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+    backward = _Backward(steps)
+    for value in watched:
+        value.register_hook(backward.begin)
+        if value.ndim == 0:
+            value.__class__ = Loss
+            value._step = backward
+
+
+class _Backward:
+    """One or more backward passes through the outputs of a call."""
+
+    def __init__(self, steps: StepGroups) -> None:
+        self._steps = steps
+        self._guarded = False
+        self._running = False
+
+    def begin(self, _: torch.Tensor) -> None:
+        """Hook of the outputs: the gradient of the model begins."""
+        if not self._running:
+            self._running = True
+            # The engine drops the callbacks of a pass that fails without calling them.
+            Variable._execution_engine.queue_callback(_End(self).reached)
+
+    def end(self, *, reached: bool) -> None:
+        """The pass is over."""
+        self._running = False
+        if not reached and not self._guarded:
+            self._steps.leave(None)
+
+    def run(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """``loss.backward()`` itself: an error of it is told with its text."""
+        self._guarded = True
+        try:
+            torch.Tensor.backward(loss, *args, **kwargs)
+        except BaseException as error:
+            self._steps.leave(error)
+            raise
+        finally:
+            self._guarded = False
+
+
+class Loss(torch.Tensor):
+    """A scalar whose ``backward`` is part of a step; what is computed from it is a plain tensor."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _step: _Backward
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """As of every tensor."""
+        self._step.run(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
+
+class _End:
+    """The end of a pass: reached, or dropped by the engine."""
+
+    def __init__(self, backward: _Backward) -> None:
+        self._backward: _Backward | None = backward
+
+    def reached(self) -> None:
+        """The engine's final callback."""
+        self._end(reached=True)
+
+    def __del__(self) -> None:
+        self._end(reached=False)
+
+    def _end(self, *, reached: bool) -> None:
+        backward, self._backward = self._backward, None
+        if backward is not None:
+            backward.end(reached=reached)
