@@ -38,7 +38,7 @@ class ExtensionNotBuiltError(ImportError):
 
 
 class FallbackWarning(UserWarning):
-    """A preferred transport is not available here, so another one is used; issued once for each group."""
+    """What is preferred cannot be had: something slower or less strict replaces it; issued once, with the reason."""
 
 
 class CapacityWarning(FallbackWarning):
