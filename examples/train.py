@@ -165,6 +165,8 @@ def train(options: argparse.Namespace, mesh: DeviceMesh | None) -> dict[str, Any
     validation: dict[str, float] = {}
     seconds: list[float] = []
     found = latest(options.checkpoint) if options.resume else None
+    if options.resume and found is None and rank == 0:
+        print(f"--resume: no complete checkpoint in {options.checkpoint}, training begins at step 1")
     done, losses = (0, losses) if found is None else load(found, model, optimizer)
     with Progress(transient=True) as progress:
         # Only where somebody watches: log files get the table at the end.

@@ -53,7 +53,7 @@ class KernelUnavailableError(RuntimeError):
 
 
 class FallbackWarning(UserWarning):
-    """A preferred transport or mode is not available here, so another one is used; issued once for each group."""
+    """What is preferred cannot be had: something slower or less strict replaces it; issued once, with the reason."""
 
 
 class CapacityWarning(FallbackWarning):

@@ -9,14 +9,17 @@ The CUDA kernels have been written by their documentation and have not run yet.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..comm.reduce import accumulator_dtype
+from ..errors import FallbackWarning
 from .dropout import Dropout
 
 __all__ = ["attend", "attend_backward", "check_attention_kernel"]
@@ -77,7 +80,9 @@ def attend(
         (fp64 for fp64), -inf where a query sees nothing.
     """
     q, k, v = (_dense_rows(x) for x in (q, k, v))
-    if not _kernel_serves(q, v, mask, dropout):
+    reason = _why_products(q, v, mask, dropout)
+    if reason is not None:
+        _warn_of_products(kernel, reason)
         return _attend_by_products(q, k, v, scale, _with_causal(mask, causal, q, k), dropout)
     if q.is_cuda:
         return _attend_cuda(q, k, v, scale, causal, kernel)
@@ -113,7 +118,7 @@ def attend_backward(
         q, k, v, scale, causal, mask, dropout, kernel: as in :func:`attend`.
     """
     grad, q, k, v, out = (_dense_rows(x) for x in (grad, q, k, v, out))
-    if not _kernel_serves(q, v, mask, dropout):
+    if _why_products(q, v, mask, dropout) is not None:
         return _backward_by_products(grad, q, k, v, out, lse, scale, _with_causal(mask, causal, q, k), dropout)
     if q.is_cuda:
         return _backward_cuda(grad, q, k, v, out, lse, scale, causal, kernel)
@@ -168,14 +173,34 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] else x.contiguous()
 
 
-def _kernel_serves(q: Tensor, v: Tensor, mask: Tensor | None, dropout: Dropout | None) -> bool:
+def _why_products(q: Tensor, v: Tensor, mask: Tensor | None, dropout: Dropout | None) -> str | None:
+    """Why no kernel serves; None where one does."""
     width = q.shape[-1]
-    if dropout is not None or width != v.shape[-1]:
-        return False
+    if dropout is not None:
+        return "no kernel draws dropout by head and position"
+    if width != v.shape[-1]:
+        return f"kernels take values as wide as keys, got {v.shape[-1]} and {width}"
     if q.device.type == "cpu":
-        return True
-    sixteen_bits = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and mask is None and sixteen_bits and width % 8 == 0 and width <= _FLASH_WIDTHS
+        return None
+    if not q.is_cuda:
+        return f"there is no kernel for {q.device.type} tensors"
+    if mask is not None:
+        return "no CUDA kernel that gives a log-sum-exp takes a mask, as packed documents, padding and windows need"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"CUDA kernels take float16 and bfloat16, got {q.dtype}"
+    if width % 8 or width > _FLASH_WIDTHS:
+        return f"CUDA kernels take heads whose width divides by 8, of at most {_FLASH_WIDTHS}, got {width}"
+    return None
+
+
+@functools.cache
+def _warn_of_products(kernel: str, reason: str) -> None:
+    """Once for each kernel and reason: results are the same, times are not."""
+    warnings.warn(
+        f'attention under Ring runs as plain matrix products instead of kernel "{kernel}", which is slower: {reason}',
+        FallbackWarning,
+        stacklevel=2,
+    )
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

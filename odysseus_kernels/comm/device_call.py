@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -220,6 +221,11 @@ def check_tiles(call: Call, world: int) -> None:
     parts = [part for part in (call.gather, call.scatter) if part is not None]
     chunk = call.gather.shard if call.gather is not None else call.scatter.out if call.scatter is not None else None
     if len(parts) != 1 or parts[0].tiles is None or chunk is None or chunk.shape[0] != 1:
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError(
+                f'{call.name}: expected the package triton for mode "tiles", which cannot be imported: install it, or '
+                f"use another mode"
+            )
         raise ValueError(
             f'{call.name}: expected mode "fused" or "unfused", got "tiles": its kernel serves one gather or one '
             f"scatter of a sequence without a batch"

@@ -8,6 +8,7 @@ comparison is a collective of the GPU, and only the first call of each kind is c
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import deque
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import RankMismatchError
+from ..errors import FallbackWarning, RankMismatchError
 from .backend import all_gather_single, exchange_device, wait
 from .mismatch import describe_mismatch, signature_hash
 
@@ -47,6 +48,14 @@ class Handshakes:
         self._under_way: deque[_Exchange] = deque()
         self._seen: set[int] = set()
         self.beside = exchange_device(group).type == "cpu"
+        if not self.beside:
+            warnings.warn(
+                f"process group {group.group_name} serves no CPU tensors: only the first call of each kind is compared "
+                f"between ranks, and ranks that later make such calls in different orders wait for one another or "
+                f'exchange wrong data; init_process_group("cpu:gloo,cuda:nccl") has every call compared',
+                FallbackWarning,
+                stacklevel=2,
+            )
 
     def compare(
         self, group: dist.ProcessGroup, signature: str, sequence: int, timeout_s: float, look: Callable[[], None]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from odysseus_kernels.errors import FallbackWarning
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.mlp import MLPSpec
@@ -120,6 +122,14 @@ def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part],
     Every rank's parameters must be full and identical.  A parameter that two layers share stays shared.
     """
     placements, classes = strategy.placements(shape, group), strategy.modules(shape, group)
+    if placements["head"].weight.dim is None and not shape.tied:
+        warnings.warn(
+            f"the ranks do not divide a vocabulary of {shape.vocabulary}: every rank holds the language head whole and "
+            f"its gradient is added over them; call model.resize_token_embeddings(pad_to_multiple_of=...) before "
+            f"parallelize to have it cut",
+            FallbackWarning,
+            stacklevel=3,
+        )
     # By the identity of the full parameter, which is kept alive here so that no id is used twice.
     distributed: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for part in parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from odysseus_kernels.attention import local
 from odysseus_kernels.attention.dropout import Dropout
 from odysseus_kernels.attention.local import attend, attend_backward, check_attention_kernel
+from odysseus_kernels.errors import FallbackWarning
 from odysseus_kernels.testing.compare import assert_close_to_truth, max_error
 
 B, HEADS, KV_HEADS, ROWS, KEYS, WIDTH = 2, 6, 2, 33, 47, 16
@@ -48,7 +50,7 @@ def test_share_of_some_keys(
 ) -> None:
     """Forward alone; backward as the share in attention to these keys and to others, whose gradients come from fp64."""
     if by_products:
-        monkeypatch.setattr(local, "_kernel_serves", lambda *_: False)
+        monkeypatch.setattr(local, "_why_products", lambda *_: "a test")
         monkeypatch.setattr(local, "_MOST_PROBABILITIES", 500)  # several parts of rows and heads
         monkeypatch.setattr(local, "_FEWEST_ROWS", 4)
     mask, scale = some_mask() if masked else None, 0.3
@@ -92,7 +94,7 @@ def test_share_of_some_keys(
 @pytest.mark.parametrize("by_products", (False, True), ids=("kernel", "products"))
 def test_causal(monkeypatch: pytest.MonkeyPatch, by_products: bool) -> None:
     if by_products:
-        monkeypatch.setattr(local, "_kernel_serves", lambda *_: False)
+        monkeypatch.setattr(local, "_why_products", lambda *_: "a test")
     q, k, v, *_, grad = (x[:, :, :ROWS] for x in inputs(torch.float64))
     mask = torch.ones(1, ROWS, ROWS, dtype=torch.bool).tril()
     out, lse = attend(q, k, v, scale=0.3, causal=True)
@@ -132,6 +134,21 @@ def test_dropout_factors() -> None:
     part = Dropout(0.25, 3, 2, where[100:], where[::3]).factors(2, slice(1, 2), slice(10, 20), torch.float64)
     assert torch.equal(part, whole[:, 3:4, 110:120, ::3])
     assert not torch.equal(whole, Dropout(0.25, 4, 0, where, where).factors(2, slice(0, 4), slice(0, 256), whole.dtype))
+
+
+def test_products_instead_of_the_kernel_are_said_once() -> None:
+    q, k, v, *_ = inputs(torch.float32)
+    positions = torch.arange(ROWS), torch.arange(KEYS)
+    local._warn_of_products.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attend(q, k, v, scale=0.3, mask=some_mask())  # the kernel's
+        for _ in range(2):
+            attend(q, k, v, scale=0.3, dropout=Dropout(0.2, 1, 0, *positions))
+            attend(q, k, torch.cat((v, v), -1), scale=0.3)
+    texts = [str(one.message) for one in caught if one.category is FallbackWarning]
+    assert len(texts) == 2 and all('instead of kernel "sdpa"' in text for text in texts)
+    assert "dropout" in texts[0] and "got 32 and 16" in texts[1]
 
 
 def test_kernels_without_log_sum_exp_are_refused() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import ledger_cases
 import pytest
+import torch
 
+from odysseus_kernels.comm import handshakes
+from odysseus_kernels.errors import FallbackWarning
 from odysseus_kernels.testing.spawn import run_ranks
 
 
@@ -72,3 +76,9 @@ def test_handshakes_find_a_different_call() -> None:
         kind, message = outcome.result
         assert kind == "RankMismatchError" and "rank 1 differs in call number 8" in message
         assert "rank 1 called call 7 of other shapes" in message
+
+
+def test_a_group_that_compares_first_calls_only_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshakes, "exchange_device", lambda group: torch.device("cuda", 0))
+    with pytest.warns(FallbackWarning, match="process group of GPUs serves no CPU tensors: only the first call"):
+        handshakes.Handshakes(SimpleNamespace(group_name="of GPUs"))  # type: ignore[arg-type]

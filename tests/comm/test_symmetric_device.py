@@ -391,6 +391,9 @@ def test_tiles_refuse_what_they_cannot_serve() -> None:
     transport = group.transports[0]
     with pytest.raises(ValueError, match='mode "fused" or "unfused"'):
         transport.execute(Call("operator", "forward", OverlapConfig(mode="tiles"), gathers[0]))
+    absent = mock.patch("odysseus_kernels.comm.device_call.importlib.util.find_spec", return_value=None)
+    with absent, pytest.raises(ValueError, match="expected the package triton"):
+        transport.execute(Call("operator", "forward", OverlapConfig(mode="tiles"), gathers[0]))
     gather = dataclasses.replace(gathers[0], tiles=lambda found: None)
     with pytest.raises(ValueError, match="tile_bytes=95 "):
         transport.execute(Call("operator", "forward", OverlapConfig(mode="tiles", tile_bytes=95), gather))

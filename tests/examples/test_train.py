@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     single, _ = _train(1, folder, "--steps", str(STEPS))
     options = ("--steps", str(STEPS), "--eval-every", str(HALF), "--checkpoint", str(folder / "checkpoints"), "--plot")
-    double, printed = _train(2, folder, *options)
+    double, printed = _train(2, folder, *options, "--resume")  # there is none yet
     return {"folder": folder, 1: single, 2: double, "printed": printed}
 
 
@@ -66,6 +66,7 @@ def test_what_a_run_leaves(runs):
         assert runs[ranks]["versions"].keys() == {"python", "torch", "transformers", "odysseus_kernels"}
     for line in ("2 ranks", f"loss at step {STEPS}", "validation, bits per byte", "tokens/s", "rank 1", "MiB"):
         assert line in runs["printed"]
+    assert runs["printed"].count("--resume: no complete checkpoint in ") == 1
     assert "\x1b" not in runs["printed"], "no progress bar and no colours where nobody watches"
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, get_args
 
 import pytest
 
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.errors import FallbackWarning
 from odysseus_kernels.nn import sequence
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.linear import VocabParallelLinear, Zero3Linear
 from odysseus_kernels.nn.parameters import Cut
 from odysseus_kernels.nn.replicated import Replicated
 from odysseus_kernels.strategies import STRATEGIES, get_strategy
-from odysseus_kernels.strategies.base import LayerRole, ModelShape, ModuleRole
+from odysseus_kernels.strategies.base import LayerRole, ModelShape, ModuleRole, apply_strategy
 
 SHAPE = ModelShape(
     hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocabulary=128256, tied=False
@@ -69,6 +71,16 @@ def test_head(strategy, changes, size, cut):
     distributed = VocabParallelLinear if strategy in ("tp", "tp_sp") else Zero3Linear
     assert (chosen.placements(shape, group(size))["head"].weight != WHOLE) == cut
     assert chosen.modules(shape, group(size))["head"] is (distributed if cut else Replicated)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_a_head_that_is_not_cut_is_said(strategy):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # cut, or whole because the model ties it
+        apply_strategy(strategy, SHAPE, [], group(8))
+        apply_strategy(strategy, dataclasses.replace(SHAPE, tied=True), [], group(5))
+    with pytest.warns(FallbackWarning, match="do not divide a vocabulary of 128257: every rank holds"):
+        apply_strategy(strategy, dataclasses.replace(SHAPE, vocabulary=128257), [], group(8))
 
 
 @pytest.mark.parametrize(
