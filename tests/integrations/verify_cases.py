@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from family_cases import Case, make_mesh
@@ -13,9 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.comm.functional import all_gather
 from odysseus_kernels.integrations import checkpoint_files
+from odysseus_kernels.integrations import model as modeling
 from odysseus_kernels.integrations.huggingface import parallelize
 from odysseus_kernels.integrations.verify import verify
 from odysseus_kernels.nn.attention import SequenceMask
+from odysseus_kernels.nn.moe import load_balancing_loss
 from odysseus_kernels.nn.sequence import shard_sequence
 
 
@@ -130,12 +133,12 @@ def _swapped_shards(model: Any, mesh: DeviceMesh, strategy: str) -> Any:
     weight = model.model.layers[1].mlp.up_proj.weight
     write = checkpoint_files.write
 
-    def swapped(folder: Any, tensors: dict[str, torch.Tensor], contents: Any) -> None:
+    def swapped(folder: Any, tensors: dict[str, torch.Tensor], *rest: Any) -> None:
         checkpoint_files.write = write
         name = "model.model.layers.1.mlp.up_proj.weight"
         other = all_gather(weight.to_local().detach(), mesh.get_group("seq")).chunk(2)[1 - mesh.get_local_rank("seq")]
         placed = DTensor.from_local(other.clone(), weight.device_mesh, weight.placements, run_check=False)
-        write(folder, {**tensors, name: placed}, contents)
+        write(folder, {**tensors, name: placed}, *rest)
 
     checkpoint_files.write = swapped
     return model
@@ -156,8 +159,20 @@ def _gradient_of_one_rank(model: Any, mesh: DeviceMesh, strategy: str) -> Any:
     return model
 
 
-def _padding_routed(batch: dict[str, torch.Tensor], mesh: DeviceMesh, strategy: str) -> dict[str, torch.Tensor]:
-    return {name: t for name, t in shard_sequence(batch, mesh, strategy).items() if name != "counted_tokens"}
+def _padding_routed(model: Any, mesh: DeviceMesh, strategy: str) -> Any:
+    model = parallelize(model, mesh, strategy)
+    forward = model.forward
+
+    def routed(*arguments: Any, **keywords: Any) -> Any:
+        with mock.patch.object(modeling, "load_balancing_loss", _loss_of_all_tokens):
+            return forward(*arguments, **keywords)
+
+    model.forward = routed
+    return model
+
+
+def _loss_of_all_tokens(*arguments: Any, attention_mask: Any, **keywords: Any) -> Any:
+    return load_balancing_loss(*arguments, attention_mask=None, **keywords)
 
 
 def _shifted_twice(batch: dict[str, torch.Tensor], mesh: DeviceMesh, strategy: str) -> dict[str, torch.Tensor]:
@@ -201,7 +216,7 @@ FAULTS: dict[str, Fault] = {
         Case(family="mixtral", length=23),
         "gradients",
         ("padding counted in the loss of the router",),
-        cut=_padding_routed,
+        put_in=_padding_routed,
     ),
     "kv heads permuted": Fault(
         Case(kv_heads=4), "layers", ("model.layers.0.self_attn", "rotated by 2"), _kv_heads_permuted
