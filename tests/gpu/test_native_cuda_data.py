@@ -80,15 +80,16 @@ def test_bases_and_ranges(rank: Rank) -> None:
         program.run(0, 2, handles, [first.data_ptr()], ALLOWED)
 
 
-def test_copies_on_one_device_run_beside_products(rank: Rank) -> None:
+def test_copies_run_beside_products(rank: Rank) -> None:
+    """Over the bus; within one device the driver copies on its multiprocessors (1.2 TB/s on an H100)."""
     if reason := C.cuda.why_no_batch_copies():
         pytest.skip(reason)
     a, b, c = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
+    target = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
     program = rank.program()
-    for _ in range(40):
-        program.copy(1, at(target), at(source), source.nbytes)
+    for _ in range(6):
+        program.copy(1, at(target), at(source), source.nbytes, over_link=True)
     program.record(1, 0)
     program.depend(0, 0)
 
