@@ -329,8 +329,7 @@ class SequenceCausalLM(Stepped):
         self, cut: SequenceCut, targets: torch.Tensor | None, loss_settings: dict[str, Any], **kwargs: Any
     ) -> Any:
         counted = kwargs.pop("counted_tokens", None)
-        if counted is None:
-            counted = kwargs["attention_mask"]
+        counted = kwargs["attention_mask"] if counted is None else counted
         routed = hasattr(self, "router_aux_loss_coef")
         if routed:
             wanted = kwargs.get("output_router_logits")

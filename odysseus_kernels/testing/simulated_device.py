@@ -7,7 +7,6 @@ buffers, counts and addresses are tested where no GPU is.  Memory that nobody wr
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import random
 from collections import deque
@@ -17,37 +16,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import _ext
-from ..comm.device_schedule import COMPUTE, EPOCH, STREAMS
-from ..comm.lowering import WINDOWS, WORDS, Address, word_index
+from ..comm.device_schedule import COMPUTE, STREAMS
+from ..comm.lowering import WINDOWS, WORDS, word_index
 from ..comm.mismatch import describe_mismatch, signature_hash
 from ..comm.transport import Call
 from ..errors import CommunicationError, RankMismatchError, SignalTimeoutError
 from .replays import Node, edges, one_at_a_time
+from .simulated_operations import Event, Item, SimulatedOperations
 
 __all__ = ["SimulatedDevice", "SimulatedMachine"]
 
 _KINDS = ("shard", "receive")
 _Window = tuple[str, int]
-
-
-class _Event:
-    """One recording of an event."""
-
-    done = False
-
-
-@dataclasses.dataclass
-class _Item:
-    """What is queued: an effect, and what has to be true before."""
-
-    effect: Callable[[], None]
-    ready: Callable[[], bool] = lambda: True
-    event: _Event | None = None  # recorded by this item
-    after: _Event | None = None  # waited for by this item
-    gives_up: Callable[[], None] | None = None  # of a wait
-    label: str = ""
-    hangs: bool = False
 
 
 class SimulatedMachine:
@@ -59,10 +39,10 @@ class SimulatedMachine:
         self.devices = [SimulatedDevice(self, rank) for rank in range(world)]
         self.calls: list[list[str]] = [[] for _ in range(world)]
         self.windows: dict[tuple[int, _Window], Tensor] = {}  # by rank and place
-        self._queues: dict[tuple[int, int], deque[_Item]] = {}
+        self._queues: dict[tuple[int, int], deque[Item]] = {}
         self._kept: list[Tensor] = []
         self._graphs: list[Tensor] = []  # memory of graphs, which lasts
-        self._captured: list[tuple[int, int, _Item]] | None = None
+        self._captured: list[tuple[int, int, Item]] | None = None
 
     def window(self, rank: int, place: _Window, nbytes: int = 0) -> Tensor:
         """A window's bytes, at least ``nbytes``."""
@@ -90,7 +70,7 @@ class SimulatedMachine:
 
     # ---- queues ------------------------------------------------------------------------------------------------------
 
-    def enqueue(self, rank: int, stream: int, item: _Item) -> None:
+    def enqueue(self, rank: int, stream: int, item: Item) -> None:
         """Adds to a stream, or to what is being captured."""
         if self._captured is not None:
             self._captured.append((rank, stream, item))
@@ -115,10 +95,10 @@ class SimulatedMachine:
             self._captured = None
 
         def replay(*, reverse: bool = False) -> None:
-            events: dict[int, _Event] = {}
+            events: dict[int, Event] = {}
 
-            def renewed(event: _Event | None) -> _Event | None:
-                return None if event is None else events.setdefault(id(event), _Event())
+            def renewed(event: Event | None) -> Event | None:
+                return None if event is None else events.setdefault(id(event), Event())
 
             for rank, stream, item in _reversed_branches(graph) if reverse else graph:
                 again = dataclasses.replace(item, event=renewed(item.event), after=renewed(item.after))
@@ -166,11 +146,11 @@ class SimulatedMachine:
             self.windows[rank, place] = self.keep(tensor)
 
     @staticmethod
-    def _able(item: _Item) -> bool:
+    def _able(item: Item) -> bool:
         return not item.hangs and (item.after is None or item.after.done) and item.ready()
 
 
-def _reversed_branches(graph: Sequence[tuple[int, int, _Item]]) -> list[tuple[int, int, _Item]]:
+def _reversed_branches(graph: Sequence[tuple[int, int, Item]]) -> list[tuple[int, int, Item]]:
     """All nodes of each rank in one stream, in the order of their edges alone, what was captured last first."""
     nodes: list[Node] = [((rank, stream), item.event, item.after) for rank, stream, item in graph]
     order = one_at_a_time(edges(nodes), lambda index: -index)
@@ -189,14 +169,14 @@ class SimulatedDevice:
         self._backed: dict[_Window, int] = {}
         self.most_scratch = 0
 
-    def operations(self) -> _Operations:
-        return _Operations(self)
+    def operations(self) -> SimulatedOperations:
+        return SimulatedOperations(self)
 
     def streams(self) -> list[int]:
         return list(range(len(STREAMS)))
 
     def call(self, callback: Callable[[], None]) -> None:
-        self.machine.enqueue(self.rank, STREAMS.index(COMPUTE), _Item(callback, label="callback"))
+        self.machine.enqueue(self.rank, STREAMS.index(COMPUTE), Item(callback, label="callback"))
 
     def scratch(self, nbytes: int) -> Tensor:
         self.most_scratch = max(self.most_scratch, nbytes)
@@ -278,144 +258,3 @@ class SimulatedDevice:
 
     def close(self) -> None:
         pass
-
-
-class _Operations:
-    """The interface of the compiled ``cuda.Program``, on queues."""
-
-    def __init__(self, device: SimulatedDevice) -> None:
-        self._device = device
-        self._made: list[Callable[[list[int]], tuple[int, _Item]]] = []
-        self._events: dict[int, _Event] = {}
-
-    def __len__(self) -> int:
-        return len(self._made)
-
-    def close(self) -> None:
-        self._made.clear()
-
-    def run(self, first: int, last: int, streams: list[int], bases: list[int], timeout_s: float) -> None:
-        assert 0 <= first <= last <= len(self._made) and timeout_s > 0
-        for make in self._made[first:last]:
-            stream, item = make(bases)
-            self._device.machine.enqueue(self._device.rank, streams[stream], item)
-
-    def copy(
-        self,
-        stream: int,
-        dst: Address,
-        src: Address,
-        row_bytes: int,
-        rows: int = 1,
-        dst_pitch: int = 0,
-        src_pitch: int = 0,
-        over_link: bool = False,
-    ) -> None:
-        def make(bases: list[int]) -> tuple[int, _Item]:
-            to, source = _address(bases, dst), _address(bases, src)
-
-            def effect() -> None:
-                for row in range(rows):
-                    there, here = to + row * (dst_pitch or row_bytes), source + row * (src_pitch or row_bytes)
-                    ctypes.memmove(there, here, row_bytes)
-
-            return stream, _Item(effect, label=f"copy of rank {self._device.rank}")
-
-        self._made.append(make)
-
-    def wait(self, stream: int, epoch: Address, words: list[Address], values: list[int], tag: int) -> None:
-        device = self._device
-
-        def make(bases: list[int]) -> tuple[int, _Item]:
-            def missing() -> list[int]:
-                base = _load(_address(bases, epoch)) * EPOCH
-                pairs = enumerate(zip(words, values, strict=True))
-                return [i for i, (word, value) in pairs if _load(_address(bases, word)) < base + value]
-
-            def gives_up() -> None:
-                device.error = device.error or (tag, missing()[0])
-                device.aborted.fill_(1)
-
-            ready = lambda: bool(device.aborted) or not missing()  # noqa: E731 - two closures of one line
-            return stream, _Item(_nothing, ready, gives_up=gives_up, label=f"wait {tag} of rank {device.rank}")
-
-        self._made.append(make)
-
-    def signal(self, stream: int, epoch: Address, words: list[Address], values: list[int]) -> None:
-        device = self._device
-
-        def make(bases: list[int]) -> tuple[int, _Item]:
-            def effect() -> None:
-                if not device.aborted:  # who gave up must not say that data is there
-                    for word, value in zip(words, values, strict=True):
-                        _store(_address(bases, word), _load(_address(bases, epoch)) * EPOCH + value)
-
-            return stream, _Item(effect, label=f"signal of rank {device.rank}")
-
-        self._made.append(make)
-
-    def advance(self, stream: int, epoch: Address) -> None:
-        def make(bases: list[int]) -> tuple[int, _Item]:
-            place = _address(bases, epoch)
-            return stream, _Item(lambda: _store(place, _load(place) + 1), label="advance")
-
-        self._made.append(make)
-
-    def reduce(
-        self,
-        stream: int,
-        out: Address,
-        out_dtype: str,
-        sources: list[Address],
-        source_dtype: str,
-        count: int,
-        rows: int = 1,
-        out_pitch: int = 0,
-        source_pitches: list[int] | None = None,
-    ) -> None:
-        pitches = source_pitches or [0] * len(sources)
-
-        def make(bases: list[int]) -> tuple[int, _Item]:
-            to, places = _address(bases, out), [_address(bases, source) for source in sources]
-
-            def effect() -> None:
-                for row in range(rows):
-                    begins = [place + row * pitch for place, pitch in zip(places, pitches, strict=True)]
-                    names = [source_dtype] * len(begins)
-                    _ext.load().reduce(to + row * out_pitch, out_dtype, begins, names, count)
-
-            return stream, _Item(effect, label=f"sum of rank {self._device.rank}")
-
-        self._made.append(make)
-
-    def record(self, stream: int, event: int) -> None:
-        def make(bases: list[int]) -> tuple[int, _Item]:
-            self._events[event] = _Event()
-            return stream, _Item(_nothing, event=self._events[event], label=f"record {event}")
-
-        self._made.append(make)
-
-    def depend(self, stream: int, event: int) -> None:
-        def make(bases: list[int]) -> tuple[int, _Item]:
-            # As a GPU does: the last recording so far, and none at all if there is none.
-            return stream, _Item(_nothing, after=self._events.get(event), label=f"depend {event}")
-
-        self._made.append(make)
-
-
-def _nothing() -> None:
-    """Waiting is all that it does."""
-
-
-def _address(bases: list[int], address: Address) -> int:
-    base, offset = address
-    assert base == 0 or bases[base], f"base {base} of an address was not given"
-    return bases[base] + offset
-
-
-def _load(address: int) -> int:
-    return ctypes.c_int32.from_address(address).value
-
-
-def _store(address: int, value: int) -> None:
-    ctypes.c_int32.from_address(address).value = value

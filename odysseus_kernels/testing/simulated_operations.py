@@ -1,0 +1,177 @@
+"""What a simulated device enqueues: operations of a plan as items of queues; see ``simulated_device.py``."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .. import _ext
+from ..comm.device_schedule import EPOCH
+from ..comm.lowering import Address
+
+if TYPE_CHECKING:
+    from .simulated_device import SimulatedDevice
+
+__all__ = ["Event", "Item", "SimulatedOperations"]
+
+
+class Event:
+    """One recording of an event."""
+
+    done = False
+
+
+@dataclasses.dataclass
+class Item:
+    """What is queued: an effect, and what has to be true before."""
+
+    effect: Callable[[], None]
+    ready: Callable[[], bool] = lambda: True
+    event: Event | None = None  # recorded by this item
+    after: Event | None = None  # waited for by this item
+    gives_up: Callable[[], None] | None = None  # of a wait
+    label: str = ""
+    hangs: bool = False
+
+
+class SimulatedOperations:
+    """The interface of the compiled ``cuda.Program``, on queues."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+        self._made: list[Callable[[list[int]], tuple[int, Item]]] = []
+        self._events: dict[int, Event] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def close(self) -> None:
+        self._made.clear()
+
+    def run(self, first: int, last: int, streams: list[int], bases: list[int], timeout_s: float) -> None:
+        assert 0 <= first <= last <= len(self._made) and timeout_s > 0
+        for make in self._made[first:last]:
+            stream, item = make(bases)
+            self._device.machine.enqueue(self._device.rank, streams[stream], item)
+
+    def copy(
+        self,
+        stream: int,
+        dst: Address,
+        src: Address,
+        row_bytes: int,
+        rows: int = 1,
+        dst_pitch: int = 0,
+        src_pitch: int = 0,
+        over_link: bool = False,
+    ) -> None:
+        def make(bases: list[int]) -> tuple[int, Item]:
+            to, source = _address(bases, dst), _address(bases, src)
+
+            def effect() -> None:
+                for row in range(rows):
+                    there, here = to + row * (dst_pitch or row_bytes), source + row * (src_pitch or row_bytes)
+                    ctypes.memmove(there, here, row_bytes)
+
+            return stream, Item(effect, label=f"copy of rank {self._device.rank}")
+
+        self._made.append(make)
+
+    def wait(self, stream: int, epoch: Address, words: list[Address], values: list[int], tag: int) -> None:
+        device = self._device
+
+        def make(bases: list[int]) -> tuple[int, Item]:
+            def missing() -> list[int]:
+                base = _load(_address(bases, epoch)) * EPOCH
+                pairs = enumerate(zip(words, values, strict=True))
+                return [i for i, (word, value) in pairs if _load(_address(bases, word)) < base + value]
+
+            def gives_up() -> None:
+                device.error = device.error or (tag, missing()[0])
+                device.aborted.fill_(1)
+
+            ready = lambda: bool(device.aborted) or not missing()  # noqa: E731 - two closures of one line
+            return stream, Item(_nothing, ready, gives_up=gives_up, label=f"wait {tag} of rank {device.rank}")
+
+        self._made.append(make)
+
+    def signal(self, stream: int, epoch: Address, words: list[Address], values: list[int]) -> None:
+        device = self._device
+
+        def make(bases: list[int]) -> tuple[int, Item]:
+            def effect() -> None:
+                if not device.aborted:  # who gave up must not say that data is there
+                    for word, value in zip(words, values, strict=True):
+                        _store(_address(bases, word), _load(_address(bases, epoch)) * EPOCH + value)
+
+            return stream, Item(effect, label=f"signal of rank {device.rank}")
+
+        self._made.append(make)
+
+    def advance(self, stream: int, epoch: Address) -> None:
+        def make(bases: list[int]) -> tuple[int, Item]:
+            place = _address(bases, epoch)
+            return stream, Item(lambda: _store(place, _load(place) + 1), label="advance")
+
+        self._made.append(make)
+
+    def reduce(
+        self,
+        stream: int,
+        out: Address,
+        out_dtype: str,
+        sources: list[Address],
+        source_dtype: str,
+        count: int,
+        rows: int = 1,
+        out_pitch: int = 0,
+        source_pitches: list[int] | None = None,
+    ) -> None:
+        pitches = source_pitches or [0] * len(sources)
+
+        def make(bases: list[int]) -> tuple[int, Item]:
+            to, places = _address(bases, out), [_address(bases, source) for source in sources]
+
+            def effect() -> None:
+                for row in range(rows):
+                    begins = [place + row * pitch for place, pitch in zip(places, pitches, strict=True)]
+                    names = [source_dtype] * len(begins)
+                    _ext.load().reduce(to + row * out_pitch, out_dtype, begins, names, count)
+
+            return stream, Item(effect, label=f"sum of rank {self._device.rank}")
+
+        self._made.append(make)
+
+    def record(self, stream: int, event: int) -> None:
+        def make(bases: list[int]) -> tuple[int, Item]:
+            self._events[event] = Event()
+            return stream, Item(_nothing, event=self._events[event], label=f"record {event}")
+
+        self._made.append(make)
+
+    def depend(self, stream: int, event: int) -> None:
+        def make(bases: list[int]) -> tuple[int, Item]:
+            # As a GPU does: the last recording so far, and none at all if there is none.
+            return stream, Item(_nothing, after=self._events.get(event), label=f"depend {event}")
+
+        self._made.append(make)
+
+
+def _nothing() -> None:
+    """Waiting is all that it does."""
+
+
+def _address(bases: list[int], address: Address) -> int:
+    base, offset = address
+    assert base == 0 or bases[base], f"base {base} of an address was not given"
+    return bases[base] + offset
+
+
+def _load(address: int) -> int:
+    return ctypes.c_int32.from_address(address).value
+
+
+def _store(address: int, value: int) -> None:
+    ctypes.c_int32.from_address(address).value = value
