@@ -1,0 +1,78 @@
+"""Random use and misuse: the single process's number or an error on all ranks in time, never another number."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_cases import RIGHT, SORTS, TIMEOUT_S, Use, run
+
+from odysseus_kernels.strategies import STRATEGIES
+
+EXAMPLES = int(os.environ.get("ODYSSEUS_RANDOM_USES", "5"))
+AT_ONCE = 8  # uses in one launch of the ranks
+MUST_WORK = ("right", "ignore_index")
+MUST_FAIL = ("other_samples", "skips_a_step", "bad_token", "bad_label", "user_error", "labels_taken")
+
+uses = st.builds(
+    Use,
+    sort=st.sampled_from(SORTS),
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    ring=st.sampled_from((1, 2)),
+    length=st.integers(4, 30),
+    rows=st.integers(1, 2),
+    mask=st.sampled_from(("none", "none", "left", "right", "holes")),
+    packed=st.booleans(),
+    items=st.sampled_from(("none", "none", "int", "tensor", "vector")),
+    odd=st.integers(0, 3),
+    seed=st.integers(0, 10**6),
+)
+
+
+@functools.cache
+def stock():
+    return RIGHT.model()
+
+
+@functools.cache
+def right_loss() -> float:
+    return stock()(**RIGHT.whole_batch(), use_cache=False).loss.item()
+
+
+def truth(use: Use) -> tuple[float, float]:
+    """Loss and norm of all gradients of the single process."""
+    model = stock()
+    model.zero_grad()
+    loss = model(**use.whole(), **use.settings(), use_cache=False).loss
+    loss.backward()
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return loss.item(), torch.stack(norms).norm().item()
+
+
+def check(use: Use, results: list[dict]) -> None:
+    errors = [result.get("error") for result in results]
+    said = f"{use}: {results}"
+    assert all(errors) or not any(errors), f"some ranks only: {said}"
+    assert max(result["seconds"] for result in results) <= TIMEOUT_S + 2, said
+    if any(errors):
+        assert use.sort not in MUST_WORK, said
+    else:
+        assert use.sort not in MUST_FAIL, said
+        loss, norm = truth(use)
+        for result in results:
+            assert abs(result["loss"] - loss) <= 2e-5 * abs(loss), f"{loss}, {norm}: {said}"
+            assert abs(result["norm"] - norm) <= 2e-4 * norm, f"{loss}, {norm}: {said}"
+    if not any(result.get("lasting") for result in results):
+        for result in results:
+            assert abs(result.get("next", float("nan")) - right_loss()) <= 2e-5 * right_loss(), f"next step: {said}"
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(uses, min_size=AT_ONCE, max_size=AT_ONCE))
+def test_random_uses(ranks, several):
+    """``ODYSSEUS_RANDOM_USES=70 pytest ...`` tries 560 of them."""
+    for use, *results in zip(several, *ranks(2).run(run, several), strict=True):
+        check(use, results)
