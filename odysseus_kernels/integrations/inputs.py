@@ -72,6 +72,7 @@ def opened(
         text += f" with labels, ignore_index {ignore_index}"
         if num_items is not None:
             text += f", num_items_in_batch {token_count(num_items)!r}"
+    group.withdraw()  # what a pass announced that ended with an error before all ranks had said it
     group.announce(text)
     if not cut.sharded and group.size > 1:
         # Ranks of seq have the same tokens, and nothing of them is sent: compare what they have got in the end.

@@ -104,6 +104,7 @@ def sequence_loss(
     items = token_count(num_items)
     rows = logits_or_hidden.reshape(-1, logits_or_hidden.shape[-1])
     targets = labels.reshape(-1).to(rows.device)
+    group.withdraw()  # what a pass announced that ended with an error before all ranks had said it
     group.announce(f"loss over {'valid' if items is None else repr(items)} tokens, ignore_index {ignore_index}")
     try:
         if head is None:
@@ -230,6 +231,6 @@ class GlobalMean(torch.autograd.Function):
         group = ctx.group
         if grad.device.type == "cpu":
             # Gradients are added over the ranks: a loss that one of them scales by itself is no one's loss.
-            one_for_all = (group.everyone,) if group.tokens == "sharded" else ()
-            group.announce(f"gradient {grad.item()!r} of the loss", *one_for_all)
+            groups = (group.everyone,) if group.tokens == "sharded" else (group.group, group.ring)
+            group.announce(f"gradient {grad.item()!r} of the loss", *(one for one in groups if one is not None))
         return (grad / ctx.divisor).to(grad.dtype), None, None, None

@@ -17,7 +17,6 @@ from cut_cases import (
 )
 
 from odysseus_kernels.strategies import STRATEGIES
-from odysseus_kernels.testing.spawn import run_ranks
 
 # As in test_families.
 LOGITS_TOLERANCE = 1e-5
@@ -100,17 +99,20 @@ def test_what_only_a_comparison_shows(ranks, stock, world_size, ring):
             assert float(value) == pytest.approx(stock["plain"]["loss"], rel=LOSS_TOLERANCE)
             for name, (kind, text) in texts.items():
                 where = f"rank {rank}, {strategy}, {name}: {kind}: {text}"
-                assert kind == "RankMismatchError", where
+                # In backward, ranks of a tensor-parallel ring do not all meet in one call: the others are told.
+                told = kind == "PeerLostError" and "gradient 2.0 of the loss" in text
+                assert kind == "RankMismatchError" or (told and strategy == "tp" and ring > 1), where
                 assert "batch" in text or "loss" in text, where
                 if world_size == 4 and ring == 1:
                     assert "rank 3 differs" in text, where
 
 
-def test_what_one_rank_finds_alone():
-    first, second = run_ranks(refused_on_some, 2, "odysseus")
-    assert first[0] != "no error", first
-    assert second[0] == "ValueError"
-    assert "position_ids that are not those of this part (0 to 22 in the first row)" in second[1]
+def test_what_one_rank_finds_alone(ranks):
+    first, second = ranks(2).run(refused_on_some, "odysseus")
+    said = "position_ids that are not those of this part (0 to 22 in the first row)"
+    assert second[0] == "ValueError" and said in second[1], second
+    # The other rank is told at once, not when its time is up, and both go on together.
+    assert first[0] == "PeerLostError" and "rank 1" in first[1], first
 
 
 @pytest.mark.parametrize("strategy", ["tp", "odysseus"])
