@@ -121,6 +121,12 @@ class Loss(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec)
+
+    def __repr__(self, **settings: Any) -> str:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor).__repr__(**settings)
+
 
 class _End:
     """The end of a pass: reached, or dropped by the engine."""

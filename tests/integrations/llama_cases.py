@@ -137,3 +137,11 @@ def parallel_step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
             if rank == 0:
                 gradients[name] = whole
     return {"loss": out.loss.item(), "logits": logits, "gradients": gradients}
+
+
+def printed_loss(rank: int, world_size: int, case: Case) -> tuple[str, str, float]:
+    """The loss as f-strings print it, and its number."""
+    mesh = sequence_mesh(world_size)
+    model = parallelize(case.model(), mesh)
+    loss = model(**shard_sequence(case.whole_batch(), mesh)).loss
+    return f"{loss:.3f}", f"{loss}", loss.item()

@@ -24,8 +24,8 @@ TEXTS = {
     "user": "ZeroDivisionError: of the user",
     "interrupt": "KeyboardInterrupt: stopped by hand",
 }
-# Below the ranks' ``timeout_s`` of 60 by far; on idle cores it takes a tenth of a second.
-AT_ONCE_S = 5
+# Below the ranks' ``timeout_s`` of 60 by far; on idle cores it takes a tenth of a second, on busy ones several.
+AT_ONCE_S = 20
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,9 @@ def test_ranks_that_are_a_batch_apart_have_to_begin_again(loss: float, transport
 def test_a_rank_that_catches_its_error_and_goes_on(loss: float) -> None:
     with RankPool(4, timeout=90) as pool:
         for first, second, after in pool.run(cases.goes_on, "ulysses", "symmetric", MESHES["R2S2"], 1):
-            assert "rank 1 has begun step 3 and left step 2" in first[1], first
+            # Whichever is found first: that a step was left, or that calls of different steps met.
+            left, met = "rank 1 has begun step 3 and left step 2", "rank 1 differs in call number"
+            assert left in first[1] or met in first[1], first
             assert "make it again" in second[1] or "were in steps" in second[1], second
             assert first[2] < AT_ONCE_S and second[2] < AT_ONCE_S
             assert after == pytest.approx(loss, rel=1e-6)

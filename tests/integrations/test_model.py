@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from llama_cases import Case, sequence_mesh, stock_step
+from llama_cases import Case, printed_loss, sequence_mesh, stock_step
 
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.config import OverlapConfig
@@ -157,3 +157,9 @@ def test_traffic_equals_the_formulas(ranks, world_size, gathered):
         # Messages are cut into equal parts, so small tensors may be padded by up to one element for each rank.
         for name, elements in expected.items():
             assert result[name] == pytest.approx(elements * (world_size - 1) / world_size, rel=1e-3), name
+
+
+def test_a_loss_prints_as_any_number(ranks):
+    for short, plain, number in ranks(2).run(printed_loss, Case()):
+        assert short == f"{number:.3f}"
+        assert float(plain) == number
