@@ -24,6 +24,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from odysseus_kernels.config import launched_rank
+
 __all__ = ["main"]
 
 PASSED, FAILED, NOT_COMPARED = 0, 1, 2
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, SyntaxError) as error:
         print(error, file=sys.stderr)
         return NOT_COMPARED
-    if options.meet is None and "RANK" not in os.environ:
+    if options.meet is None and launched_rank() is None:
         return _start_ranks(options, given)
     return _verify(options)
 
@@ -108,9 +110,11 @@ def _verify(options: argparse.Namespace) -> int:
 
     from odysseus_kernels import CommunicationError, OverlapConfig, verify
 
-    rank = options.rank if options.meet else int(os.environ["RANK"])
-    world = options.ranks if options.meet else int(os.environ["WORLD_SIZE"])
-    local = options.rank if options.meet else int(os.environ.get("LOCAL_RANK", rank))
+    launched = launched_rank()
+    if options.meet or launched is None:
+        rank, world, local = options.rank, options.ranks, options.rank
+    else:
+        rank, world, local = launched
     try:
         layers = None if options.layers == "all" else int(options.layers)
         if options.ring < 1 or world % options.ring:

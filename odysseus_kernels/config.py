@@ -19,7 +19,17 @@ from typing import Literal, cast, get_args
 
 import torch
 
-__all__ = ["Gathered", "Mode", "OverlapConfig", "TransportName", "Tune", "cache_directory", "shared_memory_directory"]
+__all__ = [
+    "Gathered",
+    "Mode",
+    "OverlapConfig",
+    "TransportName",
+    "Tune",
+    "cache_directory",
+    "shared_memory_directory",
+    "hardware_queues",
+    "launched_rank",
+]
 
 Mode = Literal["auto", "fused", "tiles", "unfused"]
 TransportName = Literal["auto", "symmetric", "collective"]
@@ -106,3 +116,16 @@ class OverlapConfig:
             tune=cast(Tune, tune),
             tile_bytes=int(tile_bytes),
         )
+
+
+def hardware_queues() -> str:
+    """What CUDA_DEVICE_MAX_CONNECTIONS says; empty if it is not set, which means 8."""
+    return os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "").strip()
+
+
+def launched_rank() -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) as torchrun sets them; None where no launcher has."""
+    if "RANK" not in os.environ:
+        return None
+    rank = int(os.environ["RANK"])
+    return rank, int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", rank))

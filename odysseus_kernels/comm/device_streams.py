@@ -29,10 +29,10 @@ Two rules keep every rank going, whatever a device makes of the streams:
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections import defaultdict
 
+from ..config import hardware_queues
 from ..errors import FallbackWarning
 from .schedule import Kind, Step, Word
 
@@ -164,7 +164,7 @@ class Builder:
 @functools.cache
 def check_queues() -> None:
     """Warns, once in a process, if CUDA was given fewer hardware queues than there are streams."""
-    given = os.environ.get(_QUEUES, "").strip()
+    given = hardware_queues()
     if given.isdigit() and 0 < int(given) < len(STREAMS):
         warnings.warn(
             f"{_QUEUES}: expected at least {len(STREAMS)}, a queue for each stream of the symmetric transport, or "
