@@ -26,9 +26,9 @@ __all__ = [
     "TransportName",
     "Tune",
     "cache_directory",
-    "shared_memory_directory",
     "hardware_queues",
     "launched_rank",
+    "shared_memory_directory",
 ]
 
 Mode = Literal["auto", "fused", "tiles", "unfused"]
