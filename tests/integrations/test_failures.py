@@ -108,8 +108,9 @@ def test_optimizers_from_before_are_refused(ranks: RankPools) -> None:
             assert error == "ValueError" and "make it after parallelize" in message, (error, message)
 
 
-@pytest.mark.parametrize(("transport", "bad", "fault"), (("symmetric", 0, "id"), ("collective", 2, "backward")))
-@pytest.mark.parametrize("wrap", (False, True))
+@pytest.mark.parametrize(
+    ("transport", "bad", "fault", "wrap"), (("symmetric", 0, "id", False), ("collective", 2, "backward", True))
+)
 def test_other_replicas_learn_as_well(loss: float, transport: str, bad: int, fault: str, wrap: bool) -> None:
     with RankPool(4, timeout=90) as pool:
         results = pool.run(cases.data_parallel, transport, wrap, bad, fault)
