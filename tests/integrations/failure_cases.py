@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import os
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,18 +127,17 @@ def restart(rank: int, world: int) -> None:
     base = dist.get_process_group_ranks(dist.group.WORLD)
     assert len(base) == world
     restarts[0] += 1
-    meeting = Path(tempfile.gettempdir()) / f"odysseus-again-{parent_of_ranks()}-{restarts[0]}"
+    # A name that no other run has: ranks would look for the processes of a file left behind.
+    store, key = dist.distributed_c10d._get_default_store(), f"again {restarts[0]}"
+    if rank == 0:
+        store.set(key, uuid.uuid4().hex)
+    meeting = Path(tempfile.gettempdir()) / f"odysseus-again-{store.get(key).decode()}"
     dist.destroy_process_group()
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timeout)
 
 
 restarts = [0]
-
-
-def parent_of_ranks() -> int:
-    """Equal on the ranks of a pool, and different from pool to pool as long as both live."""
-    return os.getppid()
 
 
 def data_parallel(rank: int, world: int, transport: str, wrap: bool, bad: int, fault: str) -> Any:
