@@ -31,6 +31,7 @@ class Problem:
     causal: bool = True
     layout: str = "zigzag"
     documents: str | None = None
+    key_mask: bool = False
     window: int | None = None
     dropout: float = 0.0
     seed: int = 0
@@ -56,6 +57,15 @@ class Problem:
         ends = torch.rand(self.batch, length, generator=generator) < 4 / length
         return ends.cumsum(1)
 
+    def seen_keys(self, world: int) -> Tensor | None:
+        """Padding at the left of one sequence, holes in the others: some queries see nothing."""
+        if not self.key_mask:
+            return None
+        length = self.rows * world
+        mask = torch.rand(self.batch, length, generator=torch.Generator().manual_seed(self.seed)) < 0.6
+        mask[0] = torch.arange(length) >= length // 3
+        return mask
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, factors: Tensor | None = None) -> Tensor:
     """Attention by its definition; ``seen`` bool [B or 1, L, L]; ``factors`` of dropout."""
@@ -63,12 +73,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, factors: Tensor | N
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     probabilities = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    probabilities = probabilities.masked_fill(~seen[:, None], 0)  # also where a query sees nothing
     return (probabilities if factors is None else probabilities * factors) @ v
 
 
 def whole_mask(problem: Problem, world: int) -> Tensor:
     where, ids = torch.arange(problem.rows * world), problem.ids(world)
-    return visible(where, where, ids, ids, causal=problem.causal, window=problem.window)
+    seen, keys = visible(where, where, ids, ids, causal=problem.causal, window=problem.window), problem.seen_keys(world)
+    return seen if keys is None else seen & keys[:, None, :]
 
 
 def gradients(out: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -109,6 +121,7 @@ def ring(
             causal=problem.causal,
             layout=problem.layout,
             documents=problem.ids(world),
+            key_mask=problem.seen_keys(world),
             window=problem.window,
             dropout=problem.dropout,
             dropout_seed=7 if problem.dropout else None,
@@ -254,6 +267,8 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "odd": message(*odd),
         "documents": message(q, k, k, documents=ids[:, :6]),
         "real documents": message(q, k, k, documents=ids.float()),
+        "key_mask": message(q, k, k, key_mask=ids[:, :6].bool()),
+        "real key_mask": message(q, k, k, key_mask=ids.float()),
         "batch": message(q, k[:1], k[:1]),
         "values": message(q, k, k[:, :, :5]),
         "dtype": message(q, k.double(), k),
@@ -281,6 +296,7 @@ def disagreement(rank: int, world: int, transport: str, what: str) -> str:
         "seed": {"dropout": 0.1, "dropout_seed": 5 + last},
         "probability": {"dropout": 0.2 if last else 0.1, "dropout_seed": 5},
         "documents": {"documents": ids},
+        "key_mask": {"key_mask": 1 - ids},
         "window": {"window": 3 + last},
     }[what]
     group = dist.new_group()

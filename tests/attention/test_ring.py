@@ -18,6 +18,7 @@ PROBLEMS = [
     {"causal": False, "kv_heads": 4},
     {"documents": "packed", "kv_heads": 1},
     {"window": 19, "batch": 1},
+    {"key_mask": True},
 ]
 # Less usual ones, for which one transport and type say enough.
 ODD_PROBLEMS = [
@@ -28,6 +29,8 @@ ODD_PROBLEMS = [
     {"rows": 14, "documents": "scattered"},
     {"rows": 13, "documents": "packed", "causal": False, "layout": "contiguous"},
     {"rows": 22, "documents": "packed", "window": 5},
+    {"rows": 14, "key_mask": True, "documents": "scattered"},
+    {"rows": 22, "key_mask": True, "window": 5},
     {"rows": 8, "value_width": 5, "width": 12},
     # More than one tile of 512 tokens: empty, full and masked ones.
     {"rows": 1100, "batch": 1, "heads": 2, "kv_heads": 1, "width": 8, "window": 700, "documents": "packed"},
@@ -143,6 +146,8 @@ def test_refusals(ranks: RankPools) -> None:
         "odd": ("even", "zigzag", "got 5", "multiple of 4"),
         "documents": ("[2, 12]", "[2, 6]"),
         "real documents": ("integers", "float32"),
+        "key_mask": ("[2, 12]", "[2, 6]"),
+        "real key_mask": ("booleans or integers", "float32"),
         "batch": ("[2, heads, 6, 8]", "[1, 2, 6, 8]"),
         "values": ("[2, 2, 5, 8]",),
         "dtype": ("float32", "float64"),
@@ -167,7 +172,7 @@ def test_refusals(ranks: RankPools) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("what", ("seed", "probability", "documents", "window"))
+@pytest.mark.parametrize("what", ("seed", "probability", "documents", "key_mask", "window"))
 def test_ranks_that_differ_are_told(ranks: RankPools, what: str, transport: str) -> None:
     for message in ranks(3).run(cases.disagreement, transport, what):
         assert "rank 2 differs" in message

@@ -79,7 +79,7 @@ def test_causal_work_under_zigzag_is_balanced_and_not_masked(world: int, size: i
     size=st.integers(1, 20),
     causal=st.booleans(),
     window=st.one_of(st.none(), st.integers(1, 60)),
-    documents=st.sampled_from((None, "packed", "scattered")),
+    documents=st.sampled_from((None, "packed", "scattered", "masked")),
     tile=st.integers(1, 9),
     batch=st.integers(1, 3),
     seed=st.integers(0, 1000),
@@ -104,13 +104,20 @@ def test_pieces_hold_all_that_is_visible(
         ids = (torch.rand(batch, length, generator=generator) < 0.2).cumsum(1)
     elif documents == "scattered":
         ids = torch.randint(0, 3, (batch, length), generator=generator)
+    elif documents == "masked":
+        keys = torch.zeros(batch, length, dtype=torch.int64)
+        keys[:, : length // 3] = keys[:, -2:] = -1
+        ids = torch.stack((torch.zeros_like(keys), keys))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layouts, "_TILE", tile)
         patch.setattr(layouts, "_MASK_KEYS", 3 * tile)
         for rank in range(world):
             for visited in range(world):
                 q, k = positions(rank, world, length, layout), positions(visited, world, length, layout)
-                q_ids, k_ids = (None if ids is None else ids[:, where] for where in (q, k))
+                q_ids, k_ids = (
+                    None if side is None else side[:, where]
+                    for side, where in zip(layouts.sides(ids), (q, k), strict=True)
+                )
                 seen = visible(q, k, q_ids, k_ids, causal=causal, window=window)
                 covered = torch.zeros(len(q), len(k), dtype=torch.int64)
                 found = pieces(rank, visited, world, len(q), layout, causal=causal, window=window, documents=ids)
