@@ -32,8 +32,9 @@ struct NotPostedError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Texts are put together without iostreams: those look up how to print numbers in a table of the process, and where
-// another library has brought a table of its own (some builds of torch do), printing a number there is a crash.
+// Texts are put together without iostreams: beside torch 2.11 with CUDA 13.0 every message with a number in it was a
+// segmentation fault where it was made of a stream (those without passed), and is none like this.  Streams look up how
+// to print numbers in tables of the process, which other libraries may bring as well; that this is why is a guess.
 template <class Part>
 void append(std::string& text, const Part& part) {
   if constexpr (std::is_same_v<Part, bool> || std::is_integral_v<Part>) {
