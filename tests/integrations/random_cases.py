@@ -72,7 +72,7 @@ class Use:
             else:
                 mask[0, 1 : 1 + few] = 0
             batch["attention_mask"], batch["labels"] = mask, labels.masked_fill(mask == 0, -100)
-        elif self.packed and self.length > 5:
+        elif self.packed and self.length > 5 and self.sort != "by_hand":  # which gives no positions
             batch["position_ids"] = packed_positions(self.length).expand(shape).clone()
         if self.sort == "ignore_index":
             batch["labels"] = batch["labels"].masked_fill(batch["labels"] == -100, 0)
@@ -107,7 +107,7 @@ def _given(use: Use, mesh: Any, rank: int, world: int) -> tuple[dict[str, Any], 
     if use.sort.startswith("uncut"):
         part = {**batch, "shift_labels": torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)}
         if use.sort == "uncut_with_positions":
-            part["position_ids"] = torch.arange(use.length).expand(use.rows, -1)
+            part.setdefault("position_ids", torch.arange(use.length).expand(use.rows, -1))
     if use.sort.startswith("by_hand"):
         place = rank if use.strategy != "tp" else mesh.get_local_rank("ring") if use.ring > 1 else 0
         shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
@@ -128,7 +128,7 @@ def _given(use: Use, mesh: Any, rank: int, world: int) -> tuple[dict[str, Any], 
     if use.sort == "labels_taken":
         part.pop("labels")
     if use.sort == "cut_twice":
-        part = ody.shard_sequence({name: part[name] for name in batch if name in part}, mesh, use.strategy)
+        part = ody.shard_sequence(part, mesh, use.strategy)
     return part, settings
 
 
