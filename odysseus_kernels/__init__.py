@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .comm.groups import explain, synchronize
-from .comm.recorder import CommRecorder
-from .config import OverlapConfig
-from .errors import (
+from odysseus_kernels.comm.groups import explain, synchronize
+from odysseus_kernels.comm.recorder import CommRecorder
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.errors import (
     CapacityWarning,
     CommunicationError,
     ExtensionNotBuiltError,
@@ -21,7 +21,7 @@ from .errors import (
     RankMismatchError,
     SignalTimeoutError,
 )
-from .ops import (
+from odysseus_kernels.ops import (
     all_gather_linear,
     all_to_all_linear,
     column_parallel_linear,
@@ -33,19 +33,19 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
-    from .attention.ring import ring_attention
-    from .integrations.checkpoint import load_checkpoint, save_checkpoint
-    from .integrations.huggingface import parallelize
-    from .integrations.pretrained import load_pretrained, save_pretrained
-    from .integrations.verify import verify
-    from .nn.checkpointing import selective_checkpoint
-    from .nn.clipping import clip_grad_norm_
-    from .nn.gather import gather_sequence
-    from .nn.items import num_items_in_batch
-    from .nn.loss import sequence_loss
-    from .nn.master import MasterWeights
-    from .nn.sequence import declare_cut, shard_sequence
-    from .nn.step import step
+    from odysseus_kernels.attention.ring import ring_attention
+    from odysseus_kernels.integrations.checkpoint import load_checkpoint, save_checkpoint
+    from odysseus_kernels.integrations.huggingface import parallelize
+    from odysseus_kernels.integrations.pretrained import load_pretrained, save_pretrained
+    from odysseus_kernels.integrations.verify import verify
+    from odysseus_kernels.nn.checkpointing import selective_checkpoint
+    from odysseus_kernels.nn.clipping import clip_grad_norm_
+    from odysseus_kernels.nn.gather import gather_sequence
+    from odysseus_kernels.nn.items import num_items_in_batch
+    from odysseus_kernels.nn.loss import sequence_loss
+    from odysseus_kernels.nn.master import MasterWeights
+    from odysseus_kernels.nn.sequence import declare_cut, shard_sequence
+    from odysseus_kernels.nn.step import step
 
 __version__ = "0.1.0"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import OverlapConfig
-from .layout import block_count, check_layout
-from .local import check_attention_kernel
+from odysseus_kernels.attention.layout import block_count, check_layout
+from odysseus_kernels.attention.local import check_attention_kernel
+from odysseus_kernels.config import OverlapConfig
 
 __all__ = ["check_ring_attention"]
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..comm.reduce import accumulator_dtype
-from ..errors import FallbackWarning
-from .dropout import Dropout
+from odysseus_kernels.attention.dropout import Dropout
+from odysseus_kernels.comm.reduce import accumulator_dtype
+from odysseus_kernels.errors import FallbackWarning
 
 __all__ = ["attend", "attend_backward", "check_attention_kernel"]
 

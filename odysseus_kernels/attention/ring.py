@@ -20,16 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
-from ..comm.exchange import Exchange
-from ..comm.groups import dispatch, resolve_group
-from ..comm.reduce import accumulator_dtype
-from ..comm.selection import Phase
-from ..comm.transport import Call, Gather, Scatter, Transport
-from ..config import OverlapConfig
-from ._ring_validate import check_ring_attention
-from .layout import Layout
-from .visits import Visits
+from odysseus_kernels.attention._ring_validate import check_ring_attention
+from odysseus_kernels.attention.layout import Layout
+from odysseus_kernels.attention.visits import Visits
+from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
+from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.groups import dispatch, resolve_group
+from odysseus_kernels.comm.reduce import accumulator_dtype
+from odysseus_kernels.comm.selection import Phase
+from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
+from odysseus_kernels.config import OverlapConfig
 
 __all__ = ["ring_attention"]
 

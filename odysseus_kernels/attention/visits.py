@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .dropout import Dropout
-from .layout import Piece, pieces, positions, sides, visible
-from .local import attend, attend_backward
+from odysseus_kernels.attention.dropout import Dropout
+from odysseus_kernels.attention.layout import Piece, pieces, positions, sides, visible
+from odysseus_kernels.attention.local import attend, attend_backward
 
 __all__ = ["Visits"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..config import OverlapConfig
+from odysseus_kernels.config import OverlapConfig
 
 __all__ = ["autocasts", "check_config", "check_tensors", "refuse_second_derivative", "under_autocast"]
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .exchange import Exchange
-from .reduce import PieceSum, accumulator_dtype
+from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.reduce import PieceSum, accumulator_dtype
 
 __all__ = ["Bundle", "Intake", "as_bytes", "held_bundle", "made_bundle"]
 

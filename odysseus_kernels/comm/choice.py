@@ -31,12 +31,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from ..errors import CommunicationError, FallbackWarning, KernelUnavailableError, RankMismatchError
-from ..planner.cost_model import MEASURED_MARGIN, MODEL_MARGIN, pick_mode
-from .choice_cache import CachedChoice, ChoiceCache
-from .decision import ChoiceKey, Decision, explain
-from .mismatch import describe_mismatch, short_text, signature_hash
-from .transport import CapacityExceededError
+from odysseus_kernels.comm.choice_cache import CachedChoice, ChoiceCache
+from odysseus_kernels.comm.decision import ChoiceKey, Decision, explain
+from odysseus_kernels.comm.mismatch import describe_mismatch, short_text, signature_hash
+from odysseus_kernels.comm.transport import CapacityExceededError
+from odysseus_kernels.errors import CommunicationError, FallbackWarning, KernelUnavailableError, RankMismatchError
+from odysseus_kernels.planner.cost_model import MEASURED_MARGIN, MODEL_MARGIN, pick_mode
 
 __all__ = [
     "ChoiceCache",

@@ -25,18 +25,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
-from .backend import WaitTimeoutError, all_gather_single, reduce_scatter_single
-from .bundles import as_bytes
-from .collective_exchange import ExchangeRun
-from .collective_run import Ahead, CollectiveRun
-from .handshakes import Handshakes
-from .lanes import Lane, make_lane
-from .meeting import Meeting
-from .membership import lost_members_soon
-from .mismatch import departure, describe_mismatch, short_text, signature_hash
-from .reduce import accumulator_dtype
-from .transport import Call, Transport
+from odysseus_kernels.comm.backend import WaitTimeoutError, all_gather_single, reduce_scatter_single
+from odysseus_kernels.comm.bundles import as_bytes
+from odysseus_kernels.comm.collective_exchange import ExchangeRun
+from odysseus_kernels.comm.collective_run import Ahead, CollectiveRun
+from odysseus_kernels.comm.handshakes import Handshakes
+from odysseus_kernels.comm.lanes import Lane, make_lane
+from odysseus_kernels.comm.meeting import Meeting
+from odysseus_kernels.comm.membership import lost_members_soon
+from odysseus_kernels.comm.mismatch import departure, describe_mismatch, short_text, signature_hash
+from odysseus_kernels.comm.reduce import accumulator_dtype
+from odysseus_kernels.comm.transport import Call, Transport
+from odysseus_kernels.errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
 
 __all__ = ["CollectiveTransport"]
 

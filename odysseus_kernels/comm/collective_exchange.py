@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
-from .collective_schedule import IN_FLIGHT, collective_schedule
-from .exchange import Exchange
-from .lanes import Lane
-from .schedule import Kind, Step, Task
-from .transport import Call
+from odysseus_kernels.comm.bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
+from odysseus_kernels.comm.collective_schedule import IN_FLIGHT, collective_schedule
+from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.lanes import Lane
+from odysseus_kernels.comm.schedule import Kind, Step, Task
+from odysseus_kernels.comm.transport import Call
 
 __all__ = ["ExchangeRun"]
 

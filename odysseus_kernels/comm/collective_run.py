@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backend import all_gather_single
-from .collective_schedule import IN_FLIGHT, collective_schedule
-from .lanes import Lane
-from .reduce import PieceSum
-from .schedule import Kind, Step, Task, piece_bounds
-from .sent_ahead import SentAhead
-from .transport import Call, Scatter, row_pieces
+from odysseus_kernels.comm.backend import all_gather_single
+from odysseus_kernels.comm.collective_schedule import IN_FLIGHT, collective_schedule
+from odysseus_kernels.comm.lanes import Lane
+from odysseus_kernels.comm.reduce import PieceSum
+from odysseus_kernels.comm.schedule import Kind, Step, Task, piece_bounds
+from odysseus_kernels.comm.sent_ahead import SentAhead
+from odysseus_kernels.comm.transport import Call, Scatter, row_pieces
 
 __all__ = ["Ahead", "CollectiveRun"]
 

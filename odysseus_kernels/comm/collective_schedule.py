@@ -6,7 +6,19 @@ import functools
 from collections.abc import Iterator
 from typing import get_args
 
-from .schedule import PARTIAL, PROGRAMS, SHARD, ChunkOrder, Kind, Program, Region, Schedule, Step, Task, chunk_order
+from odysseus_kernels.comm.schedule import (
+    PARTIAL,
+    PROGRAMS,
+    SHARD,
+    ChunkOrder,
+    Kind,
+    Program,
+    Region,
+    Schedule,
+    Step,
+    Task,
+    chunk_order,
+)
 
 __all__ = ["IN_FLIGHT", "collective_schedule"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Literal
 
-from ..planner.cost_model import MODES
+from odysseus_kernels.planner.cost_model import MODES
 
 __all__ = ["ChoiceKey", "Decision", "How", "explain"]
 

@@ -9,11 +9,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import CommunicationError
-from .device_schedule import FINAL, PREVIOUS_USE, RECEIVE, SLOT, STAGE, receive_part
-from .lowering import Block, Operations, Places, Plan
-from .schedule import SHARD, Region, Step, Task
-from .transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
+from odysseus_kernels.comm.device_schedule import FINAL, PREVIOUS_USE, RECEIVE, SLOT, STAGE, receive_part
+from odysseus_kernels.comm.lowering import Block, Operations, Places, Plan
+from odysseus_kernels.comm.schedule import SHARD, Region, Step, Task
+from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
+from odysseus_kernels.errors import CommunicationError
 
 __all__ = [
     "Device",

@@ -29,8 +29,19 @@ from __future__ import annotations
 
 import functools
 
-from .device_streams import COMPUTE, COPY_STREAMS, LOCAL, SIGNALS, STREAMS, WAITS, Builder
-from .schedule import SHARD, ChunkOrder, Kind, Program, Region, Schedule, Step, Task, Word, chunk_order
+from odysseus_kernels.comm.device_streams import COMPUTE, COPY_STREAMS, LOCAL, SIGNALS, STREAMS, WAITS, Builder
+from odysseus_kernels.comm.schedule import (
+    SHARD,
+    ChunkOrder,
+    Kind,
+    Program,
+    Region,
+    Schedule,
+    Step,
+    Task,
+    Word,
+    chunk_order,
+)
 
 __all__ = [
     "AHEAD",

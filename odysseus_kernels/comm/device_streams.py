@@ -32,9 +32,9 @@ import functools
 import warnings
 from collections import defaultdict
 
-from ..config import hardware_queues
-from ..errors import FallbackWarning
-from .schedule import Kind, Step, Word
+from odysseus_kernels.comm.schedule import Kind, Step, Word
+from odysseus_kernels.config import hardware_queues
+from odysseus_kernels.errors import FallbackWarning
 
 __all__ = ["COMPUTE", "COPY_STREAMS", "LOCAL", "SIGNALS", "STREAMS", "WAITS", "Builder", "check_queues"]
 

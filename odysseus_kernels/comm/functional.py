@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..config import OverlapConfig
-from .arguments import check_config
-from .bundles import as_bytes
-from .groups import dispatch, resolve_group
-from .transport import Call, Gather, Scatter, Transport
+from odysseus_kernels.comm.arguments import check_config
+from odysseus_kernels.comm.bundles import as_bytes
+from odysseus_kernels.comm.groups import dispatch, resolve_group
+from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
+from odysseus_kernels.config import OverlapConfig
 
 __all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
 

@@ -16,18 +16,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _ext
-from ..config import OverlapConfig, shared_memory_directory
-from ..errors import ExtensionNotBuiltError, FallbackWarning
-from . import symmetric_cuda
-from .announce import announcing
-from .collective import CollectiveTransport
-from .decision import explain as explain_decisions
-from .meeting import Introduction, Meeting
-from .selection import Phase, Selection
-from .symmetric_device import SymmetricDeviceTransport
-from .symmetric_host import SymmetricHostTransport
-from .transport import CapacityExceededError, LocalTransport, NotServedError, Transport
+from odysseus_kernels import _ext
+from odysseus_kernels.comm import symmetric_cuda
+from odysseus_kernels.comm.announce import announcing
+from odysseus_kernels.comm.collective import CollectiveTransport
+from odysseus_kernels.comm.decision import explain as explain_decisions
+from odysseus_kernels.comm.meeting import Introduction, Meeting
+from odysseus_kernels.comm.selection import Phase, Selection
+from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
+from odysseus_kernels.comm.symmetric_host import SymmetricHostTransport
+from odysseus_kernels.comm.transport import CapacityExceededError, LocalTransport, NotServedError, Transport
+from odysseus_kernels.config import OverlapConfig, shared_memory_directory
+from odysseus_kernels.errors import ExtensionNotBuiltError, FallbackWarning
 
 __all__ = [
     "GroupTransports",

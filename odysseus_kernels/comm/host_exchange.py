@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bundles import Bundle, Intake, held_bundle, made_bundle
-from .exchange import Exchange
-from .leases import LeaseTable
-from .schedule import PARTIAL_CELLS, Step
-from .windows import BundleBuffer, Windows
+from odysseus_kernels.comm.bundles import Bundle, Intake, held_bundle, made_bundle
+from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.leases import LeaseTable
+from odysseus_kernels.comm.schedule import PARTIAL_CELLS, Step
+from odysseus_kernels.comm.windows import BundleBuffer, Windows
 
 __all__ = ["HostExchange"]
 

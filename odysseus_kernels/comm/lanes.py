@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from ..errors import SignalTimeoutError
-from .backend import wait
-from .lingering import keep_for_ever
+from odysseus_kernels.comm.backend import wait
+from odysseus_kernels.comm.lingering import keep_for_ever
+from odysseus_kernels.errors import SignalTimeoutError
 
 __all__ = ["HostLane", "Lane", "StreamLane", "make_lane"]
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from ..errors import RankMismatchError
-from .peers import MISMATCH, Peers
-from .transport import Call
+from odysseus_kernels.comm.peers import MISMATCH, Peers
+from odysseus_kernels.comm.transport import Call
+from odysseus_kernels.errors import RankMismatchError
 
 __all__ = ["Ledger"]
 

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from .device_schedule import (
+from odysseus_kernels.comm.device_schedule import (
     AHEAD,
     COMPUTE,
     OUT,
@@ -23,7 +23,7 @@ from .device_schedule import (
     STAGES,
     STREAMS,
 )
-from .schedule import SHARD, Kind, Region, Schedule, Step, Task, Word, piece_bounds
+from odysseus_kernels.comm.schedule import SHARD, Kind, Region, Schedule, Step, Task, Word, piece_bounds
 
 __all__ = [
     "BASES",

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections import Counter
 
-from ..errors import CommunicationError
+from odysseus_kernels.errors import CommunicationError
 
 __all__ = ["departure", "describe_mismatch", "short_text", "signature_hash"]
 

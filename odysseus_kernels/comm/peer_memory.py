@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import CapacityWarning, CommunicationError
-from .device_schedule import RECEIVE
-from .lowering import WINDOWS, WORDS
-from .mismatch import short_text
-from .rendezvous import Rendezvous
-from .schedule import SHARD
-from .transport import CapacityExceededError
+from odysseus_kernels.comm.device_schedule import RECEIVE
+from odysseus_kernels.comm.lowering import WINDOWS, WORDS
+from odysseus_kernels.comm.mismatch import short_text
+from odysseus_kernels.comm.rendezvous import Rendezvous
+from odysseus_kernels.comm.schedule import SHARD
+from odysseus_kernels.comm.transport import CapacityExceededError
+from odysseus_kernels.errors import CapacityWarning, CommunicationError
 
 __all__ = ["Exchange", "PeerMemory", "TorchSymmetricMemory", "Window"]
 

@@ -10,9 +10,9 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
-from .mismatch import departure, describe_mismatch, signature_hash
-from .transport import Call
+from odysseus_kernels.comm.mismatch import departure, describe_mismatch, signature_hash
+from odysseus_kernels.comm.transport import Call
+from odysseus_kernels.errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
 
 __all__ = ["MISMATCH", "Peers"]
 

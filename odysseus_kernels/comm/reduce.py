@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _ext
+from odysseus_kernels import _ext
 
 __all__ = ["PieceSum", "accumulator_dtype", "add_into"]
 

@@ -11,10 +11,7 @@ from typing import cast
 
 import torch
 
-from ..config import Mode, OverlapConfig, cache_directory
-from ..planner.cost_model import Work, predict
-from ..planner.hardware import hardware_for
-from .choice import (
+from odysseus_kernels.comm.choice import (
     ChoiceCache,
     ChoiceKey,
     Choices,
@@ -24,10 +21,13 @@ from .choice import (
     refusal_of_any,
     refusals,
 )
-from .choice_cache import machine_fingerprint
-from .device_call import Preparation
-from .recorder import not_recorded
-from .transport import Transport
+from odysseus_kernels.comm.choice_cache import machine_fingerprint
+from odysseus_kernels.comm.device_call import Preparation
+from odysseus_kernels.comm.recorder import not_recorded
+from odysseus_kernels.comm.transport import Transport
+from odysseus_kernels.config import Mode, OverlapConfig, cache_directory
+from odysseus_kernels.planner.cost_model import Work, predict
+from odysseus_kernels.planner.hardware import hardware_for
 
 __all__ = ["Phase", "Selection"]
 

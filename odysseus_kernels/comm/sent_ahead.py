@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from .transport import Call
+from odysseus_kernels.comm.transport import Call
 
 __all__ = ["SentAhead"]
 

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..config import OverlapConfig
-from ..errors import CommunicationError
-from .data_parallel import watch_fsdp
-from .groups import GroupTransports, group_transports
-from .mismatch import departure
+from odysseus_kernels.comm.data_parallel import watch_fsdp
+from odysseus_kernels.comm.groups import GroupTransports, group_transports
+from odysseus_kernels.comm.mismatch import departure
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.errors import CommunicationError
 
 __all__ = ["StepGroups"]
 

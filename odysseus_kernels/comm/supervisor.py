@@ -12,8 +12,8 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
-from .ledger import Ledger
+from odysseus_kernels.comm.ledger import Ledger
+from odysseus_kernels.errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
 
 __all__ = ["Control", "Supervisor"]
 

@@ -20,20 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _ext
-from ..config import shared_memory_directory
-from ..errors import CommunicationError, FallbackWarning
-from .device_call import WarmUpNeededError
-from .device_schedule import COMPUTE, RECEIVE, STREAMS
-from .device_streams import check_queues
-from .ledger import Ledger
-from .lowering import WINDOWS, Operations, word_index
-from .mismatch import short_text
-from .peer_memory import Exchange, PeerMemory, TorchSymmetricMemory, Window
-from .schedule import SHARD
-from .supervisor import Supervisor
-from .symmetric_device import SymmetricDeviceTransport
-from .transport import Call
+from odysseus_kernels import _ext
+from odysseus_kernels.comm.device_call import WarmUpNeededError
+from odysseus_kernels.comm.device_schedule import COMPUTE, RECEIVE, STREAMS
+from odysseus_kernels.comm.device_streams import check_queues
+from odysseus_kernels.comm.ledger import Ledger
+from odysseus_kernels.comm.lowering import WINDOWS, Operations, word_index
+from odysseus_kernels.comm.mismatch import short_text
+from odysseus_kernels.comm.peer_memory import Exchange, PeerMemory, TorchSymmetricMemory, Window
+from odysseus_kernels.comm.schedule import SHARD
+from odysseus_kernels.comm.supervisor import Supervisor
+from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
+from odysseus_kernels.comm.transport import Call
+from odysseus_kernels.config import shared_memory_directory
+from odysseus_kernels.errors import CommunicationError, FallbackWarning
 
 __all__ = ["CudaDevice", "connect", "device_identity"]
 

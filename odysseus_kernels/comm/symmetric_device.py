@@ -26,8 +26,7 @@ from collections.abc import Hashable, Iterator, Sequence
 
 from torch import Tensor
 
-from ..errors import CommunicationError, KernelUnavailableError
-from .device_call import (
+from odysseus_kernels.comm.device_call import (
     Device,
     Scratch,
     WarmUpNeededError,
@@ -37,13 +36,21 @@ from .device_call import (
     prepare_tiles,
     tile_callback,
 )
-from .device_schedule import AHEAD, MAX_PIECES, RECEIVE, device_schedule, drop_schedule, tile_schedule
-from .leases import Lease, LeaseTable
-from .lowering import WINDOWS, Block, Layout, Plan, lower, receive_bytes
-from .mismatch import short_text
-from .schedule import SHARD, Schedule, Step, Task
-from .sent_ahead import SentAhead
-from .transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
+from odysseus_kernels.comm.device_schedule import (
+    AHEAD,
+    MAX_PIECES,
+    RECEIVE,
+    device_schedule,
+    drop_schedule,
+    tile_schedule,
+)
+from odysseus_kernels.comm.leases import Lease, LeaseTable
+from odysseus_kernels.comm.lowering import WINDOWS, Block, Layout, Plan, lower, receive_bytes
+from odysseus_kernels.comm.mismatch import short_text
+from odysseus_kernels.comm.schedule import SHARD, Schedule, Step, Task
+from odysseus_kernels.comm.sent_ahead import SentAhead
+from odysseus_kernels.comm.transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
+from odysseus_kernels.errors import CommunicationError, KernelUnavailableError
 
 __all__ = ["SymmetricDeviceTransport"]
 

@@ -20,17 +20,17 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .. import _ext
-from ..errors import CapacityWarning, CommunicationError
-from .host_exchange import HostExchange
-from .leases import LeaseTable
-from .mismatch import short_text
-from .peers import Peers
-from .reduce import PieceSum
-from .schedule import SHARD, Kind, Schedule, Step, Task, publication, symmetric_schedule
-from .sent_ahead import SentAhead
-from .transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
-from .windows import BundleBuffer, PartialBuffer, ShardBuffer, Windows
+from odysseus_kernels import _ext
+from odysseus_kernels.comm.host_exchange import HostExchange
+from odysseus_kernels.comm.leases import LeaseTable
+from odysseus_kernels.comm.mismatch import short_text
+from odysseus_kernels.comm.peers import Peers
+from odysseus_kernels.comm.reduce import PieceSum
+from odysseus_kernels.comm.schedule import SHARD, Kind, Schedule, Step, Task, publication, symmetric_schedule
+from odysseus_kernels.comm.sent_ahead import SentAhead
+from odysseus_kernels.comm.transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
+from odysseus_kernels.comm.windows import BundleBuffer, PartialBuffer, ShardBuffer, Windows
+from odysseus_kernels.errors import CapacityWarning, CommunicationError
 
 __all__ = ["SymmetricHostTransport", "window_bytes"]
 

@@ -23,11 +23,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config import OverlapConfig
-from .announce import announced
-from .exchange import Exchange
-from .recorder import Traffic, record
-from .schedule import Program
+from odysseus_kernels.comm.announce import announced
+from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.recorder import Traffic, record
+from odysseus_kernels.comm.schedule import Program
+from odysseus_kernels.config import OverlapConfig
 
 __all__ = [
     "Call",

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bundles import Bundle
-from .leases import Lease
-from .reduce import PieceSum
-from .schedule import PARTIAL_CELLS, piece_bounds
+from odysseus_kernels.comm.bundles import Bundle
+from odysseus_kernels.comm.leases import Lease
+from odysseus_kernels.comm.reduce import PieceSum
+from odysseus_kernels.comm.schedule import PARTIAL_CELLS, piece_bounds
 
 __all__ = ["BundleBuffer", "PartialBuffer", "ShardBuffer", "Windows"]
 

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Problem, TileConfig
-from .launch import (
+from odysseus_kernels.kernels.configs import Problem, TileConfig
+from odysseus_kernels.kernels.launch import (
     Order,
     check_bias,
     check_chunks,
@@ -27,7 +27,14 @@ from .launch import (
     same_count,
     weight_matrices,
 )
-from .tiles import accumulate, await_word, described, described_weight, visited_chunk, visited_tile
+from odysseus_kernels.kernels.tiles import (
+    accumulate,
+    await_word,
+    described,
+    described_weight,
+    visited_chunk,
+    visited_tile,
+)
 
 __all__ = ["gather_matmul", "gather_matmul_kernel"]
 

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import DTYPES, Kernel, Problem, Target, TileConfig, candidates
+from odysseus_kernels.kernels.configs import DTYPES, Kernel, Problem, Target, TileConfig, candidates
 
 __all__ = [
     "MAX_OPERANDS",

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Problem, TileConfig
-from .launch import (
+from odysseus_kernels.kernels.configs import Problem, TileConfig
+from odysseus_kernels.kernels.launch import (
     check_bias,
     check_matrix,
     check_signals,
@@ -29,7 +29,7 @@ from .launch import (
     same_count,
     weight_matrices,
 )
-from .tiles import accumulate, await_word, described, described_weight, visited_tile
+from odysseus_kernels.kernels.tiles import accumulate, await_word, described, described_weight, visited_tile
 
 __all__ = ["matmul_scatter", "matmul_scatter_kernel"]
 

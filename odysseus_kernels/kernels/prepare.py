@@ -13,8 +13,8 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from triton.errors import TritonError
 
-from ..errors import KernelUnavailableError
-from .configs import Kernel
+from odysseus_kernels.errors import KernelUnavailableError
+from odysseus_kernels.kernels.configs import Kernel
 
 __all__ = ["prepare", "translated"]
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from ..errors import KernelUnavailableError
-from .configs import Kernel, Problem, TileConfig, candidates
-from .launch import target_of
-from .prepare import translated
+from odysseus_kernels.errors import KernelUnavailableError
+from odysseus_kernels.kernels.configs import Kernel, Problem, TileConfig, candidates
+from odysseus_kernels.kernels.launch import target_of
+from odysseus_kernels.kernels.prepare import translated
 
 __all__ = ["SATISFIED", "Signals", "fastest", "tuned"]
 

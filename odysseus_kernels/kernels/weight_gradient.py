@@ -13,9 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Problem, TileConfig
-from .launch import Order, check_chunks, check_matrix, check_signals, choose, expect, launch, matrix, ring
-from .tiles import await_word, described, load_tile, multiply, visited_chunk, visited_tile
+from odysseus_kernels.kernels.configs import Problem, TileConfig
+from odysseus_kernels.kernels.launch import (
+    Order,
+    check_chunks,
+    check_matrix,
+    check_signals,
+    choose,
+    expect,
+    launch,
+    matrix,
+    ring,
+)
+from odysseus_kernels.kernels.tiles import await_word, described, load_tile, multiply, visited_chunk, visited_tile
 
 __all__ = ["weight_gradient", "weight_gradient_kernel"]
 

@@ -5,17 +5,17 @@ key and value projections), ``all_to_all_linear`` exchanges heads for tokens and
 projection).
 """
 
-from .all_gather_linear import all_gather_linear
-from .all_to_all_linear import all_to_all_linear
-from .column_parallel_linear import column_parallel_linear
-from .linear_all_reduce import linear_all_reduce
-from .linear_all_to_all import linear_all_to_all
-from .linear_reduce_scatter import linear_reduce_scatter
-from .ulysses_attention import ulysses_attention
-from .vocab_parallel_linear_cross_entropy import vocab_parallel_linear_cross_entropy
-from .zero3_experts import zero3_experts
-from .zero3_linear import zero3_linear
-from .zero3_linear_cross_entropy import zero3_linear_cross_entropy
+from odysseus_kernels.ops.all_gather_linear import all_gather_linear
+from odysseus_kernels.ops.all_to_all_linear import all_to_all_linear
+from odysseus_kernels.ops.column_parallel_linear import column_parallel_linear
+from odysseus_kernels.ops.linear_all_reduce import linear_all_reduce
+from odysseus_kernels.ops.linear_all_to_all import linear_all_to_all
+from odysseus_kernels.ops.linear_reduce_scatter import linear_reduce_scatter
+from odysseus_kernels.ops.ulysses_attention import ulysses_attention
+from odysseus_kernels.ops.vocab_parallel_linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from odysseus_kernels.ops.zero3_experts import zero3_experts
+from odysseus_kernels.ops.zero3_linear import zero3_linear
+from odysseus_kernels.ops.zero3_linear_cross_entropy import zero3_linear_cross_entropy
 
 __all__ = [
     "all_gather_linear",

@@ -14,10 +14,10 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.groups import dispatch
-from ..comm.selection import Phase
-from ..comm.transport import Call, Gather, Scatter, Transport, row_pieces
-from ..config import OverlapConfig
+from odysseus_kernels.comm.groups import dispatch
+from odysseus_kernels.comm.selection import Phase
+from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport, row_pieces
+from odysseus_kernels.config import OverlapConfig
 
 __all__ = ["sum_rows"]
 

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..comm.reduce import accumulator_dtype
-from ..comm.selection import Phase
-from ..config import OverlapConfig
-from ._products import add_wide
-from ._validate import check_bias, check_linear
+from odysseus_kernels.comm.reduce import accumulator_dtype
+from odysseus_kernels.comm.selection import Phase
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._products import add_wide
+from odysseus_kernels.ops._validate import check_bias, check_linear
 
 __all__ = [
     "LossGradients",

@@ -10,8 +10,8 @@ import dataclasses
 
 from torch import Tensor
 
-from ..comm.exchange import Exchange
-from ..comm.transport import Call, Gather, Scatter, Transport
+from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
 
 __all__ = ["execute_exchange"]
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.exchange import Exchange
-from ..comm.groups import dispatch
-from ..comm.transport import Call, Transport
-from ..config import OverlapConfig
+from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.groups import dispatch
+from odysseus_kernels.comm.transport import Call, Transport
+from odysseus_kernels.config import OverlapConfig
 
 __all__ = ["HeadCut", "all_to_all", "check_head_counts", "check_mode", "exchange_parts", "tokens_of_ranks"]
 

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..comm.reduce import accumulator_dtype
+from odysseus_kernels.comm.reduce import accumulator_dtype
 
 __all__ = ["Layout", "ProductSum", "WeightGradient", "add_wide", "multiply", "multiply_lines", "project"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..comm.selection import Phase
-from ._heads import HeadCut, check_head_counts
-from ._validate import group_by_name
+from odysseus_kernels.comm.selection import Phase
+from odysseus_kernels.ops._heads import HeadCut, check_head_counts
+from odysseus_kernels.ops._validate import group_by_name
 
 __all__ = ["Projections", "check_projections"]
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..comm.transport import TileGather, TileScatter
-from ._products import Layout, WeightGradient
+from odysseus_kernels.comm.transport import TileGather, TileScatter
+from odysseus_kernels.ops._products import Layout, WeightGradient
 
 if TYPE_CHECKING:
-    from ..kernels.configs import Kernel, Problem, TileConfig
+    from odysseus_kernels.kernels.configs import Kernel, Problem, TileConfig
 
 Trial = Callable[["TileConfig | None"], None]
 
@@ -61,8 +61,8 @@ def _operands(*tensors: Tensor | None) -> Hashable:
 def _prepare(
     kernel: Kernel, problem: Problem, like: Tensor, operands: Hashable, trial: Callable[[], Trial], layout: Hashable
 ) -> None:
-    from ..kernels.prepare import prepare
-    from ..kernels.tuning import fastest
+    from odysseus_kernels.kernels.prepare import prepare
+    from odysseus_kernels.kernels.tuning import fastest
 
     def run() -> None:
         launch = trial()
@@ -78,7 +78,7 @@ def _projection(
     local: Tensor, world: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Problem, Hashable]:
     """The problem, and what else tells it from others."""
-    from ..kernels.configs import Problem
+    from odysseus_kernels.kernels.configs import Problem
 
     problem = Problem(world, local.shape[0], tuple(weight.shape[0] for weight in weights), local.shape[1])
     return problem, (tuple(weight.stride(1) == 1 for weight in weights), tuple(bias is None for bias in biases))
@@ -99,7 +99,7 @@ def prepare_project(
     """
 
     def trial() -> Trial:
-        from ..kernels.tuning import Signals
+        from odysseus_kernels.kernels.tuning import Signals
 
         signals, gathered = Signals(world, local.device), local.new_empty((world - 1, *local.shape))
         found = TileGather(rank, world, local, gathered, 1, signals.words[: world - 1], signals.epoch, signals.aborted)
@@ -113,7 +113,7 @@ def project(
     found: TileGather, outs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> None:
     """``outs[i]`` [world * rows, n] ``= gathered @ weights[i].T + biases[i]``; weights [n, K]."""
-    from ..kernels.tuning import tuned
+    from odysseus_kernels.kernels.tuning import tuned
 
     problem, layout = _projection(found.local, found.world, weights, biases)
     _run_project(found, outs, weights, biases, tuned("gather_matmul", problem, found.local, layout=layout))
@@ -126,7 +126,7 @@ def _run_project(
     biases: Sequence[Tensor | None],
     config: TileConfig | None,
 ) -> None:
-    from ..kernels.gather_matmul import gather_matmul
+    from odysseus_kernels.kernels.gather_matmul import gather_matmul
 
     gather_matmul(
         outs,
@@ -158,7 +158,7 @@ def keep(found: TileGather, into: Tensor) -> None:
 def _scattering(
     own: Tensor, world: int, xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None
 ) -> tuple[Problem, Hashable]:
-    from ..kernels.configs import Problem
+    from odysseus_kernels.kernels.configs import Problem
 
     problem = Problem(world, own.shape[0], (own.shape[1],), sum(x.shape[1] for x in xs))
     return problem, (tuple(weight.stride(1) == 1 for weight in weights), bias is None)
@@ -174,7 +174,7 @@ def prepare_scatter(
     """
 
     def trial() -> Trial:
-        from ..kernels.tuning import Signals
+        from odysseus_kernels.kernels.tuning import Signals
 
         # All targets' parts go to one place of our own.
         signals, place = Signals(world, own.device), own.new_empty(own.shape)
@@ -207,7 +207,7 @@ def scatter(found: TileScatter, xs: Sequence[Tensor], weights: Sequence[Tensor],
 
     weights [n, K_i]; the bias is added to this rank's own part.
     """
-    from ..kernels.tuning import tuned
+    from odysseus_kernels.kernels.tuning import tuned
 
     problem, layout = _scattering(found.own, found.world, xs, weights, bias)
     _run_scatter(found, xs, weights, bias, tuned("matmul_scatter", problem, xs[0], layout=layout))
@@ -220,7 +220,7 @@ def _run_scatter(
     bias: Tensor | None,
     config: TileConfig | None,
 ) -> None:
-    from ..kernels.matmul_scatter import matmul_scatter
+    from odysseus_kernels.kernels.matmul_scatter import matmul_scatter
 
     matmul_scatter(
         found.own,
@@ -245,7 +245,7 @@ def _run_scatter(
 
 
 def _gradient(chunk: Tensor, world: int, local: Tensor) -> Problem:
-    from ..kernels.configs import Problem
+    from odysseus_kernels.kernels.configs import Problem
 
     return Problem(1, local.shape[1], (chunk.shape[1],), world * chunk.shape[0])
 
@@ -264,7 +264,7 @@ def prepare_weight_gradient(
     out = into.t() if gathered_is_grad else into
 
     def trial() -> Trial:
-        from ..kernels.tuning import Signals
+        from odysseus_kernels.kernels.tuning import Signals
 
         signals, gathered = Signals(world, chunk.device), chunk.new_empty((world - 1, *chunk.shape))
         found = TileGather(rank, world, chunk, gathered, 1, signals.words[: world - 1], signals.epoch, signals.aborted)
@@ -276,7 +276,7 @@ def prepare_weight_gradient(
 
 def weight_gradient(found: TileGather, total: WeightGradient, local: Tensor, *, gathered_is_grad: bool = False) -> None:
     """``total = grad.T @ x`` over all chunks; ``local`` [world * rows, ...] is the operand that was not gathered."""
-    from ..kernels.tuning import tuned
+    from odysseus_kernels.kernels.tuning import tuned
 
     into = total.accumulator()
     if into is None:
@@ -288,7 +288,7 @@ def weight_gradient(found: TileGather, total: WeightGradient, local: Tensor, *, 
 
 
 def _run_weight_gradient(found: TileGather, out: Tensor, local: Tensor, config: TileConfig | None) -> None:
-    from ..kernels.weight_gradient import weight_gradient as kernel
+    from odysseus_kernels.kernels.weight_gradient import weight_gradient as kernel
 
     kernel(
         out,

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..comm.arguments import check_tensors, under_autocast
+from odysseus_kernels.comm.arguments import check_tensors, under_autocast
 
 __all__ = ["check_bias", "check_dim", "check_experts", "check_linear", "check_several", "group_by_name"]
 

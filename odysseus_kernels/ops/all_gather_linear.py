@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comm.arguments import check_config, refuse_second_derivative
-from ..comm.groups import dispatch, resolve_group
-from ..comm.selection import Phase
-from ..comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
-from ..config import OverlapConfig
-from . import _tiles
-from ._products import Layout, WeightGradient, multiply, project
-from ._validate import check_dim, check_several, group_by_name
+from odysseus_kernels.comm.arguments import check_config, refuse_second_derivative
+from odysseus_kernels.comm.groups import dispatch, resolve_group
+from odysseus_kernels.comm.selection import Phase
+from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops import _tiles
+from odysseus_kernels.ops._products import Layout, WeightGradient, multiply, project
+from odysseus_kernels.ops._validate import check_dim, check_several, group_by_name
 
 __all__ = ["all_gather_linear"]
 

@@ -16,17 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comm import functional
-from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
-from ..comm.exchange import Exchange
-from ..comm.groups import dispatch, resolve_group
-from ..comm.reduce import accumulator_dtype
-from ..comm.selection import Phase
-from ..comm.transport import Call, Transport
-from ..config import OverlapConfig
-from ._heads import all_to_all, check_mode, exchange_parts, tokens_of_ranks
-from ._products import ProductSum, multiply, multiply_lines
-from ._validate import check_linear, group_by_name
+from odysseus_kernels.comm import functional
+from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
+from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.groups import dispatch, resolve_group
+from odysseus_kernels.comm.reduce import accumulator_dtype
+from odysseus_kernels.comm.selection import Phase
+from odysseus_kernels.comm.transport import Call, Transport
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._heads import all_to_all, check_mode, exchange_parts, tokens_of_ranks
+from odysseus_kernels.ops._products import ProductSum, multiply, multiply_lines
+from odysseus_kernels.ops._validate import check_linear, group_by_name
 
 __all__ = ["all_to_all_linear"]
 

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comm.arguments import check_config, refuse_second_derivative
-from ..comm.groups import resolve_group
-from ..config import OverlapConfig
-from ._all_reduce import sum_rows
-from ._heads import check_mode
-from ._products import WeightGradient, multiply, multiply_lines
-from ._validate import check_several, group_by_name
+from odysseus_kernels.comm.arguments import check_config, refuse_second_derivative
+from odysseus_kernels.comm.groups import resolve_group
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._all_reduce import sum_rows
+from odysseus_kernels.ops._heads import check_mode
+from odysseus_kernels.ops._products import WeightGradient, multiply, multiply_lines
+from odysseus_kernels.ops._validate import check_several, group_by_name
 
 __all__ = ["column_parallel_linear"]
 

@@ -18,17 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comm import functional
-from ..comm.arguments import check_config, refuse_second_derivative
-from ..comm.exchange import Exchange
-from ..comm.groups import dispatch, resolve_group
-from ..comm.reduce import accumulator_dtype
-from ..comm.transport import Call, Transport
-from ..config import OverlapConfig
-from ._heads import all_to_all, check_mode, exchange_parts, tokens_of_ranks
-from ._products import ProductSum, multiply_lines, project
-from ._projections import Projections, check_projections
-from ._validate import check_several
+from odysseus_kernels.comm import functional
+from odysseus_kernels.comm.arguments import check_config, refuse_second_derivative
+from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.groups import dispatch, resolve_group
+from odysseus_kernels.comm.reduce import accumulator_dtype
+from odysseus_kernels.comm.transport import Call, Transport
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._heads import all_to_all, check_mode, exchange_parts, tokens_of_ranks
+from odysseus_kernels.ops._products import ProductSum, multiply_lines, project
+from odysseus_kernels.ops._projections import Projections, check_projections
+from odysseus_kernels.ops._validate import check_several
 
 __all__ = ["linear_all_to_all"]
 

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
-from ..comm.groups import dispatch, resolve_group
-from ..comm.selection import Phase
-from ..comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
-from ..config import OverlapConfig
-from . import _tiles
-from ._products import CommonBiasGradient, Layout, WeightGradient, multiply, project
-from ._validate import check_bias, check_dim, check_linear, group_by_name
+from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
+from odysseus_kernels.comm.groups import dispatch, resolve_group
+from odysseus_kernels.comm.selection import Phase
+from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops import _tiles
+from odysseus_kernels.ops._products import CommonBiasGradient, Layout, WeightGradient, multiply, project
+from odysseus_kernels.ops._validate import check_bias, check_dim, check_linear, group_by_name
 
 __all__ = ["linear_reduce_scatter"]
 

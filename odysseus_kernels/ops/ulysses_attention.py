@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comm.arguments import check_config, check_tensors, under_autocast
-from ..comm.groups import resolve_group
-from ..config import OverlapConfig
-from ._heads import all_to_all, check_head_counts
-from ._validate import group_by_name
+from odysseus_kernels.comm.arguments import check_config, check_tensors, under_autocast
+from odysseus_kernels.comm.groups import resolve_group
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._heads import all_to_all, check_head_counts
+from odysseus_kernels.ops._validate import group_by_name
 
 __all__ = ["causal_attention", "ulysses_attention"]
 

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comm import functional
-from ..comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
-from ..comm.exchange import Exchange
-from ..comm.groups import dispatch, resolve_group
-from ..comm.reduce import accumulator_dtype
-from ..comm.transport import Call, Transport
-from ..config import OverlapConfig
-from ._cross_entropy import (
+from odysseus_kernels.comm import functional
+from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
+from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.groups import dispatch, resolve_group
+from odysseus_kernels.comm.reduce import accumulator_dtype
+from odysseus_kernels.comm.transport import Call, Transport
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._cross_entropy import (
     LossGradients,
     add_statistics,
     check_loss_input,
@@ -35,8 +35,8 @@ from ._cross_entropy import (
     new_statistics,
     sum_of_losses,
 )
-from ._exchange import execute_exchange
-from ._validate import group_by_name
+from odysseus_kernels.ops._exchange import execute_exchange
+from odysseus_kernels.ops._validate import group_by_name
 
 __all__ = ["Tokens", "vocab_parallel_linear_cross_entropy"]
 

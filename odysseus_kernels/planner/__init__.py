@@ -1,7 +1,7 @@
 """What is known of machines, and predictions made from it: pure functions, no device and no process group."""
 
-from .cost_model import MEASURED_MARGIN, MODEL_MARGIN, MODES, Work, pick_mode, predict
-from .hardware import CPU, GENERIC_GPU, KNOWN_GPUS, Hardware, hardware_for
+from odysseus_kernels.planner.cost_model import MEASURED_MARGIN, MODEL_MARGIN, MODES, Work, pick_mode, predict
+from odysseus_kernels.planner.hardware import CPU, GENERIC_GPU, KNOWN_GPUS, Hardware, hardware_for
 
 __all__ = [
     "CPU",

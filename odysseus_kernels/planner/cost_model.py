@@ -35,7 +35,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from .hardware import Hardware
+from odysseus_kernels.planner.hardware import Hardware
 
 __all__ = [
     "MEASURED_MARGIN",

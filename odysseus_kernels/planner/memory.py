@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .formulas import LayerShape, check_sizes
+from odysseus_kernels.planner.formulas import LayerShape, check_sizes
 
 __all__ = ["head_saved", "saved"]
 

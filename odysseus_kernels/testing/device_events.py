@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from ..comm.device_schedule import (
+from odysseus_kernels.comm.device_schedule import (
     AHEAD,
     COMPUTE,
     EPOCH,
@@ -24,8 +24,8 @@ from ..comm.device_schedule import (
     drop_schedule,
     tile_schedule,
 )
-from ..comm.schedule import SHARD, ChunkOrder, Program, Region, Schedule, Step
-from .happens_before import Access, Event, SharedWord
+from odysseus_kernels.comm.schedule import SHARD, ChunkOrder, Program, Region, Schedule, Step
+from odysseus_kernels.testing.happens_before import Access, Event, SharedWord
 
 __all__ = ["DeviceCall", "bind_device", "by_stream", "collapsed", "shared"]
 

@@ -21,8 +21,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from ..comm.leases import Lease, LeaseTable
-from ..comm.schedule import (
+from odysseus_kernels.comm.leases import Lease, LeaseTable
+from odysseus_kernels.comm.schedule import (
     PARTIAL,
     SHARD,
     ChunkOrder,

@@ -16,8 +16,8 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from ..comm.schedule import Kind
-from .happens_before import Event, ScheduleError, SharedWord
+from odysseus_kernels.comm.schedule import Kind
+from odysseus_kernels.testing.happens_before import Event, ScheduleError, SharedWord
 
 __all__ = ["Node", "edges", "one_at_a_time", "prove_replays", "replayed"]
 

@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..comm.device_schedule import COMPUTE, STREAMS
-from ..comm.lowering import WINDOWS, WORDS, word_index
-from ..comm.mismatch import describe_mismatch, signature_hash
-from ..comm.transport import Call
-from ..errors import CommunicationError, RankMismatchError, SignalTimeoutError
-from .replays import Node, edges, one_at_a_time
-from .simulated_operations import Event, Item, SimulatedOperations
+from odysseus_kernels.comm.device_schedule import COMPUTE, STREAMS
+from odysseus_kernels.comm.lowering import WINDOWS, WORDS, word_index
+from odysseus_kernels.comm.mismatch import describe_mismatch, signature_hash
+from odysseus_kernels.comm.transport import Call
+from odysseus_kernels.errors import CommunicationError, RankMismatchError, SignalTimeoutError
+from odysseus_kernels.testing.replays import Node, edges, one_at_a_time
+from odysseus_kernels.testing.simulated_operations import Event, Item, SimulatedOperations
 
 __all__ = ["SimulatedDevice", "SimulatedMachine"]
 

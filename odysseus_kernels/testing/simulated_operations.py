@@ -7,12 +7,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .. import _ext
-from ..comm.device_schedule import EPOCH
-from ..comm.lowering import Address
+from odysseus_kernels import _ext
+from odysseus_kernels.comm.device_schedule import EPOCH
+from odysseus_kernels.comm.lowering import Address
 
 if TYPE_CHECKING:
-    from .simulated_device import SimulatedDevice
+    from odysseus_kernels.testing.simulated_device import SimulatedDevice
 
 __all__ = ["Event", "Item", "SimulatedOperations"]
 

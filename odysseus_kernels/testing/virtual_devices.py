@@ -21,11 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..comm.device_schedule import RECEIVE, STREAMS
-from ..comm.lowering import WINDOWS, WORDS, word_index
-from ..comm.schedule import SHARD
-from ..comm.symmetric_cuda import CudaDevice
-from ..comm.symmetric_device import SymmetricDeviceTransport
+from odysseus_kernels.comm.device_schedule import RECEIVE, STREAMS
+from odysseus_kernels.comm.lowering import WINDOWS, WORDS, word_index
+from odysseus_kernels.comm.schedule import SHARD
+from odysseus_kernels.comm.symmetric_cuda import CudaDevice
+from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
 
 __all__ = ["SATISFIED", "LinkKind", "SilentPeers", "VirtualPeers", "VirtualRank", "link_of", "virtual_transports"]
 
