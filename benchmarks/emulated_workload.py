@@ -18,12 +18,12 @@ from torch import Tensor
 
 from benchmarks.emulated_cases import EmulatedCase
 from odysseus_kernels import ops
-from odysseus_kernels.comm.device_schedule import RECEIVE
+from odysseus_kernels.comm.device.cuda import CudaDevice
+from odysseus_kernels.comm.device.lowering import WINDOWS
+from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
 from odysseus_kernels.comm.groups import use_transport
-from odysseus_kernels.comm.lowering import WINDOWS
-from odysseus_kernels.comm.schedule import SHARD
-from odysseus_kernels.comm.symmetric_cuda import CudaDevice
-from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
+from odysseus_kernels.comm.schedules.device import RECEIVE
+from odysseus_kernels.comm.schedules.steps import SHARD
 from odysseus_kernels.comm.transport import Call, Gather, Scatter
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.testing.compare import relative_error, rounding_tolerance

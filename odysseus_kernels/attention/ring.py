@@ -24,10 +24,10 @@ from odysseus_kernels.attention._ring_validate import check_ring_attention
 from odysseus_kernels.attention.layout import Layout
 from odysseus_kernels.attention.visits import Visits
 from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
+from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
-from odysseus_kernels.comm.selection import Phase
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
 from odysseus_kernels.config import OverlapConfig
 

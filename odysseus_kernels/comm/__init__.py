@@ -1,0 +1,1 @@
+"""How bytes move between ranks: the interface, the transports behind it, and the ways in from above."""

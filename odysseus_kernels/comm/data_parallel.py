@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from odysseus_kernels.comm.backend import WaitTimeoutError, all_gather_single, reduce_scatter_single, wait
 from odysseus_kernels.comm.groups import group_transports
-from odysseus_kernels.comm.lingering import keep_for_ever
+from odysseus_kernels.comm.meeting.backend import WaitTimeoutError, all_gather_single, reduce_scatter_single, wait
+from odysseus_kernels.comm.meeting.lingering import keep_for_ever
 from odysseus_kernels.errors import SignalTimeoutError
 
 __all__ = ["watch_fsdp"]

@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from odysseus_kernels import _ext
-from odysseus_kernels.comm import symmetric_cuda
 from odysseus_kernels.comm.announce import announcing
-from odysseus_kernels.comm.collective import CollectiveTransport
-from odysseus_kernels.comm.decision import explain as explain_decisions
-from odysseus_kernels.comm.meeting import Introduction, Meeting
-from odysseus_kernels.comm.selection import Phase, Selection
-from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
-from odysseus_kernels.comm.symmetric_host import SymmetricHostTransport
+from odysseus_kernels.comm.choice.decision import explain as explain_decisions
+from odysseus_kernels.comm.choice.selection import Phase, Selection
+from odysseus_kernels.comm.collective.transport import CollectiveTransport
+from odysseus_kernels.comm.device import cuda
+from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
+from odysseus_kernels.comm.host.transport import SymmetricHostTransport
+from odysseus_kernels.comm.meeting.texts import Introduction, Meeting
 from odysseus_kernels.comm.transport import CapacityExceededError, LocalTransport, NotServedError, Transport
 from odysseus_kernels.config import OverlapConfig, shared_memory_directory
 from odysseus_kernels.errors import ExtensionNotBuiltError, FallbackWarning
@@ -268,7 +268,7 @@ class GroupTransports:
                 f'or ask for transport="collective", which needs no compiled code'
             )
         self._check_usable()
-        identity = symmetric_cuda.device_identity(device) if device.type == "cuda" else ("", "")
+        identity = cuda.device_identity(device) if device.type == "cuda" else ("", "")
         everyone = self._meeting.introduce(config, device, self._completed, self._step, identity)
         members = [one.member for one in everyone]
         lacking = [f"rank {rank}: {one.extension}" for rank, one in enumerate(everyone) if one.extension]
@@ -303,7 +303,7 @@ class GroupTransports:
 
         if device.type == "cuda":
             peers = [(one.device_name, one.device_uuid) for one in everyone]
-            return symmetric_cuda.connect(group, device, peers, nonce, exchange)
+            return cuda.connect(group, device, peers, nonce, exchange)
         directory = shared_memory_directory()
         return SymmetricHostTransport.connect(
             group.rank(), group.size(), directory, nonce, exchange, self._meeting.names

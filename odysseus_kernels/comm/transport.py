@@ -3,7 +3,7 @@
 An operator never names a collective.  It hands over a :class:`Call` with up to two parts: a :class:`Gather`, whose
 ``consume`` is given every rank's shard as it becomes available, and a :class:`Scatter`, whose ``produce`` writes
 partial results for every rank; or with an :class:`~odysseus_kernels.comm.exchange.Exchange`, which visits every rank.
-The transport decides nothing about the order: it executes the schedule (``comm/schedule.py``) of its kind.
+The transport decides nothing about the order: it executes the schedule (``comm/schedules/steps.py``) of its kind.
 
 Concurrency: callbacks run on the calling thread, one at a time.  A block given to ``consume`` is a peer's memory or a
 buffer of the transport: it must not be kept, written to, or read after the callback returns.  Calls on one transport
@@ -26,7 +26,7 @@ from torch import Tensor
 from odysseus_kernels.comm.announce import announced
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.recorder import Traffic, record
-from odysseus_kernels.comm.schedule import Program
+from odysseus_kernels.comm.schedules.steps import Program
 from odysseus_kernels.config import OverlapConfig
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from odysseus_kernels.comm.announce import announce, withdraw
 from odysseus_kernels.comm.arguments import check_config
-from odysseus_kernels.comm.steps import StepGroups
+from odysseus_kernels.comm.shared_step import StepGroups
 from odysseus_kernels.config import OverlapConfig
 
 __all__ = ["DATA_DIMENSION", "RING_DIMENSION", "SEQUENCE_DIMENSION", "SequenceGroup"]

@@ -1,4 +1,4 @@
-"""Where a model's step begins and ends, so that an error on one rank is an error on all; see ``comm/steps.py``."""
+"""Where a model's step begins and ends, so that an error on one rank is one on all: ``comm/shared_step.py``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from odysseus_kernels.comm.steps import StepGroups
+from odysseus_kernels.comm.shared_step import StepGroups
 from odysseus_kernels.nn.group import SequenceGroup
 
 __all__ = ["Stepped", "step"]

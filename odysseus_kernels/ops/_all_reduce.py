@@ -14,15 +14,15 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.groups import dispatch
-from odysseus_kernels.comm.selection import Phase
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport, row_pieces
 from odysseus_kernels.config import OverlapConfig
 
 __all__ = ["sum_rows"]
 
 # Pieces of what one rank owns: large enough that issuing their collectives costs less than it hides (as in
-# comm/collective.py).  A block has two, so that its sums travel beside its product, too.
+# comm/collective/transport.py).  A block has two, so that its sums travel beside its product, too.
 _PIECES = 4
 _PIECE_BYTES = 4 << 20
 _PIECES_PER_BLOCK = 2
@@ -49,7 +49,7 @@ def sum_rows(
     Each rank sends 2 (N - 1) / N of it; where N does not divide ``lines``, of as many as it divides.
 
     Args:
-        operator, phase, shapes, own: as in :class:`~odysseus_kernels.comm.selection.Phase`.
+        operator, phase, shapes, own: as in :class:`~odysseus_kernels.comm.choice.selection.Phase`.
         like: type and device.
         lines, width: size of the result.
         produce: ``produce(start, stop, block, bias)`` writes this rank's part of lines ``start`` to ``stop`` into

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.reduce import accumulator_dtype
-from odysseus_kernels.comm.selection import Phase
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops._products import add_wide
 from odysseus_kernels.ops._validate import check_bias, check_linear

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from odysseus_kernels.comm.selection import Phase
+from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.ops._heads import HeadCut, check_head_counts
 from odysseus_kernels.ops._validate import group_by_name
 

@@ -2,7 +2,7 @@
 
 The products of a rank's chunk start with the local shard and go round the ring; on the symmetric transport they read
 peers' shards where they lie, so the gathered tensor never exists.  Buffers, streams and who may run beside the
-operator are the transport's contract (``comm/symmetric_host.py``, ``comm/collective.py``).
+operator are the transport's contract (``comm/host/transport.py``, ``comm/collective/transport.py``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from odysseus_kernels.comm.arguments import check_config, refuse_second_derivative
+from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.groups import dispatch, resolve_group
-from odysseus_kernels.comm.selection import Phase
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops import _tiles

@@ -2,7 +2,8 @@
 
 One exchange does both: as a rank is visited, its heads' outputs for this rank's tokens arrive together with its columns
 of the weight, which belong to the same heads, and their product is added up.  Buffers, streams and who may run beside
-the operator are the transport's contract (``comm/exchange.py``, ``comm/symmetric_host.py``, ``comm/collective.py``).
+the operator are the transport's contract (``comm/exchange.py``, ``comm/host/transport.py``,
+``comm/collective/transport.py``).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from odysseus_kernels.comm import functional
 from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
+from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
-from odysseus_kernels.comm.selection import Phase
 from odysseus_kernels.comm.transport import Call, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops._heads import all_to_all, check_mode, exchange_parts, tokens_of_ranks

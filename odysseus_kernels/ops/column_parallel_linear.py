@@ -2,7 +2,7 @@
 
 The mirror of ``linear_all_reduce``: nothing is sent forward, and backward the input gradient's rows leave as they are
 produced.  Buffers, streams and who may run beside the operator are the transport's contract
-(``comm/symmetric_host.py``, ``comm/collective.py``).
+(``comm/host/transport.py``, ``comm/collective/transport.py``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tensor parallelism's second half: a row-parallel linear layer fused with the all-reduce behind it.
 
 Parts of other ranks' rows leave as they are produced, and the summed rows come back.  Buffers, streams and who may run
-beside the operator are the transport's contract (``comm/symmetric_host.py``, ``comm/collective.py``).
+beside the operator are the transport's contract (``comm/host/transport.py``, ``comm/collective/transport.py``).
 """
 
 from __future__ import annotations

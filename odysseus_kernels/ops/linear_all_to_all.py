@@ -3,8 +3,8 @@
 One exchange does both: as a rank is visited, its rows of the weights arrive, which are the rows of its heads; their
 product with this rank's tokens is what that rank needs, and leaves while the next one is computed.  On transports that
 let ranks read one another's memory no weight is ever whole, and what is sent is not staged either.  Buffers, streams
-and who may run beside the operator are the transport's contract (``comm/exchange.py``, ``comm/symmetric_host.py``,
-``comm/collective.py``).
+and who may run beside the operator are the transport's contract (``comm/exchange.py``, ``comm/host/transport.py``,
+``comm/collective/transport.py``).
 """
 
 from __future__ import annotations

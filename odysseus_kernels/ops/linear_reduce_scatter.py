@@ -2,7 +2,7 @@
 
 A rank computes its part of every other rank's rows first and its own last; parts leave as they are produced and are
 added, in fp32, while the next one is computed.  Buffers, streams and who may run beside the operator are the
-transport's contract (``comm/symmetric_host.py``, ``comm/collective.py``).
+transport's contract (``comm/host/transport.py``, ``comm/collective/transport.py``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
+from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.groups import dispatch, resolve_group
-from odysseus_kernels.comm.selection import Phase
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops import _tiles

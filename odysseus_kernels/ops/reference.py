@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from odysseus_kernels.comm.backend import all_gather_single, reduce_scatter_single
 from odysseus_kernels.comm.groups import resolve_group
+from odysseus_kernels.comm.meeting.backend import all_gather_single, reduce_scatter_single
 
 __all__ = [
     "all_gather_linear_reference",

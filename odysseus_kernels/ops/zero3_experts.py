@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
+from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
-from odysseus_kernels.comm.selection import Phase
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops._experts import ACTIVATIONS, Routing, expert_backward, expert_forward

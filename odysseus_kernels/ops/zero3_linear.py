@@ -22,9 +22,9 @@ from odysseus_kernels.comm.arguments import (
     refuse_second_derivative,
     under_autocast,
 )
+from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
-from odysseus_kernels.comm.selection import Phase
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops._products import add_wide

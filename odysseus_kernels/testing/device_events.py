@@ -1,4 +1,4 @@
-"""What ranks with copy engines really execute: the steps of ``comm/device_schedule.py`` in windows that are used again.
+"""What ranks with copy engines execute: the steps of ``comm/schedules/device.py`` in windows that are used again.
 
 :func:`bind_device` is the executor without data, for the proof in ``testing/happens_before.py``.  Every sequence of
 calls, and of replays of captured calls, is a sequence of uses of windows; the proof takes any.
@@ -11,20 +11,19 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from odysseus_kernels.comm.device_schedule import (
+from odysseus_kernels.comm.schedules.device import (
     AHEAD,
-    COMPUTE,
     EPOCH,
     OUT,
     RECEIVE,
     SLOT,
     STAGE,
-    STREAMS,
     device_schedule,
     drop_schedule,
     tile_schedule,
 )
-from odysseus_kernels.comm.schedule import SHARD, ChunkOrder, Program, Region, Schedule, Step
+from odysseus_kernels.comm.schedules.steps import SHARD, ChunkOrder, Program, Region, Schedule, Step
+from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS
 from odysseus_kernels.testing.happens_before import Access, Event, SharedWord
 
 __all__ = ["DeviceCall", "bind_device", "by_stream", "collapsed", "shared"]

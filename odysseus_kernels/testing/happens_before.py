@@ -1,8 +1,8 @@
 """Proof that schedules are free of races and deadlocks, on the happens-before graph of their steps.
 
-:func:`bind` turns a sequence of calls into what every rank really executes: the steps of ``comm/schedule.py`` with the
-windows and counts of ``comm/leases.py``.  :func:`prove` builds the graph (program order within a rank's stream, and
-from the signal to every wait that it satisfies) and checks
+:func:`bind` turns a sequence of calls into what every rank really executes: the steps of ``comm/schedules/steps.py``
+with the windows and counts of ``comm/schedules/leases.py``.  :func:`prove` builds the graph (program order within a
+rank's stream, and from the signal to every wait that it satisfies) and checks
 
 * every wait has a signal, and the graph has no cycle: no rank can wait for ever;
 * a read sees exactly the write that was meant: that write happens before it, and no other write to the same memory lies
@@ -21,8 +21,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from odysseus_kernels.comm.leases import Lease, LeaseTable
-from odysseus_kernels.comm.schedule import (
+from odysseus_kernels.comm.schedules.leases import Lease, LeaseTable
+from odysseus_kernels.comm.schedules.steps import (
     PARTIAL,
     SHARD,
     ChunkOrder,

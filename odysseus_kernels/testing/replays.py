@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from odysseus_kernels.comm.schedule import Kind
+from odysseus_kernels.comm.schedules.steps import Kind
 from odysseus_kernels.testing.happens_before import Event, ScheduleError, SharedWord
 
 __all__ = ["Node", "edges", "one_at_a_time", "prove_replays", "replayed"]

@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from odysseus_kernels.comm.device_schedule import COMPUTE, STREAMS
-from odysseus_kernels.comm.lowering import WINDOWS, WORDS, word_index
+from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS, word_index
 from odysseus_kernels.comm.mismatch import describe_mismatch, signature_hash
+from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS
 from odysseus_kernels.comm.transport import Call
 from odysseus_kernels.errors import CommunicationError, RankMismatchError, SignalTimeoutError
 from odysseus_kernels.testing.replays import Node, edges, one_at_a_time

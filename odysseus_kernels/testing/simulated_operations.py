@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from odysseus_kernels import _ext
-from odysseus_kernels.comm.device_schedule import EPOCH
-from odysseus_kernels.comm.lowering import Address
+from odysseus_kernels.comm.device.lowering import Address
+from odysseus_kernels.comm.schedules.device import EPOCH
 
 if TYPE_CHECKING:
     from odysseus_kernels.testing.simulated_device import SimulatedDevice

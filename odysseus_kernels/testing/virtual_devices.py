@@ -1,6 +1,6 @@
 """Ranks that share a GPU, or are not there at all: memory for tests and for benchmarks with emulated links.
 
-Both classes stand in for the memory that ranks map of one another (``PeerMemory`` of ``comm/peer_memory.py``).
+Both classes stand in for the memory that ranks map of one another (``PeerMemory`` of ``comm/device/peer_memory.py``).
 Everything else, from schedules to kernels, is what real ranks run.
 
 :class:`VirtualPeers`
@@ -21,11 +21,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from odysseus_kernels.comm.device_schedule import RECEIVE, STREAMS
-from odysseus_kernels.comm.lowering import WINDOWS, WORDS, word_index
-from odysseus_kernels.comm.schedule import SHARD
-from odysseus_kernels.comm.symmetric_cuda import CudaDevice
-from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
+from odysseus_kernels.comm.device.cuda import CudaDevice
+from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS, word_index
+from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
+from odysseus_kernels.comm.schedules.device import RECEIVE
+from odysseus_kernels.comm.schedules.steps import SHARD
+from odysseus_kernels.comm.schedules.streams import STREAMS
 
 __all__ = ["SATISFIED", "LinkKind", "SilentPeers", "VirtualPeers", "VirtualRank", "link_of", "virtual_transports"]
 

@@ -21,11 +21,11 @@ from benchmarks import emulated, emulated_report, emulated_workload, kernels
 from benchmarks.emulated_cases import EmulatedCase
 from benchmarks.emulated_workload import MODES, EmulatedWorkload, Emulation, fake_group
 from benchmarks.measure import EventTimer
-from odysseus_kernels.comm.device_schedule import RECEIVE
+from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS
+from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
 from odysseus_kernels.comm.groups import use_transport
-from odysseus_kernels.comm.lowering import WINDOWS, WORDS
-from odysseus_kernels.comm.schedule import SHARD
-from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
+from odysseus_kernels.comm.schedules.device import RECEIVE
+from odysseus_kernels.comm.schedules.steps import SHARD
 from odysseus_kernels.comm.transport import Call, Gather, Scatter
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.testing.simulated_device import SimulatedMachine

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 import odysseus_kernels as ody
-from odysseus_kernels.comm.backend import all_gather_single
-from odysseus_kernels.comm.choice import ChoiceKey, Choices, HostTimer
-from odysseus_kernels.comm.choice_cache import CachedChoice, ChoiceCache
+from odysseus_kernels.comm.choice.cache import CachedChoice, ChoiceCache
+from odysseus_kernels.comm.choice.measure import ChoiceKey, Choices, HostTimer
+from odysseus_kernels.comm.meeting.backend import all_gather_single
 
 T = TypeVar("T")
 

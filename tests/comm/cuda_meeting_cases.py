@@ -15,9 +15,11 @@ from torch._C._distributed_c10d import _SymmetricMemory
 
 import odysseus_kernels as ody
 from odysseus_kernels import _ext
-from odysseus_kernels.comm import groups, meeting, rendezvous, symmetric_cuda
-from odysseus_kernels.comm.membership import this_member
-from odysseus_kernels.comm.peer_memory import TorchSymmetricMemory
+from odysseus_kernels.comm import groups
+from odysseus_kernels.comm.device import cuda, rendezvous
+from odysseus_kernels.comm.device.peer_memory import TorchSymmetricMemory
+from odysseus_kernels.comm.meeting import texts as meeting
+from odysseus_kernels.comm.meeting.membership import this_member
 
 DEVICE = torch.device("cuda", 0)
 
@@ -42,7 +44,7 @@ def _made_up(rank: int, *, driver: str, reachable: bool) -> Any:
     return [
         mock.patch.object(_ext, "has_cuda", return_value=True),
         mock.patch.object(_ext, "load", return_value=native),
-        mock.patch.object(symmetric_cuda, "device_identity", lambda device: identities[device.index]),
+        mock.patch.object(cuda, "device_identity", lambda device: identities[device.index]),
         mock.patch.object(torch.cuda, "device_count", return_value=2),
         mock.patch.object(torch.cuda, "can_device_access_peer", return_value=reachable),
     ]

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 import odysseus_kernels as ody
+from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.functional import all_to_all
 from odysseus_kernels.comm.groups import dispatch, group_transports
-from odysseus_kernels.comm.selection import Phase
-from odysseus_kernels.comm.symmetric_host import SymmetricHostTransport
+from odysseus_kernels.comm.host.transport import SymmetricHostTransport
+from odysseus_kernels.comm.host.windows import Windows
 from odysseus_kernels.comm.transport import Call, Transport
-from odysseus_kernels.comm.windows import Windows
 from odysseus_kernels.testing.compare import nan_empty
 from odysseus_kernels.testing.faults import Jitter, kill_self
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 import odysseus_kernels as ody
 from odysseus_kernels import _ext
-from odysseus_kernels.comm.handshakes import Handshakes
-from odysseus_kernels.comm.ledger import Ledger
-from odysseus_kernels.comm.supervisor import Supervisor
+from odysseus_kernels.comm.collective.handshakes import Handshakes
+from odysseus_kernels.comm.device.ledger import Ledger
+from odysseus_kernels.comm.device.supervisor import Supervisor
 from odysseus_kernels.comm.transport import Call, Gather
 
 WAITS = ["gather (forward): rank 0 waited for rank 1 to publish chunk 1, piece 0 of its shard"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from odysseus_kernels.comm.device_schedule import PREVIOUS_USE
-from odysseus_kernels.comm.schedule import Kind, Step
+from odysseus_kernels.comm.schedules.device import PREVIOUS_USE
+from odysseus_kernels.comm.schedules.steps import Kind, Step
 
 Edit = Callable[[list[Step], int], list[Step]]
 

@@ -15,8 +15,8 @@ from choice_cases import FINGERPRINT, KEY, Run, constant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from odysseus_kernels.comm.choice import Choices, CudaTimer, Decision, HostTimer
-from odysseus_kernels.comm.choice_cache import CachedChoice, ChoiceCache
+from odysseus_kernels.comm.choice.cache import CachedChoice, ChoiceCache
+from odysseus_kernels.comm.choice.measure import Choices, CudaTimer, Decision, HostTimer
 from odysseus_kernels.comm.transport import CapacityExceededError
 from odysseus_kernels.errors import PeerLostError, RankMismatchError
 from odysseus_kernels.testing.spawn import RankPools

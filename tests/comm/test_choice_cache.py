@@ -13,8 +13,8 @@ import choice_cases as cases
 import pytest
 from choice_cases import FINGERPRINT, KEY
 
-from odysseus_kernels.comm import choice_cache
-from odysseus_kernels.comm.choice_cache import CachedChoice, ChoiceCache, machine_fingerprint
+from odysseus_kernels.comm.choice import cache as choice_cache
+from odysseus_kernels.comm.choice.cache import CachedChoice, ChoiceCache, machine_fingerprint
 
 CHOICE = CachedChoice("fused", {"unfused": 2.0, "fused": 1.0})
 

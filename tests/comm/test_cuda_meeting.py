@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 import odysseus_kernels as ody
-from odysseus_kernels.comm.peer_memory import TorchSymmetricMemory
-from odysseus_kernels.comm.rendezvous import CountingStore
+from odysseus_kernels.comm.device.peer_memory import TorchSymmetricMemory
+from odysseus_kernels.comm.device.rendezvous import CountingStore
 from odysseus_kernels.comm.transport import CapacityExceededError
 
 

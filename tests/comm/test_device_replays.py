@@ -12,17 +12,10 @@ import pytest
 from schedule_edits import only_begin
 
 import odysseus_kernels as ody
-from odysseus_kernels.comm import device_streams
-from odysseus_kernels.comm.device_schedule import (
-    COPY_STREAMS,
-    FINAL,
-    LOCAL,
-    PREVIOUS_USE,
-    STREAMS,
-    WAITS,
-    device_schedule,
-)
-from odysseus_kernels.comm.schedule import Kind, Step
+from odysseus_kernels.comm.schedules import streams as device_streams
+from odysseus_kernels.comm.schedules.device import FINAL, PREVIOUS_USE, device_schedule
+from odysseus_kernels.comm.schedules.steps import Kind, Step
+from odysseus_kernels.comm.schedules.streams import COPY_STREAMS, LOCAL, STREAMS, WAITS
 from odysseus_kernels.testing.device_events import DeviceCall, bind_device, by_stream, collapsed, shared
 from odysseus_kernels.testing.happens_before import Event, ScheduleError, interleave, prove
 from odysseus_kernels.testing.replays import edges, prove_replays, replayed

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_edits import Edit, depends, one_part, swap, waits_for, without
 
-from odysseus_kernels.comm.device_schedule import (
-    COMPUTE,
+from odysseus_kernels.comm.schedules.device import (
     FINAL,
     PREVIOUS_USE,
     RECEIVE,
@@ -22,7 +21,8 @@ from odysseus_kernels.comm.device_schedule import (
     drop_schedule,
     tile_schedule,
 )
-from odysseus_kernels.comm.schedule import SHARD, Kind, Step, Task
+from odysseus_kernels.comm.schedules.steps import SHARD, Kind, Step, Task
+from odysseus_kernels.comm.schedules.streams import COMPUTE
 from odysseus_kernels.testing.device_events import DeviceCall, bind_device, by_stream, collapsed
 from odysseus_kernels.testing.happens_before import ScheduleError, interleave, prove
 from odysseus_kernels.testing.replays import prove_replays, replayed

@@ -7,7 +7,7 @@ import json
 
 from choice_cases import KEY
 
-from odysseus_kernels.comm.choice import ChoiceKey, Decision, explain
+from odysseus_kernels.comm.choice.measure import ChoiceKey, Decision, explain
 
 
 def test_keys_are_told_apart_and_stay_the_same() -> None:

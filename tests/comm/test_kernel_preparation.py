@@ -15,11 +15,11 @@ from test_symmetric_device import Group
 from torch import Tensor
 
 import odysseus_kernels as ody
-from odysseus_kernels.comm import selection
-from odysseus_kernels.comm.choice import Choices
-from odysseus_kernels.comm.choice_cache import CachedChoice
-from odysseus_kernels.comm.selection import Phase, Selection
-from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
+from odysseus_kernels.comm.choice import selection
+from odysseus_kernels.comm.choice.cache import CachedChoice
+from odysseus_kernels.comm.choice.measure import Choices
+from odysseus_kernels.comm.choice.selection import Phase, Selection
+from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
 from odysseus_kernels.comm.transport import Call, Gather, TileGather, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError, KernelUnavailableError, RankMismatchError

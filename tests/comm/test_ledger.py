@@ -9,7 +9,7 @@ import ledger_cases
 import pytest
 import torch
 
-from odysseus_kernels.comm import handshakes
+from odysseus_kernels.comm.collective import handshakes
 from odysseus_kernels.errors import FallbackWarning
 from odysseus_kernels.testing.spawn import run_ranks
 

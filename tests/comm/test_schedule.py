@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from odysseus_kernels.comm.collective_schedule import collective_schedule
-from odysseus_kernels.comm.schedule import (
+from odysseus_kernels.comm.schedules.collective import collective_schedule
+from odysseus_kernels.comm.schedules.steps import (
     PARTIAL,
     SHARD,
     Kind,
@@ -253,8 +253,8 @@ def test_interleavings_find_what_the_proof_finds() -> None:
 
 def test_leases_without_credits_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between calls only the credits of the leases order anything, at the latest when there is one window."""
-    from odysseus_kernels.comm import leases
-    from odysseus_kernels.comm.leases import LeaseTable
+    from odysseus_kernels.comm.schedules import leases
+    from odysseus_kernels.comm.schedules.leases import LeaseTable
 
     give_back = LeaseTable.give_back
     monkeypatch.setattr(leases, "_ROTATION", 1)
@@ -268,7 +268,7 @@ def test_leases_without_credits_are_caught(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_shards_released_before_the_visit_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one window; with two, a rank has heard of its readers' next call before it writes the first one again."""
-    from odysseus_kernels.comm import leases
+    from odysseus_kernels.comm.schedules import leases
 
     calls = [CallSpec("exchange:given")] * 4
     monkeypatch.setattr(leases, "_ROTATION", 1)

@@ -11,9 +11,9 @@ import torch
 from schedule_edits import only_begin
 from test_symmetric_device import CONFIG, WIDTH, Group
 
-from odysseus_kernels.comm import symmetric_device
-from odysseus_kernels.comm.device_schedule import device_schedule, tile_schedule
-from odysseus_kernels.comm.schedule import Schedule
+from odysseus_kernels.comm.device import transport as device_transport
+from odysseus_kernels.comm.schedules.device import device_schedule, tile_schedule
+from odysseus_kernels.comm.schedules.steps import Schedule
 from odysseus_kernels.comm.transport import Call, Gather, TileGather
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError, SignalTimeoutError
@@ -67,7 +67,7 @@ def test_without_an_edge_such_a_replay_hangs(program: str, stream: str, on: str)
         schedule = device_schedule(kind, world, rank, **options)
         return dataclasses.replace(schedule, steps=tuple(edit(list(schedule.steps), rank)))
 
-    with mock.patch.object(symmetric_device, "device_schedule", edited):
+    with mock.patch.object(device_transport, "device_schedule", edited):
         group = Group(3)
         replay, renew = captured(group, program)
         renew()
@@ -109,7 +109,7 @@ def test_a_tile_kernel_in_a_graph_finds_everything() -> None:
     def eager(*arguments: Any, **options: Any) -> Schedule:
         return tile_schedule(*arguments, **{**options, "captured": False})
 
-    with mock.patch.object(symmetric_device, "tile_schedule", eager):
+    with mock.patch.object(device_transport, "tile_schedule", eager):
         group, replay, _, _ = tiles_in_a_graph()
     replay(reverse=True)
     with pytest.raises(AssertionError, match="spin for ever"):

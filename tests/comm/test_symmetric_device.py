@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from odysseus_kernels.comm.schedule import piece_bounds
-from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
+from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
+from odysseus_kernels.comm.schedules.steps import piece_bounds
 from odysseus_kernels.comm.transport import (
     Call,
     CapacityExceededError,
@@ -391,7 +391,7 @@ def test_tiles_refuse_what_they_cannot_serve() -> None:
     transport = group.transports[0]
     with pytest.raises(ValueError, match='mode "fused" or "unfused"'):
         transport.execute(Call("operator", "forward", OverlapConfig(mode="tiles"), gathers[0]))
-    absent = mock.patch("odysseus_kernels.comm.device_call.importlib.util.find_spec", return_value=None)
+    absent = mock.patch("odysseus_kernels.comm.choice.preparation.importlib.util.find_spec", return_value=None)
     with absent, pytest.raises(ValueError, match="expected the package triton"):
         transport.execute(Call("operator", "forward", OverlapConfig(mode="tiles"), gathers[0]))
     gather = dataclasses.replace(gathers[0], tiles=lambda found: None)

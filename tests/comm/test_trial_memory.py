@@ -14,8 +14,8 @@ import torch
 from test_kernel_preparation import AUTO, Lockstep, a_device_by_name
 from test_symmetric_device import CONFIG, Group
 
-from odysseus_kernels.comm.peer_memory import TorchSymmetricMemory
-from odysseus_kernels.comm.symmetric_cuda import CudaDevice
+from odysseus_kernels.comm.device.cuda import CudaDevice
+from odysseus_kernels.comm.device.peer_memory import TorchSymmetricMemory
 from odysseus_kernels.testing.virtual_devices import SilentPeers
 
 assert a_device_by_name  # a fixture of both files

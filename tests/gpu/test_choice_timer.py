@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from odysseus_kernels.comm.choice import CudaTimer
+from odysseus_kernels.comm.choice.measure import CudaTimer
 
 pytestmark = pytest.mark.gpu
 

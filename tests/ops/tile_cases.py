@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import odysseus_kernels as ody
-from odysseus_kernels.comm.device_call import Preparation
+from odysseus_kernels.comm.choice.preparation import Preparation
 from odysseus_kernels.comm.groups import use_transport
 from odysseus_kernels.ops import _tiles
 

@@ -7,9 +7,10 @@ import weakref
 import pytest
 import torch
 
-from odysseus_kernels.comm.device_schedule import RECEIVE, STREAMS
-from odysseus_kernels.comm.lowering import WINDOWS, WORDS
-from odysseus_kernels.comm.schedule import SHARD
+from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS
+from odysseus_kernels.comm.schedules.device import RECEIVE
+from odysseus_kernels.comm.schedules.steps import SHARD
+from odysseus_kernels.comm.schedules.streams import STREAMS
 from odysseus_kernels.testing import virtual_devices
 from odysseus_kernels.testing.virtual_devices import SilentPeers, VirtualPeers, VirtualRank
 

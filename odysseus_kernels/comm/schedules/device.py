@@ -1,8 +1,8 @@
 """Schedules for devices with copy engines: the same steps as on a CPU host, on several streams.
 
 A GPU does not multiply out of a peer's memory: copy engines bring chunks into local slots, or carry partial results to
-their owner, while products run.  So a rank has several streams (``comm/device_streams.py``), steps of one stream run in
-order, and order between streams of a rank comes from events (RECORD, DEPEND), between ranks from signal words, as
+their owner, while products run.  So a rank has several streams (``comm/schedules/streams.py``), steps of one stream run
+in order, and order between streams of a rank comes from events (RECORD, DEPEND), between ranks from signal words, as
 everywhere.
 
 ``gather``
@@ -29,8 +29,7 @@ from __future__ import annotations
 
 import functools
 
-from odysseus_kernels.comm.device_streams import COMPUTE, COPY_STREAMS, LOCAL, SIGNALS, STREAMS, WAITS, Builder
-from odysseus_kernels.comm.schedule import (
+from odysseus_kernels.comm.schedules.steps import (
     SHARD,
     ChunkOrder,
     Kind,
@@ -42,25 +41,20 @@ from odysseus_kernels.comm.schedule import (
     Word,
     chunk_order,
 )
+from odysseus_kernels.comm.schedules.streams import COMPUTE, LOCAL, SIGNALS, WAITS, Builder
 
 __all__ = [
     "AHEAD",
-    "COMPUTE",
-    "COPY_STREAMS",
     "EPOCH",
     "FINAL",
-    "LOCAL",
     "MAX_PIECES",
     "OUT",
     "PREVIOUS_USE",
     "RECEIVE",
     "RECEIVE_SETS",
-    "SIGNALS",
     "SLOT",
     "STAGE",
     "STAGES",
-    "STREAMS",
-    "WAITS",
     "device_schedule",
     "drop_schedule",
     "receive_part",

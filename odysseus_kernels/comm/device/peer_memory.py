@@ -1,7 +1,7 @@
 """Memory of all ranks at addresses of one rank's device, by torch's symmetric memory.
 
-Everything that differs between versions of torch's symmetric memory is here and in ``comm/rendezvous.py``: allocation,
-rendezvous, peers' addresses.  Supported are torch 2.10 and later.
+Everything that differs between versions of torch's symmetric memory is here and in ``comm/device/rendezvous.py``:
+allocation, rendezvous, peers' addresses.  Supported are torch 2.10 and later.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from odysseus_kernels.comm.device_schedule import RECEIVE
-from odysseus_kernels.comm.lowering import WINDOWS, WORDS
+from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS
+from odysseus_kernels.comm.device.rendezvous import Rendezvous
 from odysseus_kernels.comm.mismatch import short_text
-from odysseus_kernels.comm.rendezvous import Rendezvous
-from odysseus_kernels.comm.schedule import SHARD
+from odysseus_kernels.comm.schedules.device import RECEIVE
+from odysseus_kernels.comm.schedules.steps import SHARD
 from odysseus_kernels.comm.transport import CapacityExceededError
 from odysseus_kernels.errors import CapacityWarning, CommunicationError
 

@@ -1,4 +1,4 @@
-"""The steps of every program over asynchronous collectives, as data (``comm/schedule.py``)."""
+"""The steps of every program over asynchronous collectives, as data (``comm/schedules/steps.py``)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 from typing import get_args
 
-from odysseus_kernels.comm.schedule import (
+from odysseus_kernels.comm.schedules.steps import (
     PARTIAL,
     PROGRAMS,
     SHARD,

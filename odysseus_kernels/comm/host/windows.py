@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle
-from odysseus_kernels.comm.leases import Lease
 from odysseus_kernels.comm.reduce import PieceSum
-from odysseus_kernels.comm.schedule import PARTIAL_CELLS, piece_bounds
+from odysseus_kernels.comm.schedules.leases import Lease
+from odysseus_kernels.comm.schedules.steps import PARTIAL_CELLS, piece_bounds
 
 __all__ = ["BundleBuffer", "PartialBuffer", "ShardBuffer", "Windows"]
 

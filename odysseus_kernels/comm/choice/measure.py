@@ -31,8 +31,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from odysseus_kernels.comm.choice_cache import CachedChoice, ChoiceCache
-from odysseus_kernels.comm.decision import ChoiceKey, Decision, explain
+from odysseus_kernels.comm.choice.cache import CachedChoice, ChoiceCache
+from odysseus_kernels.comm.choice.decision import ChoiceKey, Decision, explain
 from odysseus_kernels.comm.mismatch import describe_mismatch, short_text, signature_hash
 from odysseus_kernels.comm.transport import CapacityExceededError
 from odysseus_kernels.errors import CommunicationError, FallbackWarning, KernelUnavailableError, RankMismatchError

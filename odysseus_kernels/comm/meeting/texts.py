@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from odysseus_kernels import _ext
-from odysseus_kernels.comm.backend import WaitTimeoutError, all_gather_single, exchange_device, wait
-from odysseus_kernels.comm.board import Board
-from odysseus_kernels.comm.lingering import keep_for_ever
-from odysseus_kernels.comm.membership import Member, lost_members, lost_members_soon, this_member
+from odysseus_kernels.comm.meeting.backend import WaitTimeoutError, all_gather_single, exchange_device, wait
+from odysseus_kernels.comm.meeting.board import Board
+from odysseus_kernels.comm.meeting.lingering import keep_for_ever
+from odysseus_kernels.comm.meeting.membership import Member, lost_members, lost_members_soon, this_member
 from odysseus_kernels.comm.mismatch import departure, describe_mismatch
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError

@@ -2,7 +2,7 @@
 
 The window of the published bundle holds all that is shared, and for each peer its part of what is addressed; the own
 part stays where the caller has it.  The window of what is made has two cells, and behind them the sums in progress.
-The order of everything is the schedule's (``comm/schedule.py``), which ``comm/symmetric_host.py`` executes.
+The order of everything is the schedule's (``comm/schedules/steps.py``), which ``comm/host/transport.py`` executes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, Intake, held_bundle, made_bundle
 from odysseus_kernels.comm.exchange import Exchange
-from odysseus_kernels.comm.leases import LeaseTable
-from odysseus_kernels.comm.schedule import PARTIAL_CELLS, Step
-from odysseus_kernels.comm.windows import BundleBuffer, Windows
+from odysseus_kernels.comm.host.windows import BundleBuffer, Windows
+from odysseus_kernels.comm.schedules.leases import LeaseTable
+from odysseus_kernels.comm.schedules.steps import PARTIAL_CELLS, Step
 
 __all__ = ["HostExchange"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from odysseus_kernels.comm.peers import MISMATCH, Peers
+from odysseus_kernels.comm.host.peers import MISMATCH, Peers
 from odysseus_kernels.comm.transport import Call
 from odysseus_kernels.errors import RankMismatchError
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
-from odysseus_kernels.comm.ledger import Ledger
+from odysseus_kernels.comm.device.ledger import Ledger
 from odysseus_kernels.errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
 
 __all__ = ["Control", "Supervisor"]

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from odysseus_kernels.comm.device_schedule import FINAL, PREVIOUS_USE, RECEIVE, SLOT, STAGE, receive_part
-from odysseus_kernels.comm.lowering import Block, Operations, Places, Plan
-from odysseus_kernels.comm.schedule import SHARD, Region, Step, Task
-from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
+from odysseus_kernels.comm.device.lowering import Block, Operations, Places, Plan
+from odysseus_kernels.comm.schedules.device import FINAL, PREVIOUS_USE, RECEIVE, SLOT, STAGE, receive_part
+from odysseus_kernels.comm.schedules.steps import SHARD, Region, Step, Task
+from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter
 from odysseus_kernels.errors import CommunicationError
 
 __all__ = [
     "Device",
-    "Preparation",
     "Scratch",
     "WarmUpNeededError",
     "check_sums",
-    "check_tiles",
     "describe_wait",
-    "prepare_tiles",
     "tile_callback",
 ]
 
@@ -35,7 +31,7 @@ class WarmUpNeededError(RuntimeError):
 class Device(Places, Protocol):
     """One rank's device, and the memory of all ranks that it reaches.
 
-    ``comm/symmetric_cuda.py`` has GPUs, ``testing/simulated_device.py`` a simulation of them on a CPU.
+    ``comm/device/cuda.py`` has GPUs, ``testing/simulated_device.py`` a simulation of them on a CPU.
 
     Attributes:
         waits: what each tag of a wait stands for, for errors; it grows.
@@ -214,52 +210,6 @@ def check_sums(call: Call) -> None:
 
 
 # ---- one kernel that waits and signals by itself ---------------------------------------------------------------------
-
-
-def check_tiles(call: Call, world: int) -> None:
-    """ValueError if ``mode="tiles"`` cannot serve ``call``; the same on all ranks."""
-    parts = [part for part in (call.gather, call.scatter) if part is not None]
-    chunk = call.gather.shard if call.gather is not None else call.scatter.out if call.scatter is not None else None
-    if len(parts) != 1 or parts[0].tiles is None or chunk is None or chunk.shape[0] != 1:
-        if importlib.util.find_spec("triton") is None:
-            raise ValueError(
-                f'{call.name}: expected the package triton for mode "tiles", which cannot be imported: install it, or '
-                f"use another mode"
-            )
-        raise ValueError(
-            f'{call.name}: expected mode "fused" or "unfused", got "tiles": its kernel serves one gather or one '
-            f"scatter of a sequence without a batch"
-        )
-    nbytes = (world - 1) * chunk.numel() * chunk.element_size()
-    if nbytes > call.config.tile_bytes:
-        raise ValueError(
-            f'{call.name}: expected mode "tiles" to need at most tile_bytes={call.config.tile_bytes:,} bytes for its '
-            f"chunks, got {nbytes:,}; raise tile_bytes or use another mode"
-        )
-
-
-def prepare_tiles(call: Call) -> None:
-    """Makes sure that the call's kernel can run, on this rank alone; KernelUnavailableError if it cannot."""
-    for part in (call.gather, call.scatter):
-        if part is not None and part.prepare is not None:
-            part.prepare()
-
-
-class Preparation(Transport):
-    """Stands in for the transport of a device before a choice: calls prepare their kernels, and nothing moves."""
-
-    name = "symmetric"
-    serves_tiles = True
-
-    def _execute(self, call: Call) -> None:
-        try:
-            check_tiles(call, self.world)
-        except ValueError:  # on all ranks alike, as they will find when they run it
-            return
-        prepare_tiles(call)
-
-    def _count(self, call: Call) -> None:
-        """Nothing was sent."""
 
 
 def tile_callback(device: Device, call: Call, scratch: Scratch, rank: int, world: int) -> Callable[[], None]:

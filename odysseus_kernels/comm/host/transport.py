@@ -3,11 +3,12 @@
 Concurrency contract.  Each rank owns one segment, which all ranks map.  A rank writes data only into its own segment
 and reads data only from others'; every signal word has one writer and only grows.  So a shard is copied once, into the
 owner's window, and every product then runs straight on the owners' memory: nothing is gathered.  There is no barrier
-between calls: windows are leased (``comm/leases.py``) and a writer waits just for those who read its previous content.
+between calls: windows are leased (``comm/schedules/leases.py``) and a writer waits just for those who read its previous
+content.
 
 Memory.  A window is backed only as far as calls have needed it (``fallocate``, so that a full /dev/shm is an answer
 and not a SIGBUS).  Whether it could be backed is agreed by all ranks, through the descriptors of the call
-(``comm/peers.py``), before anything is sent.
+(``comm/host/peers.py``), before anything is sent.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from odysseus_kernels import _ext
-from odysseus_kernels.comm.host_exchange import HostExchange
-from odysseus_kernels.comm.leases import LeaseTable
+from odysseus_kernels.comm.host.exchange import HostExchange
+from odysseus_kernels.comm.host.peers import Peers
+from odysseus_kernels.comm.host.windows import BundleBuffer, PartialBuffer, ShardBuffer, Windows
 from odysseus_kernels.comm.mismatch import short_text
-from odysseus_kernels.comm.peers import Peers
 from odysseus_kernels.comm.reduce import PieceSum
-from odysseus_kernels.comm.schedule import SHARD, Kind, Schedule, Step, Task, publication, symmetric_schedule
+from odysseus_kernels.comm.schedules.leases import LeaseTable
+from odysseus_kernels.comm.schedules.steps import SHARD, Kind, Schedule, Step, Task, publication, symmetric_schedule
 from odysseus_kernels.comm.sent_ahead import SentAhead
 from odysseus_kernels.comm.transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
-from odysseus_kernels.comm.windows import BundleBuffer, PartialBuffer, ShardBuffer, Windows
 from odysseus_kernels.errors import CapacityWarning, CommunicationError
 
 __all__ = ["SymmetricHostTransport", "window_bytes"]
@@ -169,7 +170,7 @@ class SymmetricHostTransport(Transport):
             raise
 
     def begin_step(self, number: int) -> None:
-        """Step ``number`` of all ranks begins; see ``comm/steps.py``."""
+        """Step ``number`` of all ranks begins; see ``comm/shared_step.py``."""
         self.step = number
         self._peers.begin_step(number)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from odysseus_kernels.comm.backend import all_gather_single, exchange_device, wait
+from odysseus_kernels.comm.meeting.backend import all_gather_single, exchange_device, wait
 from odysseus_kernels.comm.mismatch import describe_mismatch, signature_hash
 from odysseus_kernels.errors import FallbackWarning, RankMismatchError
 

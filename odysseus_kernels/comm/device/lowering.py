@@ -12,18 +12,9 @@ from typing import Literal, Protocol
 
 import torch
 
-from odysseus_kernels.comm.device_schedule import (
-    AHEAD,
-    COMPUTE,
-    OUT,
-    RECEIVE,
-    RECEIVE_SETS,
-    SLOT,
-    STAGE,
-    STAGES,
-    STREAMS,
-)
-from odysseus_kernels.comm.schedule import SHARD, Kind, Region, Schedule, Step, Task, Word, piece_bounds
+from odysseus_kernels.comm.schedules.device import AHEAD, OUT, RECEIVE, RECEIVE_SETS, SLOT, STAGE, STAGES
+from odysseus_kernels.comm.schedules.steps import SHARD, Kind, Region, Schedule, Step, Task, Word, piece_bounds
+from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS
 
 __all__ = [
     "BASES",
@@ -193,7 +184,7 @@ def lower(
     """Records ``schedule`` into ``operations``.
 
     Args:
-        schedule: of ``comm/device_schedule.py``.
+        schedule: of ``comm/schedules/device.py``.
         operations: empty; receives them.
         places: addresses of windows and words.
         world, rank: the ranks, and which one this is.

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from odysseus_kernels.comm.backend import wait
-from odysseus_kernels.comm.lingering import keep_for_ever
+from odysseus_kernels.comm.meeting.backend import wait
+from odysseus_kernels.comm.meeting.lingering import keep_for_ever
 from odysseus_kernels.errors import SignalTimeoutError
 
 __all__ = ["HostLane", "Lane", "StreamLane", "make_lane"]

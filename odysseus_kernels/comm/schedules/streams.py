@@ -32,7 +32,7 @@ import functools
 import warnings
 from collections import defaultdict
 
-from odysseus_kernels.comm.schedule import Kind, Step, Word
+from odysseus_kernels.comm.schedules.steps import Kind, Step, Word
 from odysseus_kernels.config import hardware_queues
 from odysseus_kernels.errors import FallbackWarning
 

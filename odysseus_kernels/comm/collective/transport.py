@@ -1,16 +1,16 @@
 """The collective transport: asynchronous collectives of a process group, a piece in flight while another multiplies.
 
-Concurrency contract.  The backend moves data (Gloo's threads, or NCCL on a stream of its own: ``comm/lanes.py``);
-callbacks run on the calling thread and, on a GPU, on its current stream.  At most two pieces are in flight, each with
-its own buffers, and a buffer is written again only after the collective that used it has finished and its blocks were
-consumed; collectives are issued in the order of the schedule, the same on all ranks.  Reduce-scatter travels as
-all-to-all: the same bytes, and the sum is ours, in fp32 and in a fixed order.  Exchanges travel around the ring
-(``comm/collective_exchange.py``).
+Concurrency contract.  The backend moves data (Gloo's threads, or NCCL on a stream of its own:
+``comm/collective/lanes.py``); callbacks run on the calling thread and, on a GPU, on its current stream.  At most two
+pieces are in flight, each with its own buffers, and a buffer is written again only after the collective that used it
+has finished and its blocks were consumed; collectives are issued in the order of the schedule, the same on all ranks.
+Reduce-scatter travels as all-to-all: the same bytes, and the sum is ours, in fp32 and in a fixed order.  Exchanges
+travel around the ring (``comm/collective/exchange.py``).
 
 Before the data of a call moves, ranks exchange a hash of what they call (8 bytes each): collectives of different sizes
 would hang or mix data, where an error that names the rank is wanted.  A rank that leaves a step takes part in the next
 such exchange, whatever its peers call then, and says so there; the group stays in step.  On a GPU they do so beside
-the calls (``comm/handshakes.py``).
+the calls (``comm/collective/handshakes.py``).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from odysseus_kernels.comm.backend import WaitTimeoutError, all_gather_single, reduce_scatter_single
 from odysseus_kernels.comm.bundles import as_bytes
-from odysseus_kernels.comm.collective_exchange import ExchangeRun
-from odysseus_kernels.comm.collective_run import Ahead, CollectiveRun
-from odysseus_kernels.comm.handshakes import Handshakes
-from odysseus_kernels.comm.lanes import Lane, make_lane
-from odysseus_kernels.comm.meeting import Meeting
-from odysseus_kernels.comm.membership import lost_members_soon
+from odysseus_kernels.comm.collective.exchange import ExchangeRun
+from odysseus_kernels.comm.collective.handshakes import Handshakes
+from odysseus_kernels.comm.collective.lanes import Lane, make_lane
+from odysseus_kernels.comm.collective.run import Ahead, CollectiveRun
+from odysseus_kernels.comm.meeting.backend import WaitTimeoutError, all_gather_single, reduce_scatter_single
+from odysseus_kernels.comm.meeting.membership import lost_members_soon
+from odysseus_kernels.comm.meeting.texts import Meeting
 from odysseus_kernels.comm.mismatch import departure, describe_mismatch, short_text, signature_hash
 from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.comm.transport import Call, Transport
@@ -89,7 +89,7 @@ class CollectiveTransport(Transport):
             raise
 
     def begin_step(self, number: int) -> None:
-        """Step ``number`` of all ranks begins; see ``comm/steps.py``."""
+        """Step ``number`` of all ranks begins; see ``comm/shared_step.py``."""
         self._step, self._heard = number, False
 
     def leave(self, said: str, device: torch.device, timeout_s: float) -> bool:

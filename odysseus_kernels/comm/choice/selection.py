@@ -1,4 +1,4 @@
-"""What ``mode="auto"`` means for one phase of an operator: see ``comm/choice.py`` for how ranks choose alike."""
+"""What ``mode="auto"`` means for one phase of an operator; ``measure.py`` has how ranks choose alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import cast
 
 import torch
 
-from odysseus_kernels.comm.choice import (
+from odysseus_kernels.comm.choice.cache import machine_fingerprint
+from odysseus_kernels.comm.choice.measure import (
     ChoiceCache,
     ChoiceKey,
     Choices,
@@ -21,8 +22,7 @@ from odysseus_kernels.comm.choice import (
     refusal_of_any,
     refusals,
 )
-from odysseus_kernels.comm.choice_cache import machine_fingerprint
-from odysseus_kernels.comm.device_call import Preparation
+from odysseus_kernels.comm.choice.preparation import Preparation
 from odysseus_kernels.comm.recorder import not_recorded
 from odysseus_kernels.comm.transport import Transport
 from odysseus_kernels.config import Mode, OverlapConfig, cache_directory

@@ -1,10 +1,10 @@
 """GPUs whose memory ranks map into one another: the device behind the symmetric transport.
 
-Concurrency and memory: ``comm/symmetric_device.py``; where the memory comes from: ``comm/peer_memory.py``.
+Concurrency and memory: ``comm/device/transport.py``; where the memory comes from: ``comm/device/peer_memory.py``.
 
 A rank has one stream of high priority for each stream of a schedule, besides the caller's.  Words lie in symmetric
 memory of their own; what ranks call, and whether they are alive, is exchanged between hosts' processes in shared memory
-(``comm/ledger.py``), never through the GPU.
+(``comm/device/ledger.py``), never through the GPU.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels import _ext
-from odysseus_kernels.comm.device_call import WarmUpNeededError
-from odysseus_kernels.comm.device_schedule import COMPUTE, RECEIVE, STREAMS
-from odysseus_kernels.comm.device_streams import check_queues
-from odysseus_kernels.comm.ledger import Ledger
-from odysseus_kernels.comm.lowering import WINDOWS, Operations, word_index
+from odysseus_kernels.comm.device.call import WarmUpNeededError
+from odysseus_kernels.comm.device.ledger import Ledger
+from odysseus_kernels.comm.device.lowering import WINDOWS, Operations, word_index
+from odysseus_kernels.comm.device.peer_memory import Exchange, PeerMemory, TorchSymmetricMemory, Window
+from odysseus_kernels.comm.device.supervisor import Supervisor
+from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
 from odysseus_kernels.comm.mismatch import short_text
-from odysseus_kernels.comm.peer_memory import Exchange, PeerMemory, TorchSymmetricMemory, Window
-from odysseus_kernels.comm.schedule import SHARD
-from odysseus_kernels.comm.supervisor import Supervisor
-from odysseus_kernels.comm.symmetric_device import SymmetricDeviceTransport
+from odysseus_kernels.comm.schedules.device import RECEIVE
+from odysseus_kernels.comm.schedules.steps import SHARD
+from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS, check_queues
 from odysseus_kernels.comm.transport import Call
 from odysseus_kernels.config import shared_memory_directory
 from odysseus_kernels.errors import CommunicationError, FallbackWarning

@@ -17,8 +17,8 @@ Three programs carry every operator, and a backward runs the first two in one ca
 
 Words.  A signal :class:`Word` has exactly one writer and only grows.  ``ready`` (written by the buffer's owner) counts
 what was published in a cell; ``done`` (written by one reader) says up to which count that reader has finished, which is
-the owner's credit to overwrite.  Values here count from the start of the call; a lease (``comm/leases.py``) adds what
-earlier calls left in the word.
+the owner's credit to overwrite.  Values here count from the start of the call; a lease (``comm/schedules/leases.py``)
+adds what earlier calls left in the word.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Step:
         reads, writes: regions touched; the proof's subject.
         stream: queue within which steps run in order; on a CPU host there is one.
         event: what a RECORD marks in its stream and a DEPEND of another stream waits for; each is recorded once.
-        inside: the step happens within a kernel that waits and signals by itself (``comm/device_schedule.py``).
+        inside: the step happens within a kernel that waits and signals by itself (``comm/schedules/device.py``).
     """
 
     kind: Kind

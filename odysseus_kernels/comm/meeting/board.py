@@ -1,7 +1,7 @@
 """What a rank says of its failure beside a group's collectives, where peers that wait in one of them find it.
 
-The symmetric transport of a host has its own place for that (``comm/peers.py``).  Everything else uses the store by
-which the ranks of a process group found each other.  It is asked only where something is waited for long, and by
+The symmetric transport of a host has its own place for that (``comm/host/peers.py``).  Everything else uses the store
+by which the ranks of a process group found each other.  It is asked only where something is waited for long, and by
 threads that nobody waits for: a store that is served by a stopped process would stop its clients.
 """
 

@@ -1,6 +1,6 @@
 """A gather, a scatter or both over asynchronous collectives, a piece in flight while another multiplies.
 
-The concurrency contract is that of ``comm/collective.py``.
+The concurrency contract is that of ``comm/collective/transport.py``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from odysseus_kernels.comm.backend import all_gather_single
-from odysseus_kernels.comm.collective_schedule import IN_FLIGHT, collective_schedule
-from odysseus_kernels.comm.lanes import Lane
+from odysseus_kernels.comm.collective.lanes import Lane
+from odysseus_kernels.comm.meeting.backend import all_gather_single
 from odysseus_kernels.comm.reduce import PieceSum
-from odysseus_kernels.comm.schedule import Kind, Step, Task, piece_bounds
+from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule
+from odysseus_kernels.comm.schedules.steps import Kind, Step, Task, piece_bounds
 from odysseus_kernels.comm.sent_ahead import SentAhead
 from odysseus_kernels.comm.transport import Call, Scatter, row_pieces
 

@@ -1,8 +1,8 @@
 """One exchange over a process group: around the ring, each transfer from one rank to one other.
 
-Concurrency contract.  As in ``comm/collective.py``: the backend moves data, callbacks run on the calling thread, and a
-buffer is written again only after the transfer that used it has finished.  There are two slots for what arrives and
-two for what leaves, each way; a rank never holds more than two others' blocks.
+Concurrency contract.  As in ``comm/collective/transport.py``: the backend moves data, callbacks run on the calling
+thread, and a buffer is written again only after the transfer that used it has finished.  There are two slots for what
+arrives and two for what leaves, each way; a rank never holds more than two others' blocks.
 
 A transfer is an all-to-all in which a rank sends to one rank only and receives from one: the same bytes as a send and a
 receive.  Unlike those of Gloo it can be waited for in slices of time, between which lost peers are looked for.
@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
-from odysseus_kernels.comm.collective_schedule import IN_FLIGHT, collective_schedule
+from odysseus_kernels.comm.collective.lanes import Lane
 from odysseus_kernels.comm.exchange import Exchange
-from odysseus_kernels.comm.lanes import Lane
-from odysseus_kernels.comm.schedule import Kind, Step, Task
+from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule
+from odysseus_kernels.comm.schedules.steps import Kind, Step, Task
 from odysseus_kernels.comm.transport import Call
 
 __all__ = ["ExchangeRun"]

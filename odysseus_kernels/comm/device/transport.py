@@ -1,4 +1,4 @@
-"""The symmetric transport of devices with copy engines: schedules of ``comm/device_schedule.py``, executed.
+"""The symmetric transport of devices with copy engines: schedules of ``comm/schedules/device.py``, executed.
 
 Concurrency contract.  Products run on the caller's current stream.  Copies, waits, signals and sums run on the
 transport's own streams of high priority, which leave the caller's stream at the begin of a call and join it at the end:
@@ -12,9 +12,9 @@ and stages are scratch memory of the call.  Windows grow with the first call tha
 what they grew by for runs that were only timed is given back.
 
 Errors.  A wait on the device is bounded (``config.timeout_s``).  One that gives up says so in memory that the host
-reads: at the next call, in :meth:`SymmetricDeviceTransport.synchronize`, or by the supervisor (``comm/supervisor.py``),
-which also ends waits for peers that are gone or make other calls.  Copies of a rank that gave up still run, so results
-of calls that were in progress are then worth nothing on any rank.
+reads: at the next call, in :meth:`SymmetricDeviceTransport.synchronize`, or by the supervisor
+(``comm/device/supervisor.py``), which also ends waits for peers that are gone or make other calls.  Copies of a rank
+that gave up still run, so results of calls that were in progress are then worth nothing on any rank.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from collections.abc import Hashable, Iterator, Sequence
 
 from torch import Tensor
 
-from odysseus_kernels.comm.device_call import (
+from odysseus_kernels.comm.choice.preparation import check_tiles, prepare_tiles
+from odysseus_kernels.comm.device.call import (
     Device,
     Scratch,
     WarmUpNeededError,
     check_sums,
-    check_tiles,
     describe_wait,
-    prepare_tiles,
     tile_callback,
 )
-from odysseus_kernels.comm.device_schedule import (
+from odysseus_kernels.comm.device.lowering import WINDOWS, Block, Layout, Plan, lower, receive_bytes
+from odysseus_kernels.comm.mismatch import short_text
+from odysseus_kernels.comm.schedules.device import (
     AHEAD,
     MAX_PIECES,
     RECEIVE,
@@ -44,10 +45,8 @@ from odysseus_kernels.comm.device_schedule import (
     drop_schedule,
     tile_schedule,
 )
-from odysseus_kernels.comm.leases import Lease, LeaseTable
-from odysseus_kernels.comm.lowering import WINDOWS, Block, Layout, Plan, lower, receive_bytes
-from odysseus_kernels.comm.mismatch import short_text
-from odysseus_kernels.comm.schedule import SHARD, Schedule, Step, Task
+from odysseus_kernels.comm.schedules.leases import Lease, LeaseTable
+from odysseus_kernels.comm.schedules.steps import SHARD, Schedule, Step, Task
 from odysseus_kernels.comm.sent_ahead import SentAhead
 from odysseus_kernels.comm.transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
 from odysseus_kernels.errors import CommunicationError, KernelUnavailableError

@@ -1,0 +1,1 @@
+"""The collective transport: asynchronous collectives of a process group."""

@@ -1,0 +1,1 @@
+"""The symmetric transport of GPUs: schedules lowered to copies, waits, signals and sums."""

@@ -1,0 +1,1 @@
+"""The symmetric transport of ranks that share memory on a CPU host."""

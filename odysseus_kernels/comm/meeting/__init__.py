@@ -1,0 +1,1 @@
+"""How ranks meet, who is there, and what is said where somebody is not."""
