@@ -30,14 +30,16 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the script runs from a checkout, installed or not
 
 # What draws and prints is imported where it is used: a run on one GPU does without rich and matplotlib.
-from benchmarks import emulated, layer_run, machine
-from benchmarks.cases import Size, make_cases
-from benchmarks.workload import TRANSPORTS
+from benchmarks.common import machine
+from benchmarks.device import emulated
+from benchmarks.layers import run as layer_run
+from benchmarks.operators.cases import Size, make_cases
+from benchmarks.operators.workload import TRANSPORTS
 from odysseus_kernels.testing.spawn import RankPool, RanksFailedError
 
 if TYPE_CHECKING:
-    from benchmarks.layer_ranks import LayerSettings
-    from benchmarks.ranks import Settings
+    from benchmarks.layers.ranks import LayerSettings
+    from benchmarks.operators.run import Settings
 
 SCHEMA = 1
 RUN_LIMIT_S = 3600.0 * 4
@@ -84,7 +86,7 @@ def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings | 
     """What ranks are told.  ValueError if no row is left."""
     if arguments.level != "operator":
         return layer_run.make_layer_settings(arguments, world_size)
-    from benchmarks.ranks import Settings
+    from benchmarks.operators.run import Settings
 
     size: Size = arguments.size
     return Settings(
@@ -99,7 +101,7 @@ def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings | 
 
 def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Everything that is written to the JSON file."""
-    from benchmarks import report
+    from benchmarks.operators import report
 
     names = ("threads", "dtype", "repeats", "cases", "transports", "device", "size")
     given = {"ranks": world_size, **{name: getattr(arguments, name) for name in names}}
@@ -127,7 +129,7 @@ def print_document(document: dict[str, Any]) -> None:
     """The tables, as wide on a terminal as in a file."""
     from rich.console import Console
 
-    from benchmarks import report
+    from benchmarks.operators import report
 
     console = Console(width=report.WIDTH, highlight=False)
     given, place = document["arguments"], document["machine"]
@@ -168,7 +170,8 @@ def write(document: dict[str, Any], folder: Path) -> list[Path]:
     path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
     if document["kind"] == "memory":
         return [path]
-    from benchmarks import layer_plot, plot
+    from benchmarks.layers import plot as layer_plot
+    from benchmarks.operators import plot
 
     image = path.with_suffix(".png")
     draw = plot.draw if document["kind"] == "overlap" else layer_plot.draw
@@ -178,11 +181,11 @@ def write(document: dict[str, Any], folder: Path) -> list[Path]:
 
 def measure_rows(rank: int, world_size: int, settings: Settings | LayerSettings) -> list[dict[str, Any]]:
     """What each rank runs."""
-    from benchmarks.ranks import Settings, run_rows
+    from benchmarks.operators.run import Settings, run_rows
 
     if isinstance(settings, Settings):
         return run_rows(rank, world_size, settings)
-    from benchmarks.layer_ranks import run_layer_rows
+    from benchmarks.layers.ranks import run_layer_rows
 
     return run_layer_rows(rank, world_size, settings)
 

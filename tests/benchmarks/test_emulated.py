@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import emulated, emulated_report, emulated_workload, kernels
-from benchmarks.emulated_cases import EmulatedCase
-from benchmarks.emulated_workload import MODES, EmulatedWorkload, Emulation, fake_group
-from benchmarks.measure import EventTimer
+from benchmarks.common.measure import EventTimer
+from benchmarks.device import emulated, kernels
+from benchmarks.device import report as emulated_report
+from benchmarks.device import workload as emulated_workload
+from benchmarks.device.cases import EmulatedCase
+from benchmarks.device.workload import MODES, EmulatedWorkload, Emulation, fake_group
 from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS
 from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
 from odysseus_kernels.comm.groups import use_transport

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import emulated, emulated_report, kernels, machine
-from benchmarks.emulated_cases import TARGETS, WORLD, EmulatedCase, make_emulated_cases
+from benchmarks.common import machine
+from benchmarks.device import emulated, kernels
+from benchmarks.device import report as emulated_report
+from benchmarks.device.cases import TARGETS, WORLD, EmulatedCase, make_emulated_cases
 from odysseus_kernels.testing.virtual_devices import link_of
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -208,7 +210,7 @@ def test_without_rich_tables_are_markdown(monkeypatch: pytest.MonkeyPatch, capsy
     (
         (["benchmarks/overlap.py", "--device", "cuda"], "no GPU: torch.cuda.is_available() is false"),
         (["benchmarks/overlap.py", "--device", "cuda", "--link", "wire"], "link: expected"),
-        (["benchmarks/kernels.py"], "no GPU: torch.cuda.is_available() is false"),
+        (["-m", "benchmarks.device.kernels"], "no GPU: torch.cuda.is_available() is false"),
     ),
 )
 def test_programs_without_a_gpu_say_so_in_one_line(command: list[str], said: str) -> None:

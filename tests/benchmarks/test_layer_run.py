@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import peers
-from benchmarks.layer_ranks import LayerSettings, run_layer_rows
-from benchmarks.layer_workload import LayerWorkload
-from benchmarks.layers import LayerCase, make_variants
+from benchmarks.layers import peers
+from benchmarks.layers.cases import LayerCase, make_variants
+from benchmarks.layers.ranks import LayerSettings, run_layer_rows
+from benchmarks.layers.workload import LayerWorkload
 from odysseus_kernels.strategies import STRATEGIES
 from odysseus_kernels.testing.spawn import RankPool, RankPools
 

@@ -7,10 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.cases import CONTRACT
-from benchmarks.layer_alone import ComputeAlone
-from benchmarks.layer_ranks import expected_traffic
-from benchmarks.layers import (
+from benchmarks.layers.alone import ComputeAlone
+from benchmarks.layers.cases import (
     FSDP_ULYSSES,
     LAYER_TARGETS,
     TORCH_TP_SP,
@@ -19,7 +17,9 @@ from benchmarks.layers import (
     make_layer_cases,
     make_variants,
 )
-from benchmarks.original import ORIGINAL, split_measured
+from benchmarks.layers.original import ORIGINAL, split_measured
+from benchmarks.layers.ranks import expected_traffic
+from benchmarks.operators.cases import CONTRACT
 from odysseus_kernels.planner.formulas import STRATEGIES
 
 SMALL = LayerCase("small", "layer", 32, 64, 96, 4, 2)

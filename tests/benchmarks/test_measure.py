@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.measure import hidden_share, interquartile_spread, paired_ratio, take_turns
+from benchmarks.common.measure import hidden_share, interquartile_spread, paired_ratio, take_turns
 
 
 def test_variants_take_turns_in_both_orders_and_collection_waits() -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import machine, overlap, plot, report
-from benchmarks.cases import CONTRACT
+from benchmarks import overlap
+from benchmarks.common import machine
+from benchmarks.operators import plot, report
+from benchmarks.operators.cases import CONTRACT
 
 _TIMES = {
     "gemm": 10.0,

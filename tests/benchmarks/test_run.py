@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import workload
-from benchmarks.cases import Case
-from benchmarks.ranks import Settings, run_rows
+from benchmarks.operators import workload
+from benchmarks.operators.cases import Case
+from benchmarks.operators.run import Settings, run_rows
 from odysseus_kernels.testing.spawn import RankPool
 
 _ROOT = Path(__file__).resolve().parents[2]

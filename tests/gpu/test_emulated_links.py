@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from benchmarks.emulated import measure_case
-from benchmarks.emulated_cases import EmulatedCase
-from benchmarks.emulated_workload import EmulatedWorkload, emulate, fake_group
-from benchmarks.kernels import gather_problem, reduce_problem
-from benchmarks.measure import EventTimer, median
+from benchmarks.common.measure import EventTimer, median
+from benchmarks.device.cases import EmulatedCase
+from benchmarks.device.emulated import measure_case
+from benchmarks.device.kernels import gather_problem, reduce_problem
+from benchmarks.device.workload import EmulatedWorkload, emulate, fake_group
 
 pytestmark = pytest.mark.gpu
 

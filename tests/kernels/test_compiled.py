@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.compile import Binary, Variant, compile_all, table, tool, variants
+from benchmarks.device.compile import Binary, Variant, compile_all, table, tool, variants
 from odysseus_kernels.kernels.configs import shipped
 
 pytestmark = [

@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["commit", "describe_machine", "machine_tag", "versions"]
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe_machine(device: str) -> dict[str, Any]:

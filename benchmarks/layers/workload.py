@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.layer_alone import ComputeAlone
-from benchmarks.layers import LayerCase, Variant
+from benchmarks.layers.alone import ComputeAlone
+from benchmarks.layers.cases import LayerCase, Variant
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.huggingface import parallelize
 from odysseus_kernels.nn.sequence import shard_sequence
@@ -173,7 +173,7 @@ class LayerWorkload:
         if variant.kind == "alone":
             return self._alone(variant)
         if variant.kind == "peer":
-            from benchmarks import peers
+            from benchmarks.layers import peers
 
             return peers.make_peer(variant.name, self)
         return self._ours(variant)

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.cases import Case
-from benchmarks.measure import slowest_rank, take_turns
-from benchmarks.memory import measure_memory
-from benchmarks.workload import TRANSPORTS, Workload
+from benchmarks.common.measure import slowest_rank, take_turns
+from benchmarks.operators.cases import Case
+from benchmarks.operators.memory import measure_memory
+from benchmarks.operators.workload import TRANSPORTS, Workload
 
 __all__ = ["Settings", "run_rows", "with_progress"]
 

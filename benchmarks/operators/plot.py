@@ -1,5 +1,4 @@
-#!/usr/bin/env python
-"""Bars from a result of overlap.py: ``python benchmarks/plot.py results.json -o out.png``.
+"""Bars from a result of overlap.py: ``python -m benchmarks.operators.plot results.json -o out.png``.
 
 Every row's times over its matrix products alone, so that 1 is the line that hidden communication approaches.
 """

@@ -1,7 +1,7 @@
 """What the kernels compile to, without a GPU: registers, memory and instructions of every shipped configuration.
 
-Run ``python benchmarks/compile.py``; it writes ``benchmarks/results/compile.md``.  Nothing is executed or timed: the
-kernels are compiled ahead of time for each architecture, and the machine code is read back.
+Run ``python -m benchmarks.device.compile``; it writes ``benchmarks/results/compile.md``.  Nothing is executed or timed:
+the kernels are compiled ahead of time for each architecture, and the machine code is read back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from odysseus_kernels.kernels.configs import Kernel, TileConfig, shipped
 
 ARCHITECTURES = (80, 90, 100)
-RESULT = pathlib.Path(__file__).parent / "results" / "compile.md"
+RESULT = pathlib.Path(__file__).resolve().parents[1] / "results" / "compile.md"
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _WORDS = {"words", "counters", "epoch", "aborted"}
@@ -212,8 +212,9 @@ def table(binaries: dict[Variant, Binary]) -> str:
     lines = [
         "# What the kernels compile to",
         "",
-        f"Made by `python benchmarks/compile.py` with Triton {triton.__version__} and torch {torch.__version__} on "
-        f"{platform.machine()}, without a GPU: compiled ahead of time, not executed. Registers and stack bytes are "
+        "Made by `python -m benchmarks.device.compile` with Triton "
+        f"{triton.__version__} and torch {torch.__version__} on {platform.machine()}, without "
+        "a GPU: compiled ahead of time, not executed. Registers and stack bytes are "
         "those of one thread; shared memory is that of one program; instructions are counted in the machine code, "
         "not as executed. Spills are local loads and stores (LDL, STL).",
         "",

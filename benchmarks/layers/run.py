@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.layers import Variant, make_layer_cases, make_variants
+from benchmarks.layers.cases import Variant, make_layer_cases, make_variants
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from benchmarks.layer_ranks import LayerSettings
+    from benchmarks.layers.ranks import LayerSettings
 
 __all__ = ["LEVELS", "add_options", "check_options", "make_layer_document", "make_layer_settings", "print_document"]
 
@@ -67,8 +67,8 @@ def make_layer_settings(arguments: argparse.Namespace, world_size: int) -> Layer
     Raises:
         ValueError: no case is left, or a strategy that the package does not have.
     """
-    from benchmarks import peers
-    from benchmarks.layer_ranks import LayerSettings
+    from benchmarks.layers import peers
+    from benchmarks.layers.ranks import LayerSettings
 
     known = _known()
     strategies = arguments.strategies or known
@@ -87,7 +87,8 @@ def make_layer_document(
     arguments: argparse.Namespace, rows: Sequence[dict[str, Any]], common: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything that is written to the JSON file; ``common`` says where and when."""
-    from benchmarks import layer_report, peers
+    from benchmarks.layers import peers
+    from benchmarks.layers import report as layer_report
 
     summarized = [layer_report.summarize_layer({**row, "dtype": arguments.dtype}) for row in rows]
     names = ("level", "ring", "gathered", "strategies")
@@ -106,7 +107,7 @@ def make_layer_document(
 
 def print_document(console: Console, document: dict[str, Any], *, note: str, judged: bool) -> None:
     """The tables."""
-    from benchmarks import layer_report
+    from benchmarks.layers import report as layer_report
 
     if document["all_to_all"]:
         console.print(f"FSDP2 + Ulysses: the all-to-all is that of {document['all_to_all']}", soft_wrap=True)

@@ -33,10 +33,10 @@ from torch.distributed.tensor.parallel import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.layers import FSDP_ULYSSES, TORCH_TP, TORCH_TP_SP
+from benchmarks.layers.cases import FSDP_ULYSSES, TORCH_TP, TORCH_TP_SP
 
 if TYPE_CHECKING:
-    from benchmarks.layer_workload import LayerWorkload, Runnable
+    from benchmarks.layers.workload import LayerWorkload, Runnable
 
 __all__ = ["absent_peers", "describe_ulysses", "make_peer", "present_peers"]
 
@@ -99,7 +99,7 @@ class _Run:
         return model.norm(hidden)  # type: ignore[no-any-return]
 
     def runnable(self, *, forward: Callable[[], Tensor] | None = None) -> Runnable:
-        from benchmarks.layer_workload import Runnable, stepper
+        from benchmarks.layers.workload import Runnable, stepper
 
         run = forward or self.forward
         return Runnable(

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.layer_memory import expected_saved, measure_memory_of_step
-from benchmarks.layer_workload import LayerWorkload, Runnable
-from benchmarks.layers import LayerCase, Variant
-from benchmarks.measure import slowest_rank, take_turns
+from benchmarks.common.measure import slowest_rank, take_turns
+from benchmarks.layers.cases import LayerCase, Variant
+from benchmarks.layers.memory import expected_saved, measure_memory_of_step
+from benchmarks.layers.workload import LayerWorkload, Runnable
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.planner import formulas
 
@@ -55,7 +55,7 @@ class LayerSettings:
 
 def run_layer_rows(rank: int, world_size: int, settings: LayerSettings) -> list[dict[str, Any]]:
     """Measures every case; returns what is written to the JSON file, the same on all ranks."""
-    from benchmarks.ranks import with_progress
+    from benchmarks.operators.run import with_progress
 
     return [_measure(case, settings) for case in with_progress(settings.rows, visible=rank == 0)]
 

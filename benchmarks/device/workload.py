@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.emulated_cases import EmulatedCase
+from benchmarks.device.cases import EmulatedCase
 from odysseus_kernels import ops
 from odysseus_kernels.comm.device.cuda import CudaDevice
 from odysseus_kernels.comm.device.lowering import WINDOWS

@@ -9,8 +9,8 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.emulated_cases import JUDGED_ROWS, KERNEL_TARGETS, TARGETS, EmulatedTarget
-from benchmarks.measure import hidden_share, interquartile_spread, median
+from benchmarks.common.measure import hidden_share, interquartile_spread, median
+from benchmarks.device.cases import JUDGED_ROWS, KERNEL_TARGETS, TARGETS, EmulatedTarget
 from odysseus_kernels.testing.virtual_devices import link_of
 
 __all__ = ["draw", "judge", "judge_kernels", "markdown", "print_document", "summarize"]

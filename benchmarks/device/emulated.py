@@ -1,5 +1,4 @@
-#!/usr/bin/env python
-"""What one GPU can tell about overlap: ``python benchmarks/overlap.py --device cuda``, or this file.
+"""What one GPU can tell about overlap: ``python benchmarks/overlap.py --device cuda``.
 
 One rank runs the operators as they are; its peers are silent, and what they hold arrives over an *emulated* link.
 Every row has the products alone (cuBLAS), the link alone, the operator unfused, fused and as one kernel of tiles, and
@@ -26,12 +25,12 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the script runs from a checkout, installed or not
-
-from benchmarks import emulated_report, kernels, machine
-from benchmarks.emulated_cases import DEFAULT_LINKS, WORLD, EmulatedCase, make_emulated_cases
-from benchmarks.emulated_workload import MODES, EmulatedWorkload, Emulation, emulate, fake_group
-from benchmarks.measure import EventTimer, median, take_turns
+from benchmarks.common import machine
+from benchmarks.common.measure import EventTimer, median, take_turns
+from benchmarks.device import kernels
+from benchmarks.device import report as emulated_report
+from benchmarks.device.cases import DEFAULT_LINKS, WORLD, EmulatedCase, make_emulated_cases
+from benchmarks.device.workload import MODES, EmulatedWorkload, Emulation, emulate, fake_group
 from odysseus_kernels import _ext
 from odysseus_kernels.testing.virtual_devices import link_of
 
@@ -41,7 +40,7 @@ SCHEMA = 1
 KIND = "emulated"
 ROUNDS, QUICK_ROUNDS = 15, 7
 _CHOICE_ROUNDS = 3
-_RESULTS = Path(__file__).resolve().parent / "results"
+_RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 Timed = Callable[[Callable[[], Any]], tuple[float, Any]]
 

@@ -1,10 +1,9 @@
-#!/usr/bin/env python
-"""The kernels against the library on one GPU: ``python benchmarks/kernels.py``.
+"""The kernels against the library on one GPU: ``python -m benchmarks.device.kernels``.
 
 - the GEMM whose tiles wait, with every chunk there, against cuBLAS on the gathered operand: what waiting costs;
 - the reduction of partial results against a copy within the device, counting what each reads and writes.
 
-Results are checked before they are timed.  ``benchmarks/emulated.py`` runs this and writes its rows.
+Results are checked before they are timed.  ``benchmarks/device/emulated.py`` runs this and writes its rows.
 """
 
 from __future__ import annotations
@@ -18,16 +17,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the script runs from a checkout, installed or not
-
-from benchmarks.emulated_cases import WORLD, gather_shapes
-from benchmarks.measure import EventTimer, median, take_turns
+from benchmarks.common.measure import EventTimer, median, take_turns
+from benchmarks.device.cases import WORLD, gather_shapes
 from odysseus_kernels import _ext
 from odysseus_kernels.testing.compare import relative_error, rounding_tolerance
 from odysseus_kernels.testing.virtual_devices import SATISFIED

@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import original
-from benchmarks.cases import CONTRACT
-from benchmarks.layers import LAYER_TARGETS, NEVER_SLOWER
-from benchmarks.measure import interquartile_spread, median, paired_ratio
+from benchmarks.common.measure import interquartile_spread, median, paired_ratio
+from benchmarks.layers import original
+from benchmarks.layers.cases import LAYER_TARGETS, NEVER_SLOWER
+from benchmarks.operators.cases import CONTRACT
 
 __all__ = ["judge_layers", "print_layers", "summarize_layer"]
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from benchmarks.layers import LayerCase
+from benchmarks.layers.cases import LayerCase
 
 __all__ = ["ComputeAlone"]
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.operators.cases import Case
 from odysseus_kernels import ops
 from odysseus_kernels.comm import functional
 from odysseus_kernels.config import OverlapConfig

@@ -1,5 +1,4 @@
-#!/usr/bin/env python
-"""Plots of a result of ``overlap.py --level layer`` or ``model``: ``python benchmarks/layer_plot.py results.json``.
+"""Plots of a result of ``overlap.py --level layer`` or ``model``: ``python -m benchmarks.layers.plot results.json``.
 
 For each case, time over the same compute without communication, bytes that a rank sends beside the formula and beside
 what the original's table claims, and memory beside the formula.
@@ -19,7 +18,7 @@ mpl.use("Agg")  # writes files; needs no display
 
 import matplotlib.pyplot as plt
 
-from benchmarks.original import ORIGINAL
+from benchmarks.layers.original import ORIGINAL
 
 __all__ = ["draw"]
 
@@ -140,5 +139,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.exit(main())

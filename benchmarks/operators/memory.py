@@ -23,13 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import Case
-from benchmarks.workload import Workload
+from benchmarks.operators.cases import Case
+from benchmarks.operators.workload import Workload
 from odysseus_kernels.comm.groups import group_transports
 from odysseus_kernels.config import OverlapConfig
 
 if TYPE_CHECKING:
-    from benchmarks.ranks import Settings
+    from benchmarks.operators.run import Settings
 
 __all__ = ["AllocationEvent", "measure_memory", "peak_of_others", "process_growth", "record_allocations"]
 

@@ -1,0 +1,1 @@
+"""Whole layers and small models under every strategy, beside what a user would pick instead."""

@@ -1,0 +1,1 @@
+"""The operators alone, fused and unfused, beside their products."""
