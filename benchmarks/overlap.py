@@ -31,15 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the script ru
 
 # What draws and prints is imported where it is used: a run on one GPU does without rich and matplotlib.
 from benchmarks.common import machine
+from benchmarks.common.cases import Size
 from benchmarks.device import emulated
 from benchmarks.layers import run as layer_run
-from benchmarks.operators.cases import Size, make_cases
+from benchmarks.operators.cases import make_cases
 from benchmarks.operators.workload import TRANSPORTS
 from odysseus_kernels.testing.spawn import RankPool, RanksFailedError
 
 if TYPE_CHECKING:
     from benchmarks.layers.ranks import LayerSettings
-    from benchmarks.operators.run import Settings
+    from benchmarks.operators.workload import Settings
 
 SCHEMA = 1
 RUN_LIMIT_S = 3600.0 * 4
@@ -86,7 +87,7 @@ def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings | 
     """What ranks are told.  ValueError if no row is left."""
     if arguments.level != "operator":
         return layer_run.make_layer_settings(arguments, world_size)
-    from benchmarks.operators.run import Settings
+    from benchmarks.operators.workload import Settings
 
     size: Size = arguments.size
     return Settings(
@@ -181,7 +182,8 @@ def write(document: dict[str, Any], folder: Path) -> list[Path]:
 
 def measure_rows(rank: int, world_size: int, settings: Settings | LayerSettings) -> list[dict[str, Any]]:
     """What each rank runs."""
-    from benchmarks.operators.run import Settings, run_rows
+    from benchmarks.operators.run import run_rows
+    from benchmarks.operators.workload import Settings
 
     if isinstance(settings, Settings):
         return run_rows(rank, world_size, settings)

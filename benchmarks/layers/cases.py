@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from benchmarks.operators.cases import CONTRACT, NEVER_SLOWER, Size, nearest_multiple
+from benchmarks.common.cases import CONTRACT, NEVER_SLOWER, Size, nearest_multiple
 from odysseus_kernels.planner.formulas import LayerShape
 
 __all__ = [

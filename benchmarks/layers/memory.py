@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from benchmarks.common.memory import peak_of_others, record_allocations
 from benchmarks.layers.cases import LayerCase, Variant
-from benchmarks.layers.workload import Runnable
-from benchmarks.operators.memory import peak_of_others, record_allocations
+from benchmarks.layers.runnable import Runnable
 from odysseus_kernels.comm.groups import group_transports
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.planner.memory import head_saved, saved

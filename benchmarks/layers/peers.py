@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,9 +34,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.layers.cases import FSDP_ULYSSES, TORCH_TP, TORCH_TP_SP
-
-if TYPE_CHECKING:
-    from benchmarks.layers.workload import LayerWorkload, Runnable
+from benchmarks.layers.runnable import Runnable, stepper
+from benchmarks.layers.workload import LayerWorkload
 
 __all__ = ["absent_peers", "describe_ulysses", "make_peer", "present_peers"]
 
@@ -99,8 +98,6 @@ class _Run:
         return model.norm(hidden)  # type: ignore[no-any-return]
 
     def runnable(self, *, forward: Callable[[], Tensor] | None = None) -> Runnable:
-        from benchmarks.layers.workload import Runnable, stepper
-
         run = forward or self.forward
         return Runnable(
             stepper(self.parameters, run, self.leaf, self.grad), self.parameters, self.positions, self.leaf, run

@@ -15,9 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.common.measure import slowest_rank, take_turns
+from benchmarks.common.ranks import largest_over_ranks, with_progress, worse
+from benchmarks.layers import peers
 from benchmarks.layers.cases import LayerCase, Variant
 from benchmarks.layers.memory import expected_saved, measure_memory_of_step
-from benchmarks.layers.workload import LayerWorkload, Runnable
+from benchmarks.layers.runnable import Runnable
+from benchmarks.layers.workload import LayerWorkload
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.planner import formulas
 
@@ -55,8 +58,6 @@ class LayerSettings:
 
 def run_layer_rows(rank: int, world_size: int, settings: LayerSettings) -> list[dict[str, Any]]:
     """Measures every case; returns what is written to the JSON file, the same on all ranks."""
-    from benchmarks.operators.run import with_progress
-
     return [_measure(case, settings) for case in with_progress(settings.rows, visible=rank == 0)]
 
 
@@ -67,7 +68,9 @@ def _measure(case: LayerCase, settings: LayerSettings) -> dict[str, Any]:
     refused: dict[str, str] = {}
     for variant in settings.variants:
         try:
-            runnables[variant.name] = work.make(variant)
+            runnables[variant.name] = (
+                peers.make_peer(variant.name, work) if variant.kind == "peer" else work.make(variant)
+            )
         except ValueError as error:  # raised on every rank alike, before anything is sent
             refused[variant.name] = str(error)
     variants = {v.name: v for v in settings.variants if v.name in runnables}
@@ -78,9 +81,9 @@ def _measure(case: LayerCase, settings: LayerSettings) -> dict[str, Any]:
 
     def check(name: str, output: Tensor) -> None:
         if name in checked:
-            found = _largest(work.errors(runnables[name], output))
+            found = largest_over_ranks(work.errors(runnables[name], output))
             before = errors.get(name, {})
-            errors[name] = {what: _worse(before.get(what, 0.0), error) for what, error in found.items()}
+            errors[name] = {what: worse(before.get(what, 0.0), error) for what, error in found.items()}
 
     def wrong() -> list[str]:
         return [name for name in checked if work.is_wrong(errors[name])]
@@ -163,21 +166,7 @@ def _bytes(
 def _memory(
     case: LayerCase, variant: Variant, work: LayerWorkload, runnable: Runnable, dtype: torch.dtype
 ) -> dict[str, Any]:
-    found: dict[str, Any] = _largest(measure_memory_of_step(runnable, variant))
+    found: dict[str, Any] = largest_over_ranks(measure_memory_of_step(runnable, variant))
     if variant.kind == "ours":
         found["formula"] = expected_saved(case, variant, work.world, dtype.itemsize)
     return found
-
-
-def _worse(a: float, b: float) -> float:
-    """The larger, where NaN is larger than anything."""
-    return a if a != a or a > b else b
-
-
-def _largest(values: dict[str, Any]) -> dict[str, Any]:
-    """The largest over the ranks of each value; NaN is kept."""
-    kind = torch.int64 if all(isinstance(value, int) for value in values.values()) else torch.float64
-    mine = torch.tensor(list(values.values()), dtype=kind)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return dict(zip(values, torch.stack(everyone).amax(0).tolist(), strict=True))

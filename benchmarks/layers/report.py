@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.cases import CONTRACT, NEVER_SLOWER
 from benchmarks.common.measure import interquartile_spread, median, paired_ratio
 from benchmarks.layers import original
-from benchmarks.layers.cases import LAYER_TARGETS, NEVER_SLOWER
-from benchmarks.operators.cases import CONTRACT
+from benchmarks.layers.cases import LAYER_TARGETS
 
 __all__ = ["judge_layers", "print_layers", "summarize_layer"]
 

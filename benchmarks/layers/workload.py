@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +22,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.layers.alone import ComputeAlone
 from benchmarks.layers.cases import LayerCase, Variant
+from benchmarks.layers.runnable import Runnable, stepper
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.huggingface import parallelize
 from odysseus_kernels.nn.sequence import shard_sequence
 from odysseus_kernels.testing.compare import relative_error
 
-__all__ = ["LayerWorkload", "Limits", "Runnable", "Truth", "stepper"]
+__all__ = ["LayerWorkload", "Limits", "Truth"]
 
 _TRUTH_FLOPS = 3e11
 """Operations of the whole problem up to which the truth is computed in fp64."""
@@ -61,27 +61,6 @@ class Limits:
 
     output: float
     gradient: float
-
-
-@dataclasses.dataclass
-class Runnable:
-    """A variant on this rank.
-
-    Attributes:
-        step: forward and backward; afterwards :attr:`result` holds what it gave.
-        parameters: by the stock model's names; gradients are in their ``grad``.
-        positions: of this rank's tokens in the whole sequence.
-        leaf: the input whose gradient is checked, or None.
-        forward: forward alone, for what is kept for backward.
-        mesh: of ours.
-    """
-
-    step: Callable[[], Tensor]
-    parameters: dict[str, torch.nn.Parameter]
-    positions: Tensor
-    leaf: Tensor | None = None
-    forward: Callable[[], Tensor] | None = None
-    mesh: DeviceMesh | None = None
 
 
 class LayerWorkload:
@@ -173,9 +152,7 @@ class LayerWorkload:
         if variant.kind == "alone":
             return self._alone(variant)
         if variant.kind == "peer":
-            from benchmarks.layers import peers
-
-            return peers.make_peer(variant.name, self)
+            raise ValueError(f"{variant.name}: expected ours or the compute alone; peers.py makes peers")
         return self._ours(variant)
 
     def _alone(self, variant: Variant) -> Runnable:
@@ -255,21 +232,6 @@ class LayerWorkload:
         """Whether any error is beyond its limit, or not a number."""
         limits = self.limits
         return not all(e <= (limits.output if what == "output" else limits.gradient) for what, e in errors.items())
-
-
-def stepper(
-    parameters: dict[str, torch.nn.Parameter], forward: Callable[[], Tensor], leaf: Tensor | None, grad: Tensor | None
-) -> Callable[[], Tensor]:
-    every: Sequence[Tensor] = [*parameters.values(), *([] if leaf is None else [leaf])]
-
-    def step() -> Tensor:
-        for tensor in every:
-            tensor.grad = None
-        output = forward()
-        output.backward(grad)
-        return output.detach()
-
-    return step
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-__all__ = ["NEVER_SLOWER", "TARGETS", "Case", "ModelShape", "Operator", "Size", "Target", "make_cases"]
+from benchmarks.common.cases import CONTRACT, Size, nearest_multiple
+
+__all__ = ["TARGETS", "Case", "ModelShape", "Operator", "Target", "make_cases"]
 
 Operator = Literal["all_gather_linear", "linear_reduce_scatter", "zero3_linear"]
-Size = Literal["quick", "default", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,6 @@ MODELS = (
     ModelShape("Llama-3-8B", hidden=4096, key_value=1024, intermediate=14336),
 )
 
-CONTRACT = "contract"
-
 
 @dataclasses.dataclass(frozen=True)
 class _Scale:
@@ -107,11 +106,6 @@ _SCALES: dict[Size, _Scale] = {
     "default": _Scale(forward_tokens=8192, backward_tokens=4096, model_tokens=2048, divisor=8, models=2),
     "full": _Scale(forward_tokens=8192, backward_tokens=8192, model_tokens=8192, divisor=1, models=2),
 }
-
-
-def nearest_multiple(value: int, of: int) -> int:
-    """The multiple of ``of`` nearest to ``value``, at least one."""
-    return max(1, round(value / of)) * of
 
 
 def make_cases(world_size: int, size: Size = "default", pattern: str = "") -> list[Case]:
@@ -172,6 +166,3 @@ TARGETS = (
     Target("linear_reduce_scatter", True, _FUSED, _GEMM, 1.12),
     Target("zero3_linear", True, _FUSED, _GEMM, 1.12),
 )
-
-NEVER_SLOWER = 1.03
-"""Limit of fused / unfused on the same transport, for every row."""

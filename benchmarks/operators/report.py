@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.cases import CONTRACT, NEVER_SLOWER
 from benchmarks.common.measure import hidden_share, interquartile_spread, median, paired_ratio
-from benchmarks.operators.cases import CONTRACT, NEVER_SLOWER, TARGETS, Target
+from benchmarks.operators.cases import TARGETS, Target
 
 __all__ = ["MEMORY_LIMIT_CHUNKS", "judge", "judge_memory", "print_memory", "print_time", "summarize"]
 

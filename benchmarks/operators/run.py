@@ -6,45 +6,21 @@ Runs in processes that ``overlap.py`` starts, or under torchrun; the process gro
 from __future__ import annotations
 
 import dataclasses
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.common.measure import slowest_rank, take_turns
+from benchmarks.common.ranks import with_progress, worse
 from benchmarks.operators.cases import Case
 from benchmarks.operators.memory import measure_memory
-from benchmarks.operators.workload import TRANSPORTS, Workload
+from benchmarks.operators.workload import Settings, Workload
 
-__all__ = ["Settings", "run_rows", "with_progress"]
+__all__ = ["run_rows"]
 
 WARM_UP_ROUNDS = 2
-
-
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-Row = TypeVar("Row", bound=_Named)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What all ranks must agree on."""
-
-    rows: tuple[Case, ...]
-    dtype: str
-    device: str
-    repeats: int
-    transports: tuple[str, ...] = TRANSPORTS
-    memory: bool = False
-    seed: int = 1
 
 
 def run_rows(rank: int, world_size: int, settings: Settings) -> list[dict[str, Any]]:
@@ -70,7 +46,7 @@ def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[s
     def check(name: str, results: Sequence[torch.Tensor]) -> None:
         if name in errors:
             for what, error in work.errors([r.cpu() for r in results]).items():
-                errors[name][what] = _worse(errors[name].get(what, 0.0), error)
+                errors[name][what] = worse(errors[name].get(what, 0.0), error)
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -96,11 +72,6 @@ def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[s
     }
 
 
-def _worse(a: float, b: float) -> float:
-    """The larger, where NaN is larger than anything."""
-    return a if a != a or a > b else b
-
-
 def _wrong(errors: dict[str, dict[str, float]], tolerance: float) -> list[str]:
     """Names of the variants with a wrong result on any rank; the same on all ranks."""
     return [n for n, found in _worst_rank(errors).items() if not all(e <= tolerance for e in found.values())]
@@ -116,22 +87,3 @@ def _worst_rank(errors: dict[str, dict[str, float]]) -> dict[str, dict[str, floa
     for (name, what), error in zip(flat, worst, strict=True):
         result[name][what] = error
     return result
-
-
-def with_progress(rows: Sequence[Row], *, visible: bool) -> Iterator[Row]:
-    """The rows, with a bar on a terminal and a line for each row elsewhere."""
-    console = Console(file=sys.stderr)
-    if visible and console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=len(rows))
-            for case in rows:
-                progress.update(task, description=case.name)
-                yield case
-                progress.advance(task)
-        return
-    for index, case in enumerate(rows, 1):
-        begin = time.monotonic()
-        yield case
-        if visible:
-            print(f"[{index}/{len(rows)}] {case.name} ({time.monotonic() - begin:.1f} s)", file=sys.stderr, flush=True)

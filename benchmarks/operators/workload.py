@@ -50,6 +50,19 @@ class _Tensors:
     grads_product: list[Tensor]
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all ranks must agree on."""
+
+    rows: tuple[Case, ...]
+    dtype: str
+    device: str
+    repeats: int
+    transports: tuple[str, ...] = TRANSPORTS
+    memory: bool = False
+    seed: int = 1
+
+
 class Workload:
     """Tensors and calls of ``case`` on this rank.
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import odysseus_kernels as ody
-from benchmarks.operators.memory import peak_of_others, record_allocations
+from benchmarks.common.memory import peak_of_others, record_allocations
 from odysseus_kernels.comm.groups import use_transport
 from odysseus_kernels.comm.transport import Call, Transport
 

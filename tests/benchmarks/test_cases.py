@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.operators.cases import TARGETS, Size, make_cases, nearest_multiple
+from benchmarks.common.cases import Size, nearest_multiple
+from benchmarks.operators.cases import TARGETS, make_cases
 
 
 def _find(world_size: int, size: Size, operator: str, backward: bool) -> list[tuple[int, int, tuple[int, ...]]]:

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from benchmarks import overlap
+from benchmarks.common.cases import CONTRACT
 from benchmarks.layers import plot as layer_plot
 from benchmarks.layers import report as layer_report
 from benchmarks.layers.cases import FSDP_ULYSSES, TORCH_TP_SP, LayerCase, make_variants
-from benchmarks.operators.cases import CONTRACT
 
 CASE = LayerCase(CONTRACT, "layer", 4096, 512, 1408, 8, 8)
 TIMES = {

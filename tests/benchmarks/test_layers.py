@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common.cases import CONTRACT
 from benchmarks.layers.alone import ComputeAlone
 from benchmarks.layers.cases import (
     FSDP_ULYSSES,
@@ -19,7 +20,6 @@ from benchmarks.layers.cases import (
 )
 from benchmarks.layers.original import ORIGINAL, split_measured
 from benchmarks.layers.ranks import expected_traffic
-from benchmarks.operators.cases import CONTRACT
 from odysseus_kernels.planner.formulas import STRATEGIES
 
 SMALL = LayerCase("small", "layer", 32, 64, 96, 4, 2)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.operators.memory import AllocationEvent, peak_of_others, process_growth, record_allocations
+from benchmarks.common.memory import AllocationEvent, peak_of_others, process_growth, record_allocations
 
 
 def _events(*sizes: tuple[int, int]) -> list[AllocationEvent]:

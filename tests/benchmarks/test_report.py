@@ -13,8 +13,8 @@ from rich.console import Console
 
 from benchmarks import overlap
 from benchmarks.common import machine
+from benchmarks.common.cases import CONTRACT
 from benchmarks.operators import plot, report
-from benchmarks.operators.cases import CONTRACT
 
 _TIMES = {
     "gemm": 10.0,

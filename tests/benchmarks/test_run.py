@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.operators import workload
 from benchmarks.operators.cases import Case
-from benchmarks.operators.run import Settings, run_rows
+from benchmarks.operators.run import run_rows
+from benchmarks.operators.workload import Settings
 from odysseus_kernels.testing.spawn import RankPool
 
 _ROOT = Path(__file__).resolve().parents[2]

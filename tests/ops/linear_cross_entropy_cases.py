@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import odysseus_kernels as ody
-from benchmarks.operators.memory import peak_of_others, record_allocations
+from benchmarks.common.memory import peak_of_others, record_allocations
 from odysseus_kernels.ops import vocab_parallel_linear_cross_entropy, zero3_linear_cross_entropy
 from odysseus_kernels.testing.compare import nan_empty, relative_error, unit_roundoff
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ulysses_cases import groups
 
 import odysseus_kernels as ody
-from benchmarks.operators.memory import peak_of_others, record_allocations
+from benchmarks.common.memory import peak_of_others, record_allocations
 
 
 def traffic(

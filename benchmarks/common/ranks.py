@@ -1,0 +1,56 @@
+"""What ranks of any benchmark do together: a bar of their progress, and the worst figure of all of them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["largest_over_ranks", "with_progress", "worse"]
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=_Named)
+
+
+def with_progress(rows: Sequence[Row], *, visible: bool) -> Iterator[Row]:
+    """The rows, with a bar on a terminal and a line for each row elsewhere."""
+    console = Console(file=sys.stderr)
+    if visible and console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=len(rows))
+            for case in rows:
+                progress.update(task, description=case.name)
+                yield case
+                progress.advance(task)
+        return
+    for index, case in enumerate(rows, 1):
+        begin = time.monotonic()
+        yield case
+        if visible:
+            print(f"[{index}/{len(rows)}] {case.name} ({time.monotonic() - begin:.1f} s)", file=sys.stderr, flush=True)
+
+
+def worse(a: float, b: float) -> float:
+    """The larger, where NaN is larger than anything."""
+    return a if a != a or a > b else b
+
+
+def largest_over_ranks(values: dict[str, Any]) -> dict[str, Any]:
+    """The largest over the ranks of each value; NaN is kept."""
+    kind = torch.int64 if all(isinstance(value, int) for value in values.values()) else torch.float64
+    mine = torch.tensor(list(values.values()), dtype=kind)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return dict(zip(values, torch.stack(everyone).amax(0).tolist(), strict=True))

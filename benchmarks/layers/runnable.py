@@ -1,0 +1,48 @@
+"""A variant on one rank: what can be stepped and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Runnable", "stepper"]
+
+
+@dataclasses.dataclass
+class Runnable:
+    """A variant on this rank.
+
+    Attributes:
+        step: forward and backward; afterwards :attr:`result` holds what it gave.
+        parameters: by the stock model's names; gradients are in their ``grad``.
+        positions: of this rank's tokens in the whole sequence.
+        leaf: the input whose gradient is checked, or None.
+        forward: forward alone, for what is kept for backward.
+        mesh: of ours.
+    """
+
+    step: Callable[[], Tensor]
+    parameters: dict[str, torch.nn.Parameter]
+    positions: Tensor
+    leaf: Tensor | None = None
+    forward: Callable[[], Tensor] | None = None
+    mesh: DeviceMesh | None = None
+
+
+def stepper(
+    parameters: dict[str, torch.nn.Parameter], forward: Callable[[], Tensor], leaf: Tensor | None, grad: Tensor | None
+) -> Callable[[], Tensor]:
+    every: Sequence[Tensor] = [*parameters.values(), *([] if leaf is None else [leaf])]
+
+    def step() -> Tensor:
+        for tensor in every:
+            tensor.grad = None
+        output = forward()
+        output.backward(grad)
+        return output.detach()
+
+    return step
