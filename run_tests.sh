@@ -13,27 +13,14 @@ lint-imports --no-logo
 mypy
 
 # Long tests that start no ranks run beside all others: those leave one core idle half of the time.
-without_ranks=(
-  tests/comm/test_device_replays.py
-  tests/comm/test_device_schedule.py
-  tests/comm/test_schedule.py
-  tests/comm/test_simulated_replays.py
-  tests/comm/test_symmetric_device.py
-  tests/kernels/test_compiled.py
-  tests/kernels/test_interpreted.py
-  tests/kernels/test_specialized.py
-  tests/test_ext_cuda.py
-  tests/test_ext_cuda_binary.py
-  tests/test_run_gpu.py
-)
 log=$(mktemp)
 # Without a cache: the two would write one file.
-nice python -m pytest -p no:cacheprovider "${without_ranks[@]}" >"$log" 2>&1 &
+nice python -m pytest -p no:cacheprovider -m without_ranks >"$log" 2>&1 &
 beside=$!
 trap 'kill "$beside" 2>/dev/null || true; rm -f "$log"' EXIT
 trap 'exit 130' INT  # pytest makes a summary of Ctrl-C; nobody wants to wait for the others then
 status=0
-python -m pytest "${without_ranks[@]/#/--ignore=}" || status=$?
+python -m pytest -m "not without_ranks" || status=$?
 wait "$beside" || status=$?
 echo "Beside them: tests that start no ranks"
 cat "$log"

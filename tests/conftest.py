@@ -18,7 +18,12 @@ def ranks() -> Iterator[RankPools]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are skipped where there is none."""
+    """Tests marked ``gpu`` are skipped where there is none; those marked ``without_ranks`` use none."""
+    wrong = [
+        i.nodeid for i in items if i.get_closest_marker("without_ranks") and "ranks" in getattr(i, "fixturenames", ())
+    ]
+    if wrong:
+        raise pytest.UsageError(f"marked without_ranks, and they start ranks: {wrong}")
     if torch.cuda.is_available():
         return
     for item in items:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from odysseus_kernels import _ext
 
+pytestmark = pytest.mark.without_ranks
+
 C = _ext.load()
 if not hasattr(C, "cuda"):
     pytest.skip("the extension was built without CUDA", allow_module_level=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.without_ranks
+
 _ROOT = Path(__file__).resolve().parents[1]
 _SCRIPT = "tests/run_gpu.sh"
 

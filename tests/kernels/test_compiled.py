@@ -14,6 +14,7 @@ from benchmarks.device.compile import Binary, Variant, compile_all, table, tool,
 from odysseus_kernels.kernels.configs import shipped
 
 pytestmark = [
+    pytest.mark.without_ranks,
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(

@@ -16,7 +16,10 @@ _SCRIPT = Path(__file__).with_name("interpreted_run.py")
 _NUMPY = tuple(int(part) for part in numpy.__version__.split(".")[:2])
 
 # Triton's interpreter relies on conversions of arrays to numbers that NumPy 2.5 refuses.
-pytestmark = pytest.mark.skipif(_NUMPY >= (2, 5), reason=f"the interpreter needs NumPy < 2.5, got {numpy.__version__}")
+pytestmark = [
+    pytest.mark.without_ranks,
+    pytest.mark.skipif(_NUMPY >= (2, 5), reason=f"the interpreter needs NumPy < 2.5, got {numpy.__version__}"),
+]
 
 
 def _start(*arguments: str) -> subprocess.Popen[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.without_ranks
+
 pytest.importorskip("triton")
 
 

@@ -17,7 +17,7 @@ from benchmarks.operators.run import run_rows
 from benchmarks.operators.workload import Settings
 from odysseus_kernels.testing.spawn import RankPool
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 
 _CASES = (
     Case("small", "all_gather_linear", 64, 32, (24, 8), True),

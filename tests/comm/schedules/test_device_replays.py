@@ -20,6 +20,8 @@ from odysseus_kernels.testing.device_events import DeviceCall, bind_device, by_s
 from odysseus_kernels.testing.happens_before import Event, ScheduleError, interleave, prove
 from odysseus_kernels.testing.replays import edges, prove_replays, replayed
 
+pytestmark = pytest.mark.without_ranks
+
 
 def partitions(names: tuple[str, ...]) -> Iterator[dict[str, str]]:
     """Every way in which streams can share queues: for each stream the first one of its queue."""

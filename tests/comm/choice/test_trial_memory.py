@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
+from simulated_group import CONFIG, Group
 from test_kernel_preparation import AUTO, Lockstep, a_device_by_name
-from test_symmetric_device import CONFIG, Group
 
 from odysseus_kernels.comm.device.cuda import CudaDevice
 from odysseus_kernels.comm.device.peer_memory import TorchSymmetricMemory

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from choice_cases import KEY, Exchange, on_threads
-from test_symmetric_device import Group
+from simulated_group import Group
 from torch import Tensor
 
 import odysseus_kernels as ody

@@ -27,6 +27,8 @@ from odysseus_kernels.comm.schedules.steps import (
 )
 from odysseus_kernels.testing.happens_before import CallSpec, ScheduleError, bind, interleave, prove
 
+pytestmark = pytest.mark.without_ranks
+
 # Program of each operator: (forward, backward), backward also with the gathered input kept.
 OPERATORS = {
     "all_gather_linear": (("gather", "gather+scatter"), ("gather", "scatter")),

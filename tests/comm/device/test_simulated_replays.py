@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from schedule_edits import only_begin
-from test_symmetric_device import CONFIG, WIDTH, Group
+from simulated_group import CONFIG, WIDTH, Group
 
 from odysseus_kernels.comm.device import transport as device_transport
 from odysseus_kernels.comm.schedules.device import device_schedule, tile_schedule
@@ -17,6 +17,8 @@ from odysseus_kernels.comm.schedules.steps import Schedule
 from odysseus_kernels.comm.transport import Call, Gather, TileGather
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError, SignalTimeoutError
+
+pytestmark = pytest.mark.without_ranks
 
 PIECES = dataclasses.replace(CONFIG, chunks_per_rank=3)
 

@@ -19,7 +19,7 @@ from benchmarks.device import report as emulated_report
 from benchmarks.device.cases import TARGETS, WORLD, EmulatedCase, make_emulated_cases
 from odysseus_kernels.testing.virtual_devices import link_of
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 
 
 def _row(

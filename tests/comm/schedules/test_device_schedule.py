@@ -27,6 +27,8 @@ from odysseus_kernels.testing.device_events import DeviceCall, bind_device, by_s
 from odysseus_kernels.testing.happens_before import ScheduleError, interleave, prove
 from odysseus_kernels.testing.replays import prove_replays, replayed
 
+pytestmark = pytest.mark.without_ranks
+
 # Program of each operator: (forward, backward); a backward with the gathered input kept only scatters.
 OPERATORS = {
     "all_gather_linear": (("gather", "gather+scatter"), ("gather", "scatter")),
