@@ -18,6 +18,7 @@ from benchmarks.common.measure import slowest_rank, take_turns
 from benchmarks.common.ranks import largest_over_ranks, with_progress, worse
 from benchmarks.layers import peers
 from benchmarks.layers.cases import LayerCase, Variant
+from benchmarks.layers.checks import measure_checks
 from benchmarks.layers.memory import expected_saved, measure_memory_of_step
 from benchmarks.layers.runnable import Runnable
 from benchmarks.layers.workload import LayerWorkload
@@ -103,6 +104,7 @@ def _measure(case: LayerCase, settings: LayerSettings) -> dict[str, Any]:
             memory[name] = _memory(case, variant, work, runnables[name], dtype)
     samples = turns([name for name in runnables if name not in first_wrong], settings.repeats)
     samples = slowest_rank(samples, work.world)
+    checks = {name: measure_checks(work.batch, runnables[name]) for name in samples if variants[name].kind == "ours"}
     return {
         **dataclasses.asdict(case),
         "sizes": case.sizes,
@@ -117,6 +119,7 @@ def _measure(case: LayerCase, settings: LayerSettings) -> dict[str, Any]:
         "wrong": wrong(),
         "bytes": sent,
         "memory": memory,
+        "checks": checks,
         # A time of a wrong result is no time.
         "samples_s": {name: values for name, values in samples.items() if name not in wrong()},
     }

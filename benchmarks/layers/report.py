@@ -21,11 +21,13 @@ __all__ = ["judge_layers", "print_layers", "summarize_layer"]
 Row = dict[str, Any]
 
 MEMORY_LIMIT = 0.01
+CHECKS_LIMIT = 0.005
 
 FOOTER = """\
 alone: the strategy's compute on one rank's share without any communication. A peer's is that of the nearest strategy.
 x alone: median of the ratios within rounds. exposed: median of the differences within rounds.
 hidden = 1 - exposed(fused) / exposed(unfused), on one transport; ? where the unfused one is no slower than alone.
+checks: what it takes that the batch says how it was cut and the model compares it, by itself; part of the time.
 error: largest relative Frobenius error of output, input gradient and weight gradients against the single process."""
 
 BYTES_FOOTER = """\
@@ -98,6 +100,15 @@ def judge_layers(rows: Sequence[Row]) -> list[Row]:
         worst, name, row = max(kept, key=lambda entry: entry[0])
         where = f"worst of {len(kept)}: {name}, {row['sizes']}"
         verdicts.append(_verdict("saved for backward: distance from the formula", where, MEMORY_LIMIT, worst))
+    shares = [
+        (sum(parts.values()) / row["figures"][name]["median_s"], name, row)
+        for row in rows
+        for name, parts in row.get("checks", {}).items()
+    ]
+    if shares:
+        worst, name, row = max(shares, key=lambda entry: entry[0])
+        where = f"worst of {len(shares)}: {name}, {row['sizes']}"
+        verdicts.append(_verdict("descriptor and checks / step", where, CHECKS_LIMIT, worst))
     return verdicts
 
 
@@ -135,11 +146,11 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def _times(row: Row) -> Table:
     what = "forward + backward" if row["level"] == "layer" else f"step, loss {row['loss']:.4f}"
     title = f"{row['level']} {row['label']}, {row['sizes']}, {row['world']} ranks: {what}"
-    columns = ("time, ms", "tokens/s", "x alone", "exposed, ms", "fused/unfused", "hidden", "error")
+    columns = ("time, ms", "tokens/s", "x alone", "exposed, ms", "fused/unfused", "hidden", "checks, µs", "error")
     table = _table(title, columns)
     for name in row["variants"]:
         if name in row["wrong"]:
-            table.add_row(f"  {name}", "[red]WRONG[/red]", *[""] * 5, f"[red]{_error(row, name)}[/red]")
+            table.add_row(f"  {name}", "[red]WRONG[/red]", *[""] * 6, f"[red]{_error(row, name)}[/red]")
             continue
         found = row["figures"].get(name)
         if found is None:
@@ -153,6 +164,7 @@ def _times(row: Row) -> Table:
             f"{found['exposed_s'] * 1e3:.1f}" if "exposed_s" in found else "",
             f"{found['over_unfused']:.3f}" if "over_unfused" in found else "",
             hidden,
+            f"{sum(row['checks'][name].values()) * 1e6:.0f}" if name in row.get("checks", {}) else "",
             _error(row, name),
         )
     return table
@@ -260,11 +272,12 @@ def _print_verdicts(console: Console, verdicts: Sequence[Row], note: str, judged
     title = "Must reach" if judged else "For orientation: the limits are for other settings than this run's"
     console.print(f"\n[bold]{title}[/bold]{f'  ({note})' if note else ''}")
     for verdict in verdicts:
+        digits = 5 if 0 < verdict["limit"] < MEMORY_LIMIT else 3
         if verdict["measured"] is None:
             outcome, measured = "[red]no figure: wrong result[/red]", "-"
         else:
             outcome = "[green]reached[/green]" if verdict["reached"] else "[red]missed[/red]"
-            measured = f"{verdict['measured']:.3f}"
+            measured = f"{verdict['measured']:.{digits}f}"
         exact = "bytes" in verdict["what"] or "saved" in verdict["what"]  # these hold for all shapes and ranks
         if not judged and not exact and verdict["measured"] is not None:
             outcome = ""

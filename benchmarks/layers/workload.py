@@ -184,8 +184,9 @@ class LayerWorkload:
         numbered = {"input_ids": torch.arange(self.case.tokens)[None]}
         positions = shard_sequence(numbered, mesh, variant.strategy)["input_ids"][0]
         model = parallelize(model, mesh, strategy=variant.strategy, config=settings)
-        runnable = self.runnable(model, positions, shard_sequence(self.batch, mesh, variant.strategy))
-        runnable.mesh = mesh
+        batch = shard_sequence(self.batch, mesh, variant.strategy)
+        runnable = self.runnable(model, positions, batch)
+        runnable.mesh, runnable.group, runnable.batch = mesh, model.sequence_group, batch
         return runnable
 
     def runnable(self, model: Any, positions: Tensor, batch: dict[str, Tensor]) -> Runnable:

@@ -46,6 +46,7 @@ def _row(*, wrong: tuple[str, ...] = (), equal: bool = True, saved: int = 1000) 
         "wrong": list(wrong),
         "bytes": {name: {"recorded": sent, "formula": sent, "beside": {}, "equal": equal} for name in ours},
         "memory": {name: {**memory, **({"formula": {"all": 1000}} if name in ours else {})} for name in variants},
+        "checks": {n: {"descriptor": 2e-4, "comparison": 1e-4, "step": 1e-5} for n in ours if n not in wrong},
         "samples_s": {name: [t / 1e3, t / 1e3, t / 0.9e3] for name, t in TIMES.items() if name not in wrong},
     }
 
@@ -81,7 +82,10 @@ def test_verdicts() -> None:
     assert verdicts["every odysseus: fused / unfused"]["reached"]
     assert verdicts["bytes that differ from the formula, variants"]["measured"] == 0
     assert verdicts["saved for backward: distance from the formula"]["reached"]
-    assert len(verdicts) == 6  # nothing is said about variants and cases that were not run
+    checks = verdicts["descriptor and checks / step"]
+    assert checks["reached"]
+    assert checks["measured"] == pytest.approx(0.31 / 105)
+    assert len(verdicts) == 7  # nothing is said about variants and cases that were not run
 
     verdicts = {v["what"]: v for v in _document(_row(equal=False, saved=1011))["targets"]}
     assert verdicts["bytes that differ from the formula, variants"]["measured"] == 2
@@ -93,6 +97,8 @@ def test_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "…" not in text  # nothing is cut off
     assert "Must reach" in text
     assert "105.0±6%" in text
+    assert " 310 " in text  # microseconds of the checks
+    assert "0.00295 (limit 0.005)" in text
     assert "expected heads that 2 ranks divide" in text  # a strategy that refused says why
     assert "ring-flash-attn: not here: needs CUDA" in text
     published = text.index("Odysseus+ZeRO3  ")
