@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
+from odysseus_kernels.comm.announce import speaking_of
 from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums, digest
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, token_count
@@ -67,7 +68,7 @@ def opened(
                 f"input_ids: expected shape [{len(cut.sums)}, {local}], as {KEY} beside them says, got {list(expected)}"
             )
     known = any(cut.sums)
-    text = f"batch{f' {digest(cut.sums)}' if known else ''} of {expected[0]} x {cut.length} tokens"
+    batch = text = f"batch{f' {digest(cut.sums)}' if known else ''} of {expected[0]} x {cut.length} tokens"
     if targets is not None:
         text += f" with labels, ignore_index {ignore_index}"
         if num_items is not None:
@@ -83,7 +84,8 @@ def opened(
             sums = tuple(checksums(same, expected[0]).tolist())
             group.announce(f"{', '.join(same)} {digest(sums)}", group.group)
     try:
-        yield cut
+        with speaking_of(batch):
+            yield cut
     finally:
         group.withdraw()
 
