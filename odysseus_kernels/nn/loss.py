@@ -234,7 +234,5 @@ class GlobalMean(torch.autograd.Function):
             # Gradients are added over the ranks: a loss that one of them scales by itself, or that is of another
             # forward than theirs, is no one's loss.
             groups = (group.everyone,) if group.tokens == "sharded" else (group.group, group.ring)
-            group.announce(
-                f"gradient {grad.item()!r} of the loss{ctx.of}", *(one for one in groups if one is not None)
-            )
+            group.announce(f"gradient {grad.item()!r} of the loss{ctx.of}", *(one for one in groups if one is not None))
         return (grad / ctx.divisor).to(grad.dtype), None, None, None

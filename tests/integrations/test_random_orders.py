@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from family_cases import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_cases import RIGHT, TIMEOUT_S
@@ -40,9 +41,8 @@ orders = st.builds(
 
 
 @functools.cache
-def stock(dtype: torch.dtype):
-    return case_of(Order("double" if dtype == torch.float64 else "right", "tp", 1, 4, 1, "none", False, "none", 0, 0))\
-        .model()
+def stock(case: Case):
+    return case.model()
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def norm_of(model) -> float:
 
 def truth(use: Order, sort: str = "") -> tuple[float, float]:
     """Loss and norm of all gradients of the single process."""
-    model = RIGHT.model() if use.sort in CHANGED else stock(case_of(use).dtype)
+    model = RIGHT.model() if use.sort in CHANGED else stock(case_of(use))
     model.zero_grad()
     if use.sort in REPLICAS:
         batches = [batch for replica in range(2) for batch in replica_batches(use, replica)]
