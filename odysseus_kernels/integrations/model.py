@@ -283,7 +283,7 @@ class SequenceCausalLM(Stepped):
         Raises:
             ValueError: if ``labels`` come without ``shift_labels`` or these without those, if ``logits_to_keep`` is
                 given, and as the base model does.
-            RankMismatchError: if ranks were given different batches, or different divisors of the loss.
+            RankMismatchError: if ranks were given different batches or divisors of the loss, or compute in other ways.
         """
         if labels is not None and kwargs.get("shift_labels") is None:
             raise ValueError(
