@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-__all__ = ["announce", "announced", "announcing", "withdraw"]
+__all__ = ["announce", "announced", "announcing", "speaking_of", "subject", "withdraw"]
 
 _MOST = 400  # characters that are kept while no call takes them
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -22,6 +22,7 @@ _pending: dict[str, str] = {}
 
 class _Current(threading.local):
     text = ""
+    subject = ""
 
 
 _current = _Current()
@@ -56,3 +57,18 @@ def _calls_with(text: str) -> Iterator[None]:
 def announced() -> str:
     """What the call that is being made is compared by beside its own signature."""
     return _current.text
+
+
+@contextlib.contextmanager
+def speaking_of(what: str) -> Iterator[None]:
+    """What is computed within is of ``what``: its backward pass, which comes later, may announce that."""
+    before, _current.subject = _current.subject, what
+    try:
+        yield
+    finally:
+        _current.subject = before
+
+
+def subject() -> str:
+    """What this thread computes now, or nothing."""
+    return _current.subject

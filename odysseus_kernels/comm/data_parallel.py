@@ -56,6 +56,23 @@ class _WatchedAllGather(_Watched):
 
 
 class _WatchedReduceScatter(_Watched):
+    """Also what comes before an all-reduce of FSDP, where weights are whole on several ranks (``replicate``, HSDP).
+
+    FSDP lets no one replace that one, and a rank that is in it is there until Gloo's own timeout.  So ranks meet first,
+    where FSDP asks for the memory of what it will reduce: then all of them are about to make it.
+    """
+
+    def __init__(self, timeout_s: float, replicas: dist.ProcessGroup | None) -> None:
+        super().__init__(timeout_s)
+        self._replicas = replicas
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for what is sent, and for what arrives."""
+        if self._replicas is not None:
+            arrived = torch.zeros(1)
+            self._finish(dist.all_reduce(arrived, group=self._replicas, async_op=True), self._replicas, arrived)
+        return super().allocate(size, dtype=dtype, device=device)
+
     def __call__(
         self,
         output_tensor: torch.Tensor,
@@ -78,7 +95,8 @@ def watch_fsdp(model: nn.Module, timeout_s: float) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule) and _has_default_collectives(module):
             module.set_custom_all_gather(_WatchedAllGather(timeout_s))  # type: ignore[arg-type]
-            module.set_custom_reduce_scatter(_WatchedReduceScatter(timeout_s))  # type: ignore[arg-type]
+            scatter = _WatchedReduceScatter(timeout_s, _replicas(module))
+            module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
 
 
 def _has_default_collectives(module: FSDPModule) -> bool:
@@ -88,3 +106,10 @@ def _has_default_collectives(module: FSDPModule) -> bool:
     used = [(one._all_gather_comm, one._reduce_scatter_comm) for one in groups]
     names = [(type(gather).__name__, type(scatter).__name__) for gather, scatter in used]
     return names == [("DefaultAllGather", "DefaultReduceScatter")]
+
+
+def _replicas(module: FSDPModule) -> dist.ProcessGroup | None:
+    """The ranks over which FSDP all-reduces gradients of ``module``, if it does."""
+    groups = [one.mesh_info for one in getattr(module._get_fsdp_state(), "_fsdp_param_groups", [])]
+    replicas = {getattr(one, "replicate_process_group", None) for one in groups} - {None}
+    return replicas.pop() if len(replicas) == 1 else None

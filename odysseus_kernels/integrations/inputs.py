@@ -11,17 +11,22 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
+from odysseus_kernels.comm.announce import speaking_of
 from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums, digest
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, token_count
+from odysseus_kernels.nn.step import Stepped
 
 __all__ = ["check_part", "opened", "targets_of"]
+
+_DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 
 
 @contextlib.contextmanager
 def opened(
-    group: SequenceGroup,
+    model: Stepped,
     descriptor: torch.Tensor | SequenceCut | None,
     tokens: torch.Tensor | None,
     *,
@@ -34,7 +39,7 @@ def opened(
     """A forward: how its batch was cut, checked, and told to the other ranks with the first calls within.
 
     Args:
-        group: how the model is parallelized.
+        model: what is called; how it is parallelized, and what it computes on this rank.
         descriptor: ``sequence_cut`` of the batch, None without; or the cut itself where a forward is open already.
         tokens: ids [B, s] or embeddings [B, s, d].
         position_ids, attention_mask, targets: of this rank's part, or None.
@@ -46,6 +51,7 @@ def opened(
     if isinstance(descriptor, SequenceCut):
         yield descriptor
         return
+    group = model.sequence_group
     if tokens is None:
         raise ValueError("expected exactly one of input_ids and inputs_embeds")
     expected = tuple(tokens.shape[:2])
@@ -67,11 +73,12 @@ def opened(
                 f"input_ids: expected shape [{len(cut.sums)}, {local}], as {KEY} beside them says, got {list(expected)}"
             )
     known = any(cut.sums)
-    text = f"batch{f' {digest(cut.sums)}' if known else ''} of {expected[0]} x {cut.length} tokens"
+    batch = text = f"batch{f' {digest(cut.sums)}' if known else ''} of {expected[0]} x {cut.length} tokens"
     if targets is not None:
         text += f" with labels, ignore_index {ignore_index}"
         if num_items is not None:
             text += f", num_items_in_batch {token_count(num_items)!r}"
+    text += _way(model)
     group.withdraw()  # what a pass announced that ended with an error before all ranks had said it
     group.announce(text)
     if not cut.sharded and group.size > 1:
@@ -83,9 +90,36 @@ def opened(
             sums = tuple(checksums(same, expected[0]).tolist())
             group.announce(f"{', '.join(same)} {digest(sums)}", group.group)
     try:
-        yield cut
+        with speaking_of(batch):
+            yield cut
     finally:
         group.withdraw()
+
+
+def _way(model: nn.Module) -> str:
+    """What of a rank's model and context decides which calls its passes make, where it is not the usual.
+
+    A rank that differs would make other calls than its peers, or fewer: they would learn of it late, or when it is past
+    its last call and waits elsewhere, not at all.
+    """
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    config = getattr(model, "config", None)
+    layers = getattr(getattr(model, "base_model", model), "layers", ())
+    trained = [p.requires_grad for p in model.parameters()]
+    said = []
+    if not torch.is_grad_enabled():
+        said.append("without gradients")
+    elif not all(trained):
+        frozen = tuple(number for number, one in enumerate(trained) if not one)
+        said.append(f"{len(frozen)} parameters frozen ({digest(frozen)})")
+    if torch.is_autocast_enabled(device):
+        said.append(f"autocast to {torch.get_autocast_dtype(device)}")
+    recomputed = sum(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    if recomputed and torch.is_grad_enabled():
+        said.append(f"{recomputed} layers checkpointed")
+    if not model.training and any(getattr(config, name, 0) for name in _DROPOUTS):
+        said.append("without dropout")
+    return "".join(f", {one}" for one in said)
 
 
 def check_part(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:

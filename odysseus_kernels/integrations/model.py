@@ -82,9 +82,7 @@ class SequenceModel(Stepped):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         tokens: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
-        with opened(
-            self.sequence_group, sequence_cut, tokens, position_ids=position_ids, attention_mask=attention_mask
-        ) as cut:
+        with opened(self, sequence_cut, tokens, position_ids=position_ids, attention_mask=attention_mask) as cut:
             mask, positions = self._mask_and_positions(tokens, attention_mask, position_ids, cut)
             return super().forward(
                 input_ids=input_ids,
@@ -285,7 +283,7 @@ class SequenceCausalLM(Stepped):
         Raises:
             ValueError: if ``labels`` come without ``shift_labels`` or these without those, if ``logits_to_keep`` is
                 given, and as the base model does.
-            RankMismatchError: if ranks were given different batches, or different divisors of the loss.
+            RankMismatchError: if ranks were given different batches or divisors of the loss, or compute in other ways.
         """
         if labels is not None and kwargs.get("shift_labels") is None:
             raise ValueError(
@@ -304,7 +302,7 @@ class SequenceCausalLM(Stepped):
         descriptor, targets = kwargs.pop("sequence_cut", None), kwargs.pop("shift_labels", None)
         num_items, ignore_index = kwargs.pop("num_items_in_batch", None), kwargs.pop("ignore_index", IGNORE_INDEX)
         with opened(
-            self.sequence_group,
+            self,
             descriptor,
             input_ids if inputs_embeds is None else inputs_embeds,
             position_ids=position_ids,

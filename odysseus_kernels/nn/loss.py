@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
+from odysseus_kernels.comm.announce import subject
 from odysseus_kernels.comm.functional import all_reduce
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.nn.derivatives import first_derivative
@@ -211,7 +212,7 @@ class GlobalMean(torch.autograd.Function):
         ctx: Any, total: torch.Tensor, count: torch.Tensor, items: float | None, group: SequenceGroup
     ) -> torch.Tensor:
         """Returns the mean, equal on every rank."""
-        ctx.group = group
+        ctx.group, ctx.of = group, f" of {subject()}" if subject() else ""
         # One message for both; counts are exact in fp64 up to 2**53 tokens.
         both = torch.stack((total.double(), count.double()))
         # Tokens that all ranks of "seq" have count once: only those of other ring ranks are others.
@@ -230,7 +231,8 @@ class GlobalMean(torch.autograd.Function):
         (grad,) = grad_outputs
         group = ctx.group
         if grad.device.type == "cpu":
-            # Gradients are added over the ranks: a loss that one of them scales by itself is no one's loss.
+            # Gradients are added over the ranks: a loss that one of them scales by itself, or that is of another
+            # forward than theirs, is no one's loss.
             groups = (group.everyone,) if group.tokens == "sharded" else (group.group, group.ring)
-            group.announce(f"gradient {grad.item()!r} of the loss", *(one for one in groups if one is not None))
+            group.announce(f"gradient {grad.item()!r} of the loss{ctx.of}", *(one for one in groups if one is not None))
         return (grad / ctx.divisor).to(grad.dtype), None, None, None

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from family_cases import DATA_PARALLEL
 from llama_cases import Case
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import odysseus_kernels as ody
 
@@ -140,15 +140,13 @@ def restart(rank: int, world: int) -> None:
 restarts = [0]
 
 
-def data_parallel(rank: int, world: int, transport: str, wrap: bool, bad: int, fault: str) -> Any:
+def data_parallel(rank: int, world: int, transport: str, wrapper: str, bad: int, fault: str) -> Any:
     """A fault on one rank, with another replica beside it."""
     sizes = {"dp": 2, "seq": 2}
     mesh = make_mesh(sizes)
     model = make_model(mesh, "odysseus", transport)
-    if wrap:
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh["dp"])
-        fully_shard(model, mesh=mesh["dp"])
+    if wrapper:
+        DATA_PARALLEL[wrapper](model, mesh)
     step(model, mesh, "odysseus")
     dist.barrier()
     errors, start = ("", "", 0.0), time.perf_counter()
@@ -221,3 +219,46 @@ def early_optimizer(rank: int, world: int) -> Any:
     errors = [attempt(use)[:2] for use in uses]
     torch.optim.AdamW(model.parameters()).step()
     return errors
+
+
+ODD_WAYS = {
+    "another loss": "of batch",
+    "frozen": "1 parameters frozen",
+    "without gradients": "without gradients",
+    "checkpointed": "2 layers checkpointed",
+    "autocast": "autocast to torch.bfloat16",
+}
+
+
+def odd_ways(rank: int, world: int, strategy: str, sizes: dict[str, int], bad: int) -> Any:
+    """One rank computes the same batch in another way; each is followed by a step that is right."""
+    mesh = make_mesh(sizes)
+    model = make_model(mesh, strategy, "auto")
+    batch = ody.shard_sequence(CASE.whole_batch(), mesh, strategy)
+    other = ody.shard_sequence({"input_ids": batch_ids(), "labels": batch_ids()}, mesh, strategy)
+    embedding = model.get_input_embeddings().weight
+    results = {}
+
+    def in_this(way: str) -> None:
+        if way == "frozen":
+            embedding.requires_grad_(False)
+        if way == "checkpointed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast")
+        with ody.step(model), torch.set_grad_enabled(way != "without gradients"), cast:
+            losses = [model(**batch).loss] + ([model(**other).loss] if "another loss" in (way, wanted) else [])
+            losses[-1 if way == "another loss" else 0].backward()
+
+    for wanted in ODD_WAYS:
+        dist.barrier()
+        results[wanted] = attempt(lambda wanted=wanted: in_this(wanted if rank == bad else ""))
+        embedding.requires_grad_(True)
+        model.gradient_checkpointing_disable()
+        model.zero_grad()
+        results[wanted] = (*results[wanted], step(model, mesh, strategy))
+    return results
+
+
+def batch_ids() -> torch.Tensor:
+    """Another batch's tokens."""
+    return torch.arange(CASE.batch * CASE.length).view(CASE.batch, -1) % 100

@@ -76,6 +76,18 @@ def test_a_rank_that_catches_its_error_and_goes_on(loss: float) -> None:
             assert after == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.parametrize(("strategy", "mesh"), (("tp", "S2"), ("odysseus", "R2S2")))
+def test_a_rank_that_computes_in_another_way(ranks: RankPools, loss: float, strategy: str, mesh: str) -> None:
+    results = ranks(2 if mesh == "S2" else 4).run(cases.odd_ways, strategy, MESHES[mesh], 1)
+    for faults in results:
+        for way, (error, message, seconds, next_loss) in faults.items():
+            assert error in ("RankMismatchError", "PeerLostError"), (way, error, message)
+            assert seconds < AT_ONCE_S, (way, seconds)
+            assert next_loss == pytest.approx(loss, rel=1e-6), way
+    for way, told in cases.ODD_WAYS.items():
+        assert any(told in faults[way][1] for faults in results), [faults[way] for faults in results]
+
+
 def test_meshes_in_another_order_than_their_groups_are_refused(ranks: RankPools, loss: float) -> None:
     for errors, right in ranks(4).run(cases.odd_meshes):
         for error, message in errors:
@@ -109,11 +121,16 @@ def test_optimizers_from_before_are_refused(ranks: RankPools) -> None:
 
 
 @pytest.mark.parametrize(
-    ("transport", "bad", "fault", "wrap"), (("symmetric", 0, "id", False), ("collective", 2, "backward", True))
+    ("transport", "bad", "fault", "wrapper"),
+    (
+        ("symmetric", 0, "id", ""),
+        ("collective", 2, "backward", "fully_shard"),
+        ("symmetric", 1, "id", "replicate"),
+    ),
 )
-def test_other_replicas_learn_as_well(loss: float, transport: str, bad: int, fault: str, wrap: bool) -> None:
+def test_other_replicas_learn_as_well(loss: float, transport: str, bad: int, fault: str, wrapper: str) -> None:
     with RankPool(4, timeout=90) as pool:
-        results = pool.run(cases.data_parallel, transport, wrap, bad, fault)
+        results = pool.run(cases.data_parallel, transport, wrapper, bad, fault)
     for rank, (_, message, seconds, later, after) in enumerate(results):
         assert rank == bad or f"rank {bad} left the step: {TEXTS[fault]}" in message, (rank, message)
         assert seconds < AT_ONCE_S and later[2] < AT_ONCE_S
