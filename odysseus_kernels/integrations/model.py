@@ -17,7 +17,8 @@ from transformers.utils import can_return_tuple
 from odysseus_kernels.attention import layout
 from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.comm.functional import all_gather
-from odysseus_kernels.integrations.inputs import check_part, opened, targets_of
+from odysseus_kernels.integrations.inputs import check_no_holes, check_part, opened, targets_of
+from odysseus_kernels.integrations.intact import check_intact, check_loss
 from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
 from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut
@@ -75,6 +76,8 @@ class SequenceModel(Stepped):
                 this model computes it, or that does not say how.
             RankMismatchError: if ranks were given different batches; names the ranks that differ.
         """
+        if not isinstance(sequence_cut, SequenceCut):  # else the model around has looked
+            check_intact(self, self.sequence_group)
         if past_key_values is not None:
             raise ValueError("past_key_values: expected None: a parallelized model keeps no cache")
         if kwargs.get("is_causal") is False or not getattr(self.config, "is_causal", True):
@@ -110,7 +113,7 @@ class SequenceModel(Stepped):
         group = self.sequence_group
         whole_mask = natural = None
         if attention_mask is not None:
-            _, whole_mask = self._gather("attention_mask", attention_mask, (batch, local), tokens.device)
+            _, whole_mask = self._gather("attention_mask", attention_mask.ne(0), (batch, local), tokens.device)
         if position_ids is None:
             whole = local * cut.slices * group.ring_size
             positions = layout.positions(group.ring_rank, group.ring_size, whole, RING_LAYOUT, tokens.device)[None]
@@ -197,7 +200,8 @@ class SequenceModel(Stepped):
             if bool(keys.all()):
                 keys = None
             elif kernel == "flash_attention_2":
-                self._check_no_holes(keys)
+                if any(layer.self_attn.window is not None for layer in self.layers):
+                    check_no_holes(keys)
                 documents = keys.logical_not().long()
         elif natural is not None:
             steps = torch.diff(natural, prepend=natural[:, :1] - 1)
@@ -216,17 +220,6 @@ class SequenceModel(Stepped):
     def _length(self, positions: torch.Tensor) -> int:
         """Tokens of the whole sequence, from positions [B or 1, T] of this ring rank."""
         return positions.shape[1] * self.sequence_group.ring_size
-
-    def _check_no_holes(self, keys: torch.Tensor) -> None:
-        """Flash-attention counts a window in tokens that are not masked; Ring attention counts positions."""
-        if all(layer.self_attn.window is None for layer in self.layers):
-            return
-        starts = torch.diff(nn.functional.pad(keys.int(), (1, 0))) == 1
-        if bool((starts.sum(-1) > 1).any()):
-            raise ValueError(
-                'attention_mask: expected one run of unmasked tokens in each sequence with "flash_attention_2", a '
-                'sliding window and a ring: use attn_implementation="sdpa", or remove what is masked within'
-            )
 
     def _gather(
         self, name: str, tensor: torch.Tensor, expected: tuple[int, int], device: torch.device
@@ -301,6 +294,9 @@ class SequenceCausalLM(Stepped):
             )
         if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
             raise ValueError("logits_to_keep: expected 0: the last tokens of the sequence are on the last rank only")
+        check_intact(self, self.sequence_group)
+        if labels is not None:
+            check_loss(self)
         descriptor, targets = kwargs.pop("sequence_cut", None), kwargs.pop("shift_labels", None)
         num_items, ignore_index = kwargs.pop("num_items_in_batch", None), kwargs.pop("ignore_index", IGNORE_INDEX)
         with opened(
