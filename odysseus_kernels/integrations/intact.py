@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
+from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from odysseus_kernels.nn.group import SEQUENCE_DIMENSION, SequenceGroup
@@ -21,11 +22,14 @@ from odysseus_kernels.nn.group import SEQUENCE_DIMENSION, SequenceGroup
 __all__ = ["check_intact", "check_loss"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_RANDOM = ("residual_dropout", "embedding_dropout", "jitter_noise")
 _AGAIN = "change the stock model, and parallelize it then"
 
 
 def check_intact(model: nn.Module, group: SequenceGroup) -> None:
     """Raises ValueError if a projection is another module or would not be called, or if a parameter is not distributed.
+
+    Likewise if the experts' activation is another one, or if ranks with the same tokens would draw random numbers.
 
     Nothing is sent and no values are read.
     """
@@ -34,6 +38,10 @@ def check_intact(model: nn.Module, group: SequenceGroup) -> None:
     for path, module in model.named_modules():
         for name in _projections(module):
             _check_projection(f"{path}.{name}", getattr(module, name))
+        if "experts_spec" in vars(module):
+            _check_activation(f"{path}.act_fn", module)
+        if group.tokens == "replicated" and module.training:
+            _check_nothing_random(path, module)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 _check_parameter(f"{path}.{name}", parameter, vars(module).get("sequence_placements", {}), name, group)
@@ -83,6 +91,27 @@ def _check_projection(name: str, module: nn.Module) -> None:
         module,
         "projections of a parallelized model are not called: put it on the module around, or on the parameters",
     )
+
+
+def _check_activation(name: str, experts: Any) -> None:
+    expected = type(ACT2FN[experts.experts_spec.activation])
+    if type(experts.act_fn) is not expected:
+        raise ValueError(
+            f"{name}: expected {expected.__name__}, with which the experts were parallelized, got "
+            f"{_kind(experts.act_fn)}: set hidden_act in the configuration before the model is built"
+        )
+    _check_called(name, experts.act_fn, "experts of a parallelized model do not call it: put it on the experts")
+
+
+def _check_nothing_random(path: str, module: nn.Module) -> None:
+    """Ranks that compute the same tokens would draw different numbers for them."""
+    for name in _RANDOM:
+        value = vars(module).get(name, 0)
+        if isinstance(value, float | int) and value > 0:
+            raise ValueError(
+                f"{path}.{name}: expected 0 where ranks compute the same tokens, got {value}: they would draw "
+                f"different random numbers; use another strategy than 'tp'"
+            )
 
 
 def _check_called(name: str, module: nn.Module, instead: str) -> None:

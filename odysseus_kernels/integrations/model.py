@@ -156,9 +156,13 @@ class SequenceModel(Stepped):
                     mask.masked_fill_(padding, -math.inf)
         return SequenceMask(masks)
 
+    def _attentions(self) -> list[Any]:
+        """Attention modules, also those of layers that something is wrapped around."""
+        return [module for module in self.layers.modules() if "attention_spec" in vars(module)]
+
     def _mask_kinds(self) -> list[str]:
         """Kinds of layers that there are, by the configuration as it is now."""
-        kinds = sorted({layer.self_attn.mask_kind for layer in self.layers})
+        kinds = sorted({attention.mask_kind for attention in self._attentions()})
         for kind in kinds:
             if kind not in ("full_attention", "sliding_attention"):
                 raise ValueError(f"layer_types: expected full_attention and sliding_attention only, got {kind!r}")
@@ -200,7 +204,7 @@ class SequenceModel(Stepped):
             if bool(keys.all()):
                 keys = None
             elif kernel == "flash_attention_2":
-                if any(layer.self_attn.window is not None for layer in self.layers):
+                if any(attention.window is not None for attention in self._attentions()):
                     check_no_holes(keys)
                 documents = keys.logical_not().long()
         elif natural is not None:

@@ -138,6 +138,23 @@ def _parametrized(model: Any) -> None:
     parametrize.register_parametrization(model.model.layers[0].self_attn.q_proj, "weight", Doubled())
 
 
+class Around(nn.Module):
+    """A module around another one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def _wrapped(model: Any) -> None:
+    layer = model.model.layers[0]
+    layer.self_attn, layer.mlp = Around(layer.self_attn), Around(layer.mlp)
+    model.model.layers[1] = Around(model.model.layers[1])
+
+
 def _shared_layer(model: Any) -> None:
     model.model.layers[1] = model.model.layers[0]
 
@@ -153,7 +170,32 @@ FOLLOWED: dict[str, Callable[[Any], None]] = {
     "fewer layers": _fewer_layers,
     "a parametrization": _parametrized,
     "a layer twice": _shared_layer,
+    "modules around": _wrapped,
     "frozen": _frozen,
+}
+
+
+def _another_activation(model: Any) -> None:
+    model.model.layers[1].mlp.experts.act_fn = nn.GELU()
+
+
+def _hook_of_an_activation(model: Any) -> None:
+    model.model.layers[1].mlp.experts.act_fn.register_forward_hook(_twice)
+
+
+def _dropout(model: Any) -> None:
+    model.model.layers[1].mlp.residual_dropout = 0.5
+
+
+# Of other families, under "tp".
+OTHERS: dict[str, tuple[str, Callable[[Any], None], str]] = {
+    "another activation": (
+        "mixtral",
+        _another_activation,
+        "layers.1.mlp.experts.act_fn: expected SiLUActivation, with",
+    ),
+    "a hook of it": ("mixtral", _hook_of_an_activation, "layers.1.mlp.experts.act_fn: expected a layer without hooks"),
+    "dropout": ("starcoder2", _dropout, "layers.1.mlp.residual_dropout: expected 0 where ranks compute the same"),
 }
 
 
@@ -175,6 +217,19 @@ def refused(rank: int, world: int, strategy: str) -> dict[str, str]:
         try:
             step(model, batch)
         except (ValueError, RuntimeError) as error:
+            said[name] = str(error)
+    return said
+
+
+def refused_elsewhere(rank: int, world: int) -> dict[str, str]:
+    """The same of other families."""
+    mesh, said = make_mesh(world, 1), {}
+    for name, (family, change, _) in OTHERS.items():
+        model = parallel_model(Case(family=family, length=12), "tp", mesh, timeout_s=TIMEOUT_S)
+        change(model)
+        try:
+            step(model, shard_sequence(CASE.whole_batch(), mesh, "tp"))
+        except ValueError as error:
             said[name] = str(error)
     return said
 

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from changed_cases import CASE, FOLLOWED, REFUSED, followed, left_padding, odd_inputs, refused, step
+from changed_cases import (
+    CASE,
+    FOLLOWED,
+    OTHERS,
+    REFUSED,
+    followed,
+    left_padding,
+    odd_inputs,
+    refused,
+    refused_elsewhere,
+    step,
+)
 
 from odysseus_kernels.strategies import STRATEGIES
 
@@ -12,6 +23,12 @@ from odysseus_kernels.strategies import STRATEGIES
 def test_what_would_be_left_out_is_refused(ranks, strategy):
     for said in ranks(2).run(refused, strategy):
         for name, (_, text) in REFUSED.items():
+            assert text in said.get(name, ""), f"{name}: {said}"
+
+
+def test_what_other_families_would_leave_out_is_refused(ranks):
+    for said in ranks(2).run(refused_elsewhere):
+        for name, (_, _, text) in OTHERS.items():
             assert text in said.get(name, ""), f"{name}: {said}"
 
 
