@@ -19,7 +19,7 @@ from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, token_count
 from odysseus_kernels.nn.step import Stepped
 
-__all__ = ["check_part", "opened", "targets_of"]
+__all__ = ["check_no_holes", "check_part", "opened", "targets_of"]
 
 _DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 
@@ -59,6 +59,11 @@ def opened(
         position_ids = position_ids[None]
     if position_ids is not None:
         check_part("position_ids", position_ids, (1 if position_ids.shape[0] == 1 else expected[0], expected[1]))
+        if position_ids.is_floating_point():
+            raise ValueError(
+                f"position_ids: expected an integer dtype, got {position_ids.dtype}: positions travel as integers; "
+                f"scale rotations by the configuration's rope_parameters"
+            )
     for name, tensor in (("attention_mask", attention_mask), ("shift_labels", targets)):
         if tensor is not None:
             check_part(name, tensor, expected)
@@ -126,6 +131,19 @@ def check_part(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> No
     """Raises ValueError unless ``tensor`` has the shape of this rank's part."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name}: expected this rank's part, of shape {expected}, got {tuple(tensor.shape)}")
+
+
+def check_no_holes(keys: torch.Tensor) -> None:
+    """Raises ValueError for a mask [B, L] with holes: flash-attention counts a window in tokens that are not masked.
+
+    Ring attention counts positions.
+    """
+    starts = torch.diff(torch.nn.functional.pad(keys.int(), (1, 0))) == 1
+    if bool((starts.sum(-1) > 1).any()):
+        raise ValueError(
+            'attention_mask: expected one run of unmasked tokens in each sequence with "flash_attention_2", a '
+            'sliding window and a ring: use attn_implementation="sdpa", or remove what is masked within'
+        )
 
 
 def targets_of(cut: SequenceCut, shift_labels: torch.Tensor, ignore_index: int) -> torch.Tensor:

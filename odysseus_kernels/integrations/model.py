@@ -17,7 +17,8 @@ from transformers.utils import can_return_tuple
 from odysseus_kernels.attention import layout
 from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.comm.functional import all_gather
-from odysseus_kernels.integrations.inputs import check_part, opened, targets_of
+from odysseus_kernels.integrations.inputs import check_no_holes, check_part, opened, targets_of
+from odysseus_kernels.integrations.intact import check_intact, check_loss
 from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
 from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut
@@ -75,6 +76,8 @@ class SequenceModel(Stepped):
                 this model computes it, or that does not say how.
             RankMismatchError: if ranks were given different batches; names the ranks that differ.
         """
+        if not isinstance(sequence_cut, SequenceCut):  # else the model around has looked
+            check_intact(self, self.sequence_group)
         if past_key_values is not None:
             raise ValueError("past_key_values: expected None: a parallelized model keeps no cache")
         if kwargs.get("is_causal") is False or not getattr(self.config, "is_causal", True):
@@ -108,7 +111,7 @@ class SequenceModel(Stepped):
         group = self.sequence_group
         whole_mask = natural = None
         if attention_mask is not None:
-            _, whole_mask = self._gather("attention_mask", attention_mask, (batch, local), tokens.device)
+            _, whole_mask = self._gather("attention_mask", attention_mask.ne(0), (batch, local), tokens.device)
         if position_ids is None:
             whole = local * cut.slices * group.ring_size
             positions = layout.positions(group.ring_rank, group.ring_size, whole, RING_LAYOUT, tokens.device)[None]
@@ -151,9 +154,13 @@ class SequenceModel(Stepped):
                     mask.masked_fill_(padding, -math.inf)
         return SequenceMask(masks)
 
+    def _attentions(self) -> list[Any]:
+        """Attention modules, also those of layers that something is wrapped around."""
+        return [module for module in self.layers.modules() if "attention_spec" in vars(module)]
+
     def _mask_kinds(self) -> list[str]:
         """Kinds of layers that there are, by the configuration as it is now."""
-        kinds = sorted({layer.self_attn.mask_kind for layer in self.layers})
+        kinds = sorted({attention.mask_kind for attention in self._attentions()})
         for kind in kinds:
             if kind not in ("full_attention", "sliding_attention"):
                 raise ValueError(f"layer_types: expected full_attention and sliding_attention only, got {kind!r}")
@@ -195,7 +202,8 @@ class SequenceModel(Stepped):
             if bool(keys.all()):
                 keys = None
             elif kernel == "flash_attention_2":
-                self._check_no_holes(keys)
+                if any(attention.window is not None for attention in self._attentions()):
+                    check_no_holes(keys)
                 documents = keys.logical_not().long()
         elif natural is not None:
             steps = torch.diff(natural, prepend=natural[:, :1] - 1)
@@ -214,17 +222,6 @@ class SequenceModel(Stepped):
     def _length(self, positions: torch.Tensor) -> int:
         """Tokens of the whole sequence, from positions [B or 1, T] of this ring rank."""
         return positions.shape[1] * self.sequence_group.ring_size
-
-    def _check_no_holes(self, keys: torch.Tensor) -> None:
-        """Flash-attention counts a window in tokens that are not masked; Ring attention counts positions."""
-        if all(layer.self_attn.window is None for layer in self.layers):
-            return
-        starts = torch.diff(nn.functional.pad(keys.int(), (1, 0))) == 1
-        if bool((starts.sum(-1) > 1).any()):
-            raise ValueError(
-                'attention_mask: expected one run of unmasked tokens in each sequence with "flash_attention_2", a '
-                'sliding window and a ring: use attn_implementation="sdpa", or remove what is masked within'
-            )
 
     def _gather(
         self, name: str, tensor: torch.Tensor, expected: tuple[int, int], device: torch.device
@@ -299,6 +296,9 @@ class SequenceCausalLM(Stepped):
             )
         if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
             raise ValueError("logits_to_keep: expected 0: the last tokens of the sequence are on the last rank only")
+        check_intact(self, self.sequence_group)
+        if labels is not None:
+            check_loss(self)
         descriptor, targets = kwargs.pop("sequence_cut", None), kwargs.pop("shift_labels", None)
         num_items, ignore_index = kwargs.pop("num_items_in_batch", None), kwargs.pop("ignore_index", IGNORE_INDEX)
         with opened(

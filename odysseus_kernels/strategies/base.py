@@ -141,6 +141,8 @@ def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part],
                     cut = placements[role].bias if name == "bias" else placements[role].weight
                     distributed[id(parameter)] = (parameter, distribute_parameter(parameter, group, cut))
                 setattr(layer, name, distributed[id(parameter)][1])
+                # What the layer's forward relies on: a parameter that it gets later may be cut in another way.
+                vars(layer).setdefault("sequence_placements", {})[name] = tuple(getattr(layer, name).placements)
         swap_class(part.module, classes[part.role])
         module: Any = part.module  # has the attributes of its new class
         module.sequence_group = group

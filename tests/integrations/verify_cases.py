@@ -45,7 +45,6 @@ class Fault:
         says: what its finding must contain.
         ring: ring ranks, of two.
         checkpointing: whether layers are computed again.
-        hooked: whether the stock model has a forward hook on a projection, as adapters have.
     """
 
     case: Case
@@ -56,7 +55,6 @@ class Fault:
     strategy: str = "odysseus"
     ring: int = 1
     checkpointing: bool = False
-    hooked: bool = False
 
 
 def _window_dropped(model: Any, mesh: DeviceMesh, strategy: str) -> Any:
@@ -201,9 +199,6 @@ FAULTS: dict[str, Fault] = {
         ("model.layers.1.self_attn", "no sliding window of 7"),
         _window_dropped,
     ),
-    "an adapter skipped": Fault(
-        Case(), "layers", ("model.layers.0.self_attn", "hooks of model.layers.0.self_attn.q_proj"), hooked=True
-    ),
     "labels shifted twice": Fault(Case(), "batch: shift_labels", ("shifted twice",), cut=_shifted_twice),
     "a norm's gradient averaged": Fault(
         Case(), "gradients", ("model.layers.0.post_attention_layernorm.weight", "1/2"), _norm_averaged
@@ -250,8 +245,6 @@ def seeded(rank: int, world_size: int, names: list[str]) -> list[str]:
         mesh, model = make_mesh(world_size, fault.ring), fault.case.model()
         if fault.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if fault.hooked:
-            model.model.layers[0].self_attn.q_proj.register_forward_hook(_adapter)
         report = verify(
             model,
             fault.case.whole_batch(),
@@ -262,7 +255,3 @@ def seeded(rank: int, world_size: int, names: list[str]) -> list[str]:
         )
         reports.append(report.to_json())
     return reports
-
-
-def _adapter(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    return output + 0.1 * arguments[0].mean(-1, keepdim=True)

@@ -1,4 +1,7 @@
-"""torch.amp.GradScaler on distributed gradients: one rank's overflow makes all ranks skip, and scales stay equal."""
+"""Tools of torch on distributed tensors: all ranks do the same, or are told that this cannot be.
+
+torch.amp.GradScaler: one rank's overflow makes all ranks skip, and scales stay equal.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.master import MasterWeights
@@ -63,3 +66,50 @@ def steps(rank: int, world: int, sizes: tuple[int, ...], name: str) -> None:
 def test_one_overflow_is_everybodys(ranks, optimizer):
     ranks(2).run(steps, (2,), optimizer)
     ranks(4).run(steps, (2, 2), optimizer)
+
+
+def numbers(rank: int, world: int, sizes: tuple[int, ...]) -> None:
+    """What would be this rank's part of a number is an error; what every rank has is taken."""
+    names = ("ring", "seq")[-len(sizes) :]
+    group = SequenceGroup.of(init_device_mesh("cpu", sizes, mesh_dim_names=names))
+    whole = torch.arange(64.0).view(8, 8)
+    for cut in CUTS:
+        parameter = distribute_parameter(nn.Parameter(whole.clone()), group, cut).detach()
+        for made in (torch.sum, torch.linalg.vector_norm, torch.amax, lambda t: torch.isfinite(t).all()):
+            number = made(parameter)
+            if cut.dim is None:
+                assert number.item() == made(whole).item()
+            else:
+                for taken in (float, bool, torch.Tensor.item):
+                    with pytest.raises(RuntimeError, match=r"still to be added over the ranks.*full_tensor\(\)"):
+                        taken(number)
+            assert number.full_tensor().item() == pytest.approx(made(whole).item())
+        assert parameter[5, 3].item() == 43.0
+
+
+def assigned_data(rank: int, world: int) -> None:
+    """Assigning ``.data`` would change nothing; tensors of other meshes are as torch has them."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("seq",))
+    parameter = distribute_parameter(nn.Parameter(torch.ones(8, 8)), SequenceGroup.of(mesh), Cut(0))
+    for value in (parameter.data * 2, torch.zeros(8, 8)):
+        with pytest.raises(RuntimeError, match=r"keeps its values.*copy_"):
+            parameter.data = value
+    with torch.no_grad():
+        parameter.copy_(parameter.data * 2)
+    assert parameter.to_local().eq(2).all()
+    others = init_device_mesh("cpu", (world,), mesh_dim_names=("tensor",))
+    other = DTensor.from_local(torch.ones(2), others, [Shard(0)])
+    assert other.sum().item() == 2.0
+    other.data = other.data * 2
+    plain = nn.Parameter(torch.ones(2))
+    plain.data = plain.data * 2
+    assert plain.eq(2).all()
+
+
+def test_a_rank_s_part_is_no_number(ranks):
+    ranks(2).run(numbers, (2,))
+    ranks(4).run(numbers, (2, 2))
+
+
+def test_assigned_data_is_refused(ranks):
+    ranks(2).run(assigned_data)

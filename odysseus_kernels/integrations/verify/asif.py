@@ -72,9 +72,6 @@ def _part_explanations(stock: nn.Module, batch: Batch, name: str, ranks: int) ->
     modules = {bare(path): module for path, module in stock.named_modules()}
     within = {path: module for path, module in modules.items() if path == name or path.startswith(f"{name}.")}
     for path, module in within.items():
-        if isinstance(module, nn.Linear) and (module._forward_hooks or module._forward_pre_hooks):
-            yield _AsIf(f"as if the forward hooks of {path} did not run", given, functools.partial(_unhooked, module))
-    for path, module in within.items():
         if getattr(module, "k_proj", None) is None:
             continue
         window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
@@ -91,16 +88,6 @@ def _part_explanations(stock: nn.Module, batch: Batch, name: str, ranks: int) ->
                 given,
                 functools.partial(_rotated_heads, module, heads, shift),
             )
-
-
-@contextlib.contextmanager
-def _unhooked(module: nn.Module) -> Iterator[None]:
-    before = module._forward_hooks, module._forward_pre_hooks
-    module._forward_hooks, module._forward_pre_hooks = type(before[0])(), type(before[1])()
-    try:
-        yield
-    finally:
-        module._forward_hooks, module._forward_pre_hooks = before
 
 
 @contextlib.contextmanager
