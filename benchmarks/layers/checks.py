@@ -1,4 +1,4 @@
-"""What it costs that a batch says how it was cut, and that a model compares it: time of these functions by themselves.
+"""What it costs that a batch says how it was cut, and that a model compares it and looks at itself: by themselves.
 
 They send nothing of their own (what ranks compare stands in the signature of the next call), so their time on a rank is
 what a step takes longer. Differences between whole steps with and without them would drown in noise: these are
@@ -17,7 +17,6 @@ from benchmarks.common.ranks import largest_over_ranks
 from benchmarks.layers.runnable import Runnable
 from odysseus_kernels.integrations.inputs import opened
 from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums
-from odysseus_kernels.nn.group import SequenceGroup
 
 __all__ = ["measure_checks"]
 
@@ -31,8 +30,9 @@ def measure_checks(whole: dict[str, Tensor], runnable: Runnable) -> dict[str, fl
         whole: the whole batch, before it was cut.
         runnable: a variant of ours.
     """
-    group, part = runnable.group, runnable.batch
-    assert isinstance(group, SequenceGroup)
+    model, part = runnable.model, runnable.batch
+    assert model is not None
+    group = model.sequence_group
     length = whole["input_ids"].shape[1]
 
     def describe() -> None:
@@ -40,7 +40,7 @@ def measure_checks(whole: dict[str, Tensor], runnable: Runnable) -> dict[str, fl
 
     def compare() -> None:
         labels = part.get("shift_labels")
-        with opened(group, part[KEY], part["input_ids"], position_ids=None, attention_mask=None, targets=labels):
+        with opened(model, part[KEY], part["input_ids"], position_ids=None, attention_mask=None, targets=labels):
             pass
 
     def scope() -> None:

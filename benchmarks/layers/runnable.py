@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from odysseus_kernels.nn.group import SequenceGroup
+from odysseus_kernels.nn.step import Stepped
 
 __all__ = ["Runnable", "stepper"]
 
@@ -24,7 +24,7 @@ class Runnable:
         positions: of this rank's tokens in the whole sequence.
         leaf: the input whose gradient is checked, or None.
         forward: forward alone, for what is kept for backward.
-        mesh, group, batch: of ours: the mesh, its groups as the model sees them, and this rank's part of the batch.
+        mesh, model, batch: of ours: the mesh, what was parallelized on it, and this rank's part of the batch.
     """
 
     step: Callable[[], Tensor]
@@ -33,7 +33,7 @@ class Runnable:
     leaf: Tensor | None = None
     forward: Callable[[], Tensor] | None = None
     mesh: DeviceMesh | None = None
-    group: SequenceGroup | None = None
+    model: Stepped | None = None
     batch: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 

@@ -186,7 +186,7 @@ class LayerWorkload:
         model = parallelize(model, mesh, strategy=variant.strategy, config=settings)
         batch = shard_sequence(self.batch, mesh, variant.strategy)
         runnable = self.runnable(model, positions, batch)
-        runnable.mesh, runnable.group, runnable.batch = mesh, model.sequence_group, batch
+        runnable.mesh, runnable.model, runnable.batch = mesh, model, batch
         return runnable
 
     def runnable(self, model: Any, positions: Tensor, batch: dict[str, Tensor]) -> Runnable:
