@@ -8,7 +8,8 @@ by which ranks are compared anyway.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,6 +126,26 @@ def _way(model: nn.Module) -> str:
     if not model.training and any(getattr(config, name, 0) for name in _DROPOUTS):
         said.append("without dropout")
     return "".join(f", {one}" for one in said)
+
+
+def refuse_uses(config: Any, past_key_values: object, given: Mapping[str, Any]) -> None:
+    """Raises ValueError for what a stock model does with its arguments and a parallelized one cannot.
+
+    Args:
+        config: the model's.
+        past_key_values: of its call.
+        given: further arguments by name.
+    """
+    if past_key_values is not None:
+        raise ValueError("past_key_values: expected None: a parallelized model keeps no cache")
+    if given.get("is_causal") is False or not getattr(config, "is_causal", True):
+        raise ValueError("is_causal: expected True: a parallelized model attends causally")
+    wanted = given.get("output_attentions")
+    if config.output_attentions if wanted is None else wanted:
+        raise ValueError(
+            "output_attentions: expected False: a rank has the attention weights of its own heads at most, and they "
+            "would be returned as those of all; take them from the stock model"
+        )
 
 
 def check_part(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 from odysseus_kernels.attention import layout
 from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.comm.functional import all_gather
-from odysseus_kernels.integrations.inputs import check_no_holes, check_part, opened, targets_of
+from odysseus_kernels.integrations.inputs import check_no_holes, check_part, opened, refuse_uses, targets_of
 from odysseus_kernels.integrations.intact import check_intact, check_loss
 from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
@@ -72,16 +72,13 @@ class SequenceModel(Stepped):
             **kwargs: as the stock model takes them.
 
         Raises:
-            ValueError: for a cache, a prepared mask, shapes that disagree, or a batch that was cut in another way than
-                this model computes it, or that does not say how.
+            ValueError: for a cache, attention weights, a prepared mask, shapes that disagree, or a batch that was cut
+                in another way than this model computes it, or that does not say how.
             RankMismatchError: if ranks were given different batches; names the ranks that differ.
         """
         if not isinstance(sequence_cut, SequenceCut):  # else the model around has looked
             check_intact(self, self.sequence_group)
-        if past_key_values is not None:
-            raise ValueError("past_key_values: expected None: a parallelized model keeps no cache")
-        if kwargs.get("is_causal") is False or not getattr(self.config, "is_causal", True):
-            raise ValueError("is_causal: expected True: a parallelized model attends causally")
+        refuse_uses(self.config, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         tokens: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]

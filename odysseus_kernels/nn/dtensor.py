@@ -57,8 +57,11 @@ def _unscale(op_call: torch._ops.OpOverload[..., Any], args: tuple[Any, ...], kw
 
 
 def _any_true(x: Any) -> list[Any]:
-    """Where the result is, for each place where ``x`` may be cut; nothing moves."""
-    cuts = [([Partial("sum")], [Shard(dim)]) for dim in range(x.ndim)]
+    """Where the result is, for each place where ``x`` may be cut; nothing moves.
+
+    Said to be whole although it is of this rank's part: only anomaly mode asks, and takes the answer for that.
+    """
+    cuts = [([Replicate()], [Shard(dim)]) for dim in range(x.ndim)]
     return [([Replicate()], [Replicate()]), *cuts]
 
 

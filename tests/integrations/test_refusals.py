@@ -81,6 +81,8 @@ def misused_model(rank: int, world_size: int) -> None:
         model(input_ids=batch["input_ids"], labels=batch["labels"])
     with pytest.raises(ValueError, match="logits_to_keep"):
         model(**batch, logits_to_keep=1)
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        model(**batch, output_attentions=True)
     with pytest.raises(ValueError, match="attention_mask: expected this rank's part, of shape"):
         model(**batch, attention_mask=torch.ones(1, 8))
     with pytest.raises(ValueError, match="exactly one"):
