@@ -333,7 +333,15 @@ def group_transports(group: dist.ProcessGroup) -> GroupTransports:
 
 
 def explain(group: dist.ProcessGroup | DeviceMesh | None = None) -> str:
-    """Which mode each operator runs in with ``group``, and why: asked for, measured (with the times), or computed."""
+    """Which mode each operator runs in with ``group``, and why: asked for, measured (with the times), or computed.
+
+    Example:
+        >>> pair = dist.new_group()
+        >>> y = ody.zero3_linear(torch.ones(2, 4), torch.ones(3, 4), group=pair)
+        >>> print(ody.explain(pair))
+        operator      phase    shapes ...
+        zero3_linear  forward  weight_shard [3, 4], ...  symmetric, 2 ranks  fused  default ...
+    """
     return group_transports(resolve_group(group)).explain()
 
 
@@ -343,6 +351,9 @@ def synchronize(group: dist.ProcessGroup | DeviceMesh | None = None) -> None:
     Raises:
         CommunicationError: a peer was lost or silent.  Operators on a GPU return before their work is done, so such an
             error is raised here, or by the next operator, whichever comes first.
+
+    Example:
+        >>> ody.synchronize(group)  # before a clock is read, for instance
     """
     group_transports(resolve_group(group)).synchronize()
 

@@ -34,14 +34,18 @@ class Traffic:
 class CommRecorder:
     """Counts the bytes that this rank sends while it is entered.
 
-    ::
-
-        with ody.CommRecorder() as record:
-            model(**batch).loss.backward()
-        print(record.table())
-
     Recorders may be nested; each counts everything within it.  Backward passes run on other threads in some setups,
     so counting is by process, not by thread.
+
+    Example:
+        >>> with ody.CommRecorder() as record:
+        ...     y = ody.all_gather_linear(torch.ones(8, 16), torch.ones(6, 16), group=group)
+        >>> record.bytes(collective="all_gather")  # 8 x 16 numbers of 4 bytes, to one peer
+        512
+        >>> print(record.table())
+        operator           phase    collective  transport  calls  bytes
+        all_gather_linear  forward  all_gather  symmetric      1    512
+        total                                                  1    512
     """
 
     def __init__(self) -> None:

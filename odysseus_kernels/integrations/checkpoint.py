@@ -65,6 +65,13 @@ def save_checkpoint(
         CommunicationError: if ranks make other calls, save other tensors or elsewhere, or do not come within the
             ``timeout_s`` that the model was parallelized with.
         RuntimeError: on every rank, if one could not write; an earlier checkpoint of this name is kept.
+
+    Example:
+        >>> model = ody.parallelize(model, mesh)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> ody.save_checkpoint(folder / "step-10", model, optimizer, extra={"step": 10})
+        >>> (folder / "step-10" / "checkpoint.json").exists()
+        True
     """
     named = model_tensors(model)
     tensors = {f"model.{name}": tensor for name, tensor in named.items()}
@@ -112,6 +119,12 @@ def load_checkpoint(
         ValueError: if there is no complete checkpoint, or names, shapes or dtypes are not those of the model or the
             optimizer. The message lists them; nothing was loaded.
         RuntimeError: if a file of the checkpoint cannot be read; the model is then partly loaded.
+
+    Example:
+        >>> ody.save_checkpoint(folder / "step-10", model, extra={"step": 10})  # a stock model
+        >>> model = ody.parallelize(model, mesh, "ulysses")
+        >>> ody.load_checkpoint(folder / "step-10", model)
+        {'step': 10}
     """
     description = files.read_description(Path(folder).absolute())
     targets = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}

@@ -58,6 +58,16 @@ def parallelize(
         Ranks that differ in ``"dp"`` alone hold copies and other sequences. Their gradients are not touched here: wrap
         the layers with ``torch.distributed.fsdp.fully_shard(layer, mesh=mesh["dp"])`` afterwards, or the model with
         ``replicate`` of ``torch.distributed._composable.replicate_with_fsdp``.
+
+    Example:
+        >>> model = ody.parallelize(model, mesh, strategy="odysseus")
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> loss = model(**ody.shard_sequence(batch, mesh)).loss  # of all tokens of both ranks
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> weight = model.model.layers[0].mlp.up_proj.weight
+        >>> weight.shape, weight.to_local().shape
+        (torch.Size([144, 96]), torch.Size([72, 96]))
     """
     refuse_replicating_wrappers()
     chosen = get_strategy(strategy)

@@ -64,6 +64,13 @@ def save_pretrained(
         CommunicationError: if ranks make other calls, save other tensors or elsewhere, or do not come within the
             ``timeout_s`` that the model was parallelized with.
         RuntimeError: on every rank but the first, if that could not write; there it is what went wrong.
+
+    Example:
+        >>> model = ody.parallelize(model, mesh)
+        >>> ody.save_pretrained(model, folder / "export")
+        >>> from transformers import AutoModelForCausalLM
+        >>> type(AutoModelForCausalLM.from_pretrained(folder / "export")).__name__
+        'LlamaForCausalLM'
     """
     target = Path(folder)
     if target.is_file():
@@ -112,6 +119,11 @@ def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> N
     Raises:
         ValueError: if there are no safetensors files, or their names or shapes are not the model's. The message lists
             them; nothing was loaded.
+
+    Example:
+        >>> ody.save_pretrained(model, folder / "export")  # a stock model
+        >>> model = ody.parallelize(model, mesh, "tp")
+        >>> ody.load_pretrained(model, folder / "export")
     """
     source = Path(folder)
     headers = _Headers(source)

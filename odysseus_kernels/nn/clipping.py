@@ -38,6 +38,13 @@ def clip_grad_norm_(
     Raises:
         ValueError: for another order, or for gradients that still have to be added over ranks.
         RuntimeError: on all ranks, for a norm that is not finite with ``error_if_nonfinite``; no gradient is changed.
+
+    Example:
+        >>> model = ody.parallelize(model, mesh)
+        >>> model(**ody.shard_sequence(batch, mesh)).loss.backward()
+        >>> norm = ody.clip_grad_norm_(model.parameters(), max_norm=0.5)  # as it was before
+        >>> round(ody.clip_grad_norm_(model.parameters(), max_norm=0.5).item(), 3)
+        0.5
     """
     norm_type, max_norm = float(norm_type), float(max_norm)
     if not norm_type >= 1:

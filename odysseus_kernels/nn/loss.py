@@ -86,6 +86,12 @@ def sequence_loss(
         RankMismatchError: if ``num_items`` or ``ignore_index`` differ between ranks, with the next call that compares
             them; in backward likewise if the loss was scaled differently. (A gradient on a GPU is not looked at: the
             host would have to wait for it. Replicated tokens without a head that is cut send nothing.)
+
+    Example:
+        >>> part = ody.shard_sequence(batch, mesh)
+        >>> logits = torch.zeros(2, 8, 120, requires_grad=True)  # of this rank's tokens
+        >>> loss = ody.sequence_loss(logits, part["shift_labels"], mesh)
+        >>> torch.testing.assert_close(loss, torch.tensor(120.0).log())
     """
     if tokens not in get_args(Tokens):
         raise ValueError(f'tokens: expected "sharded" or "replicated", got {tokens!r}')

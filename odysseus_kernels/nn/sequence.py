@@ -55,6 +55,13 @@ def shard_sequence(
 
     Raises:
         ValueError: for missing or unknown keys, wrong shapes or dtypes.
+
+    Example:
+        >>> part = ody.shard_sequence(batch, mesh)
+        >>> batch["input_ids"].shape, part["input_ids"].shape
+        (torch.Size([2, 16]), torch.Size([2, 8]))
+        >>> torch.equal(part["shift_labels"][:, :7], batch["labels"][:, 8 * rank + 1 : 8 * rank + 8])
+        True
     """
     group = _group(mesh, strategy)
     batch_size, length = _check(batch)
@@ -108,6 +115,14 @@ def declare_cut(
 
     Raises:
         ValueError: for a part that cannot be one of this mesh, or a length that does not fit.
+
+    Example:
+        >>> ids = batch["input_ids"].chunk(2, dim=1)[rank]  # cut by hand: 8 tokens each
+        >>> part = ody.declare_cut({"input_ids": ids}, mesh)
+        >>> part["position_ids"][0, 0].item() == 8 * rank
+        True
+        >>> ody.parallelize(model, mesh)(**part).logits.shape
+        torch.Size([2, 8, 120])
     """
     group = _group(mesh, strategy)
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))

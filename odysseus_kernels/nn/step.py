@@ -21,12 +21,7 @@ def step(model: nn.Module) -> Iterator[None]:
     """All that happens within is one step of a parallelized model: an error in it on one rank is one on all.
 
     A forward pass is such a step by itself, with its backward pass. This is for code between and behind these that may
-    fail on one rank: a loss or metric of one's own, a logger, an optimizer's step. ::
-
-        with ody.step(model):
-            loss = my_loss(model(**batch).logits)
-            loss.backward()
-            optimizer.step()
+    fail on one rank: a loss or metric of one's own, a logger, an optimizer's step.
 
     Whatever is raised within is raised again, after all ranks of the mesh have been told: those that wait in an
     operator leave it within two seconds with a :class:`~odysseus_kernels.errors.PeerLostError` that names this rank
@@ -40,6 +35,14 @@ def step(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model is not parallelized.
         CommunicationError: if ranks cannot begin a step together after an earlier error.
+
+    Example:
+        >>> model = ody.parallelize(model, mesh)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with ody.step(model):
+        ...     loss = model(**ody.shard_sequence(batch, mesh)).loss
+        ...     loss.backward()
+        ...     optimizer.step()
     """
     groups = [module.sequence_group for module in model.modules() if isinstance(module, Stepped)]
     if not groups:

@@ -72,6 +72,13 @@ def all_to_all_linear(
     Raises:
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+
+    Example:
+        >>> o = torch.ones(1, 16, 6, requires_grad=True)  # this rank's half of 12 features, for all 16 tokens
+        >>> weight_shard = torch.ones(20, 6, requires_grad=True)  # and its half of a weight [20, 12]
+        >>> y = ody.all_to_all_linear(o, weight_shard, group=group)
+        >>> y.shape  # all features of this rank's 8 tokens
+        torch.Size([1, 8, 20])
     """
     check_tensors(_NAME, x=x, weight_shard=weight_shard, bias_shard=bias_shard)
     config = check_config(config)

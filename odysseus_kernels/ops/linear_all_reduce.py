@@ -58,6 +58,12 @@ def linear_all_reduce(
     Raises:
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+
+    Example:
+        >>> x, weight, bias = torch.ones(5, 8), torch.ones(3, 8), torch.ones(3)
+        >>> y = ody.linear_all_reduce(x, weight, bias, group=group)
+        >>> y[0]  # 8 features on each of 2 ranks, and the bias once
+        tensor([17., 17., 17.])
     """
     check_tensors(_NAME, x=x, weight=weight, bias=bias)
     config = check_config(config)

@@ -62,6 +62,14 @@ def ulysses_attention(
     Raises:
         ValueError: bad input, before anything is sent; heads that the ranks cannot share out, with what would divide.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+
+    Example:
+        >>> q, kv = torch.ones(1, 4, 8, 16), torch.ones(1, 2, 8, 16)  # 4 and 2 heads, 8 of 16 tokens
+        >>> def attention(q, k, v):  # over all tokens of this rank's heads
+        ...     assert q.shape == (1, 2, 16, 16) and k.shape == v.shape == (1, 1, 16, 16)
+        ...     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        >>> ody.ulysses_attention(q, kv, kv, group=group, attention=attention).shape
+        torch.Size([1, 4, 8, 16])
     """
     check_tensors(_NAME, q=q, k=k, v=v)
     key = check_config(config).key()

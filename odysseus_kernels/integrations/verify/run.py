@@ -84,6 +84,13 @@ def verify(
 
     Raises:
         ValueError: for arguments that do not fit, as the functions named above raise it.
+
+    Example:
+        >>> report = ody.verify(model, batch, mesh, "odysseus", layers=1, folder=folder)
+        >>> report.passed
+        True
+        >>> print(report.table().splitlines()[-1])
+        every check passed
     """
     group = get_strategy(strategy).group(SequenceGroup.of(mesh, config))
     if "input_ids" not in batch:
