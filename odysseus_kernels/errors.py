@@ -22,8 +22,8 @@ class CommunicationError(RuntimeError):
     """Ranks could not complete an operator together.
 
     Attributes:
-        said: what the rank that went wrong first says of itself, with its number; empty where no rank says anything.
-        lasting: whether the process group has to be made again.  Else the next call of all ranks may succeed.
+        said: what the first rank that failed says of itself, with its number; empty where no rank does.
+        lasting: whether the process group has to be made again.  If not, the next call of all ranks may succeed.
 
     Example:
         >>> try:  # ranks disagree on the number of output features
@@ -113,7 +113,7 @@ class KernelUnavailableError(RuntimeError):
 
 
 class FallbackWarning(UserWarning):
-    """What is preferred cannot be had: something slower or less strict replaces it; issued once, with the reason.
+    """Something slower or less strict is used, as what is preferred is not available; issued once, with the reason.
 
     Example:
         >>> import warnings

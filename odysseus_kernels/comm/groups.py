@@ -136,7 +136,7 @@ class GroupTransports:
             return self.collective(config, device)
 
     def note_unserved(self, error: NotServedError, config: OverlapConfig, phase: Phase | None) -> None:
-        """Later calls of ``phase`` go to the collective transport at once; says so if another one was asked for.
+        """Later calls of ``phase`` go to the collective transport at once; warns if another one was asked for.
 
         Raises:
             ValueError: the transport was given by :func:`use_transport`, so there is no other.
@@ -223,7 +223,7 @@ class GroupTransports:
         return self._meeting.unusable or ""
 
     def look(self) -> None:
-        """CommunicationError if a rank said that the group, in which other code waits, is left."""
+        """CommunicationError if a rank said that it left the group, in which other code waits."""
         self._meeting.check_usable()
         self._meeting.look(f"process group {self._meeting.name}")
 

@@ -1,8 +1,8 @@
 """Bytes that each rank sends, by operator, phase and collective.
 
 The one place that counts is :meth:`Transport.execute <odysseus_kernels.comm.transport.Transport.execute>`, so that
-operators and benchmarks cannot count differently from one another.  What is counted is what COMMUNICATION formulas
-give: (N-1)/N of the global tensor for an all-gather or a reduce-scatter, twice that for an all-reduce.
+operators and benchmarks cannot count differently from one another.  What is counted is what the usual formulas give:
+(N-1)/N of the global tensor for an all-gather or a reduce-scatter, twice that for an all-reduce.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def _family(model: nn.Module) -> Family:
 
 
 def _check_nothing_random(config: Any, strategy: str) -> None:
-    """Refuses what would draw other numbers for the same tokens on other ranks."""
+    """Refuses what would draw different random numbers for the same tokens on different ranks."""
     for name in ("residual_dropout", "embedding_dropout", "router_jitter_noise"):
         if getattr(config, name, 0):
             raise ValueError(
@@ -213,7 +213,7 @@ def _expect(module: nn.Module, cls: type) -> None:
 
 
 def _check_parameters(model: nn.Module, parts: list[Part], group: SequenceGroup) -> None:
-    """Refuses parameters that no part accounts for, that are distributed already, or that are elsewhere."""
+    """Refuses parameters that no part accounts for, that are distributed already, or that are on another device."""
     known = {id(p) for part in parts for layer in part.layers.values() for p in layer.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:

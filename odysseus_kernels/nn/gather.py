@@ -1,4 +1,4 @@
-"""Puts what ranks have of a sequence together again."""
+"""Puts the ranks' parts of a sequence together again."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def gather_sequence(
     mesh: DeviceMesh,
     config: OverlapConfig | None = None,
 ) -> torch.Tensor:
-    """The whole sequences, on every rank, of what each rank has for its own tokens: logits or hidden states.
+    """Gathers what each rank has for its own tokens (logits, hidden states) as whole sequences, on every rank.
 
-    Tokens come in the order of the sequence, without padding. It is differentiable for what every rank computes alike
-    from the result, a loss for instance: each rank's part gets its part of the gradient, and nothing is sent.
+    Tokens come in the order of the sequence, without padding. It is differentiable as long as every rank computes the
+    same from the result, a loss for instance: each rank's part gets its part of the gradient, and nothing is sent.
 
     Args:
         tensor: [B, s, ...], this rank's part, of any real dtype.

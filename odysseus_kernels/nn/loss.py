@@ -1,6 +1,6 @@
 """Cross-entropy as the mean over all tokens of all ranks, in memory that does not grow with the sequence.
 
-The value is the global mean on every rank.  Backward of it gives each rank the gradient of that global mean with
+The value is the global mean on every rank.  Its backward gives each rank the gradient of that global mean with
 respect to its own logits, so the sum over ranks of every parameter's gradient is the gradient of the whole batch.
 Where tokens are replicated over "seq", each of its ranks has the gradient with respect to all of them.
 """
@@ -110,7 +110,7 @@ def sequence_loss(
     items = token_count(num_items)
     rows = logits_or_hidden.reshape(-1, logits_or_hidden.shape[-1])
     targets = labels.reshape(-1).to(rows.device)
-    group.withdraw()  # what a pass announced that ended with an error before all ranks had said it
+    group.withdraw()  # left over from a pass that ended with an error before any call took it
     group.announce(f"loss over {'valid' if items is None else repr(items)} tokens, ignore_index {ignore_index}")
     try:
         if head is None:
@@ -236,7 +236,7 @@ class GlobalMean(torch.autograd.Function):
         (grad,) = grad_outputs
         group = ctx.group
         if grad.device.type == "cpu":
-            # Gradients are added over the ranks: a loss that one of them scales by itself is no one's loss.
+            # Gradients are added over the ranks: a loss that only one of them scales is the loss of none.
             groups = (group.everyone,) if group.tokens == "sharded" else (group.group, group.ring)
             group.announce(f"gradient {grad.item()!r} of the loss", *(one for one in groups if one is not None))
         return (grad / ctx.divisor).to(grad.dtype), None, None, None

@@ -1,4 +1,4 @@
-"""All-gather fused with the linear layers behind it.
+"""All-gather fused with the linear layers that follow it.
 
 The products of a rank's chunk start with the local shard and go round the ring; on the symmetric transport they read
 peers' shards where they lie, so the gathered tensor never exists.  Buffers, streams and who may run beside the

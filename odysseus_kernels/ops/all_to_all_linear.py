@@ -55,7 +55,7 @@ def all_to_all_linear(
     weight gradient:  dweight [n, k/M]   = RS(dy.T @ A2A(x)), added in fp32: the sum over all ranks' tokens
     bias gradient:    dbias [n/M]        = RS(sum of dy)
 
-    What the all-to-all brought, as large as x, is kept for the weight gradient instead of x.
+    The result of the all-to-all, as large as x, is kept for the weight gradient instead of x.
 
     Args:
         x: [..., L, k/N], this rank's heads; equal shapes on all ranks.

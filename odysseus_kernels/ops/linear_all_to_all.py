@@ -1,4 +1,4 @@
-"""Ulysses' first half: linear layers with ZeRO-3 weights fused with the all-to-all behind them.
+"""Ulysses' first half: linear layers with ZeRO-3 weights fused with the all-to-all that follows them.
 
 One exchange does both: as a rank is visited, its rows of the weights arrive, which are the rows of its heads; their
 product with this rank's tokens is what that rank needs, and leaves while the next one is computed.  On transports that

@@ -1,4 +1,4 @@
-"""A linear layer fused with the reduce-scatter behind it.
+"""A linear layer fused with the reduce-scatter that follows it.
 
 A rank computes its part of every other rank's rows first and its own last; parts leave as they are produced and are
 added, in fp32, while the next one is computed.  Buffers, streams and who may run beside the operator are the

@@ -1,4 +1,4 @@
-"""Ulysses around any attention function: tokens are exchanged for heads before it, and heads for tokens behind it.
+"""Ulysses around any attention function: tokens are exchanged for heads before it, and heads for tokens after it.
 
 For users with projections of their own; :func:`~odysseus_kernels.ops.linear_all_to_all` and
 :func:`~odysseus_kernels.ops.all_to_all_linear` fuse the same exchanges with the projections.  Buffers, streams and who
@@ -42,11 +42,11 @@ def ulysses_attention(
     attention: Attention = causal_attention,
     config: OverlapConfig | None = None,
 ) -> Tensor:
-    """``attention`` over the whole sequence of which each rank has some tokens, differentiable.
+    """Runs ``attention`` over the whole sequence, of which each rank has some tokens; differentiable.
 
-    N ranks; B batch, s = L/N tokens of this rank.  Each rank gets heads/N query heads of all L tokens, and of key and
-    value heads as many, or, where there are fewer heads than ranks, the one that its query heads use: that head is then
-    sent to N / kv_heads ranks, whose gradients add up.
+    N ranks; B batch, s = L/N tokens of this rank.  Each rank gets heads/N query heads of all L tokens, and kv_heads/N
+    key and value heads or, where there are fewer of these than ranks, the one that its query heads use: that head is
+    then sent to N / kv_heads ranks, whose gradients add up.
 
     Args:
         q: [B, heads, s, head_dim], this rank's tokens; equal shapes on all ranks.
@@ -60,7 +60,7 @@ def ulysses_attention(
         [B, heads, s, any], this rank's tokens.
 
     Raises:
-        ValueError: bad input, before anything is sent; heads that the ranks cannot share out, with what would divide.
+        ValueError: bad input, before anything is sent; heads that the ranks cannot share out (it says what would do).
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
 
     Example:

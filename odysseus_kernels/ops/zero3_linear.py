@@ -156,7 +156,7 @@ def _phase(
         operator=_NAME,
         phase=phase,
         shapes=f"weight_shard {list(weight_shard.shape)}, gathers={gathers}, scatters={scatters}",
-        own="",  # rows may change on one rank alone, and ranks have to come to a choice together
+        own="",  # not the rows: they may change on one rank alone, and ranks have to choose anew together
         dtype=weight_shard.dtype,
         flops=2 * lines.shape[0] * weight_shard.numel() * world * max(1, gathers + scatters),
         gathered_bytes=nbytes if gathers else 0,

@@ -91,7 +91,7 @@ class Peers:
         return text
 
     def leave(self, said: str, *, lasting: bool) -> None:
-        """Tells all peers, between two calls, that this rank does not make the next one with them."""
+        """Tells all peers, between two calls, that this rank will not make the next one with them."""
         with contextlib.suppress(RuntimeError):
             self._host.leave(_reason(said, mismatch=False, lasting=lasting))
 

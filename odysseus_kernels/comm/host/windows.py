@@ -31,7 +31,7 @@ class ShardBuffer:
     rows: int
     width: int
     pieces: int
-    clean: bool = False  # what readers of the window's previous content owed is collected
+    clean: bool = False  # the credits of those who read the window's previous content are collected
 
     @staticmethod
     def of(lease: Lease, shard: Tensor, pieces: int) -> ShardBuffer:

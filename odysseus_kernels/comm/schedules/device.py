@@ -115,7 +115,7 @@ class _Gather(Builder):
         self.signal(LOCAL, ready, value, peer=self.rank, piece=step.piece)
 
     def publish_and_fetch(self) -> None:
-        """The own pieces, and the others' into all slots, piece by piece in step with the peers."""
+        """The rank's own pieces, and the others' into all slots, piece by piece in step with the peers."""
         for index in range(max(len(self._to_publish), self._slots)):
             if index < len(self._to_publish):
                 self._publish(*self._to_publish[index])
@@ -123,11 +123,11 @@ class _Gather(Builder):
                 self._await()
                 self._fetch()
         if self._words and self._to_publish:
-            # A copy within a device may be a kernel, for which one that spins leaves no room: it goes first.
+            # A copy within a device may be a kernel, for which a spinning one leaves no room: it goes first.
             self.depend(COMPUTE, self.record(LOCAL))
 
     def publish(self) -> None:
-        """The own pieces alone."""
+        """The rank's own pieces alone."""
         for step, value in self._to_publish:
             self._publish(step, value)
 
@@ -156,7 +156,7 @@ class _Gather(Builder):
         """Consumes in order; each consumed piece makes room for a fetch.
 
         Args:
-            ahead: pieces of another shard, published as soon as no fetch is left whose wait would come behind it.
+            ahead: pieces of another shard, published as soon as no fetch is left whose wait would come after it.
             after_fetches: nothing is consumed before everything was fetched.
         """
         if after_fetches:
