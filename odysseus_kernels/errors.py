@@ -86,14 +86,14 @@ class RankMismatchError(CommunicationError, ValueError):
 
 
 class ExtensionNotBuiltError(ImportError):
-    """The compiled host extension is needed and cannot be imported; the message says how to build it.
+    """The compiled extension, or its CUDA part, is needed and missing; the message says how to build it.
 
     Example:
         >>> try:
         ...     y = ody.all_gather_linear(torch.ones(2, 4), torch.ones(3, 4), group=group)
-        ... except ody.ExtensionNotBuiltError as error:
-        ...     raise SystemExit(f"odysseus_kernels is not built: {error}")
-        >>> y.shape  # it is built here
+        ... except ody.ExtensionNotBuiltError as error:  # for CUDA tensors, in a build without nvcc
+        ...     raise SystemExit(f"build odysseus_kernels again: {error}")
+        >>> y.shape
         torch.Size([4, 3])
     """
 

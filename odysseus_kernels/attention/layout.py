@@ -175,7 +175,7 @@ def pieces(
 
 
 def _joined(rank: int, visited: int, world: int, rows: int, layout: str, causal: bool) -> list[Piece]:
-    """Pairs of blocks without documents and windows: always a rectangle, or the own tokens' triangle."""
+    """Pairs of blocks without documents and windows: always a rectangle, or the triangle of a rank's own tokens."""
     if not causal:
         return [Piece(slice(0, rows), slice(0, rows), "full")]
     if rank == visited:

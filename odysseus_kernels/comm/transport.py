@@ -88,7 +88,7 @@ class TileScatter:
         slots: int64 [world], address of the contiguous [rows, width] that each target receives from this rank.
         credits: int64 [world], address of the word that must reach ``credit_value`` before a target's slot is written.
         credit_value: a value of an earlier use, below zero.
-        arrived: int64 [world], address of the word to set to ``arrived_value`` behind a target's last tile.
+        arrived: int64 [world], address of the word to set to ``arrived_value`` after a target's last tile.
         arrived_value: value of this use.
         counters: int32 [world], zeros before and after the kernel.
         epoch, aborted: as in :class:`TileGather`.

@@ -154,7 +154,7 @@ def _cross_entropy_through_head(
     def of_chunk(hidden_chunk: torch.Tensor, target_chunk: torch.Tensor) -> torch.Tensor:
         return ChunkedCrossEntropy.apply(head(hidden_chunk), target_chunk, ignore_index, chunk_rows)  # type: ignore
 
-    # Every rank has as many rows, hence as many chunks: a head that communicates is called equally often everywhere.
+    # All ranks have equally many rows and chunks: a head that communicates is called equally often everywhere.
     sums = [
         checkpoint(of_chunk, chunk, target, use_reentrant=False)
         for chunk, target in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)

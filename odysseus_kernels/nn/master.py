@@ -63,7 +63,7 @@ class MasterWeights(torch.optim.Optimizer):
         if grad_dtype not in (torch.float32, None):
             raise ValueError(f"grad_dtype: expected torch.float32 or None, got {grad_dtype}")
         if grad_dtype is not None and not hasattr(torch.Tensor, "grad_dtype"):
-            raise ValueError(f"grad_dtype: expected None, torch {torch.__version__} adds in the own type")
+            raise ValueError(f"grad_dtype: expected None, torch {torch.__version__} adds in the gradient's own type")
         super().__init__(params, {})
         complete_dtensor()
         groups, self._masters = [], dict[torch.Tensor, torch.Tensor]()

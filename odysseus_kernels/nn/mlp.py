@@ -99,7 +99,7 @@ class Zero3MLP(_MLP):
 class SequenceParallelMLP(_MLP):
     """Tokens cut over the ranks outside, the intermediate size inside (TP-SP).
 
-    Shapes: input and output [B, s, d]; gate and up are column-parallel (rows over seq) behind one all-gather, down is
+    Shapes: input and output [B, s, d]; gate and up are column-parallel (rows over seq) after one all-gather, down is
     row-parallel (columns over seq) before a reduce-scatter.
     """
 

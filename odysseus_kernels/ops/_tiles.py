@@ -145,7 +145,7 @@ def _run_project(
 
 
 def keep(found: TileGather, into: Tensor) -> None:
-    """Copies the gathered chunks [world * rows, K] into rank order, behind a kernel that has waited for them all."""
+    """Copies the gathered chunks [world * rows, K] into rank order, after a kernel that has waited for them all."""
     by_rank = into.view(found.world, *found.local.shape)
     by_rank[found.rank].copy_(found.local)
     for visit in range(found.world - 1):

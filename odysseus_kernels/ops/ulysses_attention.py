@@ -29,7 +29,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's attention, causal; q [B, heads, L, head_dim], k and v with as many heads or fewer that are shared."""
+    """PyTorch's causal attention; q [B, heads, L, head_dim], k and v with equally many heads or fewer, shared ones."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -86,7 +86,7 @@ def ulysses_attention(
             )
     if not q.shape[0] == k.shape[0] == v.shape[0] or not q.shape[2] == k.shape[2] == v.shape[2]:
         raise ValueError(
-            f"{_NAME}: expected q, k and v of one batch and as many tokens, got {list(q.shape)}, {list(k.shape)} and "
+            f"{_NAME}: expected q, k and v of one batch and one length, got {list(q.shape)}, {list(k.shape)} and "
             f"{list(v.shape)}"
         )
     if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:

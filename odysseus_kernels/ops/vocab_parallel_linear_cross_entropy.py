@@ -241,7 +241,7 @@ def _backward(
         )
 
     if sharded:
-        # Each token's logsumexp and, behind them, the gradient of the rank's value.
+        # Each token's logsumexp and, after them, the gradient of the rank's value.
         shared = (hidden.contiguous(), torch.cat((log_sums, grad.reshape(1))))
         sums = (dhidden,) if hidden_needed else ()
 

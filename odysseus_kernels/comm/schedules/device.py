@@ -21,8 +21,9 @@ could run, as long as ranks are in step:
 
 * the first fetch of a piece comes after the publication of that piece: peers publish it at that time, too;
 * the window's readers release it after the last fetch: before, another reader still reads anyway;
-* arrivals of a piece are waited for after the own pushes of that piece: what arrives last was pushed last;
-* credit for a piece is waited for after the own sum of the piece before the last one, for whose peers' sums it waits.
+* arrivals of a piece are waited for after the rank's own pushes of that piece: what arrives last was pushed last;
+* credit for a piece is waited for after the rank's own sum of the piece before the last one, since it waits for the
+  peers' sums of that piece.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class _Gather(Builder):
         self._to_publish = [] if published else self._publication(SHARD, pieces)
 
     def _publication(self, buffer: str, pieces: int) -> list[tuple[Step, int]]:
-        """Copies of a shard into its window, each with the value of the signal behind it."""
+        """Copies of a shard into its window, each with the value of the signal that follows it."""
         for peer in self.peers:
             self.wait(LOCAL, Word(self.rank, buffer, 0, peer), PREVIOUS_USE, peer=peer)
         windows = [(Region(self.rank, buffer, piece),) for piece in range(pieces)]

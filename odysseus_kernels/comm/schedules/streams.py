@@ -13,7 +13,7 @@ A rank has six streams, fewer than the hardware queues that a process has unless
 ``SIGNALS``
     signals that copies between ranks are done; no wait is in it.
 ``LOCAL``
-    what moves or adds data within the device, with its waits in front and its signals behind: publications, sums.
+    what moves or adds data within the device, with its waits before and its signals after it: publications, sums.
 
 Two rules keep every rank going, however a device schedules the streams:
 
@@ -76,7 +76,7 @@ class Builder:
     # ---- streams and events ------------------------------------------------------------------------------------------
 
     def record(self, stream: str) -> int:
-        """An event behind everything that the stream has so far."""
+        """An event after everything that the stream has so far."""
         newest = self._newest.get(stream)
         if newest is not None and self._events[newest][1] == self._clocks[stream]:
             return newest
@@ -131,7 +131,7 @@ class Builder:
     # ---- steps with a word -------------------------------------------------------------------------------------------
 
     def wait(self, stream: str, word: Word, value: int, *, peer: int, piece: int = 0, inside: bool = False) -> None:
-        """Waits for a word, behind all own signals so far that peers may wait for.
+        """Waits for a word, after all own signals so far that peers may wait for.
 
         Replayed as a graph, the wait could otherwise run before such a signal, and a peer's wait before the signal
         that ends this one.
