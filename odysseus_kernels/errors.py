@@ -63,11 +63,10 @@ class PeerLostError(CommunicationError):
         >>> model = ody.parallelize(model, mesh)
         >>> try:
         ...     with ody.step(model):
-        ...         if rank == 1:
-        ...             raise OSError("no such sample")
-        ...         loss = model(**ody.shard_sequence(batch, mesh)).loss
-        ... except (ody.PeerLostError, OSError) as error:  # the first on rank 0, which waits; the second on rank 1
-        ...     print("no such sample" in str(error))
+        ...         part = ody.shard_sequence(batch if rank == 0 else {}, mesh)  # fails on rank 1
+        ...         loss = model(**part).loss
+        ... except (ody.PeerLostError, ValueError) as error:  # the first on rank 0, the second on rank 1
+        ...     print("expected input_ids" in str(error))
         True
     """
 
@@ -117,15 +116,12 @@ class FallbackWarning(UserWarning):
 
     Example:
         >>> import warnings
-        >>> model.resize_token_embeddings(121)  # an odd vocabulary is not divided by two ranks
-        Embedding(121, 96)
+        >>> _ = model.resize_token_embeddings(121)  # two ranks do not divide an odd vocabulary
         >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("error", ody.FallbackWarning)
-        ...     try:
-        ...         ody.parallelize(model, mesh)
-        ...     except ody.FallbackWarning as warning:
-        ...         print(warning)
-        the ranks do not divide a vocabulary of 121: every rank holds the language head whole...
+        ...     warnings.simplefilter("error", ody.FallbackWarning)  # where nothing but the preferred will do
+        ...     model = ody.parallelize(model, mesh)
+        Traceback (most recent call last):
+        odysseus_kernels.errors.FallbackWarning: the ranks do not divide a vocabulary of 121: every rank holds ...
     """
 
 

@@ -353,6 +353,7 @@ def synchronize(group: dist.ProcessGroup | DeviceMesh | None = None) -> None:
             error is raised here, or by the next operator, whichever comes first.
 
     Example:
+        >>> y = ody.zero3_linear(torch.ones(2, 4), torch.ones(3, 4), group=group)
         >>> ody.synchronize(group)  # before a clock is read, for instance
     """
     group_transports(resolve_group(group)).synchronize()
@@ -378,10 +379,9 @@ def dispatch(
 ) -> None:
     """Calls ``run`` with the transport that ``config`` asks for, and with ``config``, its mode settled.
 
-    If the transport finds, on all ranks alike and before anything was sent, that its buffers do not fit, or that it
-    serves no such call, ``run`` is called again with the collective transport.  ``run`` must leave the same behind
-    however often it is called: where the mode is chosen by timing, it is called many times.  ``phase`` says what for;
-    without it there is no choice.
+    If the transport finds, on all ranks alike and before anything was sent, that its buffers do not fit or that it does
+    not serve such a call, ``run`` is called again with the collective transport.  However often ``run`` is called (many
+    times, where timing chooses the mode), it must leave the same behind.  Without a ``phase`` there is no choice.
     """
     transports = group_transports(group)
     transport = transports.choose(config, device, phase)

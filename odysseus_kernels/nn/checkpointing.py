@@ -26,13 +26,11 @@ def selective_checkpoint() -> tuple[Any, Any]:
     Example:
         >>> model = ody.parallelize(model.train(), mesh)
         >>> model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": ody.selective_checkpoint})
+        >>> loss = model(**ody.shard_sequence(batch, mesh)).loss
         >>> with ody.CommRecorder() as record:
-        ...     loss = model(**ody.shard_sequence(batch, mesh)).loss
-        >>> sent = record.bytes(phase="forward")
-        >>> with record:
         ...     loss.backward()
-        >>> record.bytes(phase="forward") == sent  # no forward collective is made again
-        True
+        >>> record.bytes(phase="forward")  # what forward sent is not sent again
+        0
     """
     return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-any-return]
 
