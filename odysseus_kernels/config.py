@@ -71,6 +71,14 @@ class OverlapConfig:
         tune: how ``mode="auto"`` chooses: ``"measure"`` times all modes at the first call of each shape and remembers
             the fastest for this machine, ``"model"`` computes; ``"auto"`` measures on CUDA and computes on the CPU.
         tile_bytes: most bytes that ``mode="tiles"`` may hold for chunks that arrive.
+
+    Example:
+        >>> config = ody.OverlapConfig(mode="fused", gathered="save", timeout_s=60)
+        >>> ody.all_gather_linear(torch.ones(2, 4), torch.ones(3, 4), group=group, config=config).shape
+        torch.Size([4, 3])
+        >>> ody.OverlapConfig(mode="fast")
+        Traceback (most recent call last):
+        ValueError: mode: expected one of ('auto', 'fused', 'tiles', 'unfused'), got 'fast'
     """
 
     mode: Mode = "auto"

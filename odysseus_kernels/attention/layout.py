@@ -4,7 +4,7 @@ zigzag: the sequence is cut into 2R blocks; rank i holds blocks i and 2R-1-i, in
 rank then has the same work with every other: a late block sees much and an early one little.
 contiguous: R blocks, rank i holds block i.  One rank holds the whole sequence, as a single block, in either layout.
 
-A rank's blocks are in rising order, so its positions are, too, and its own queries see its own keys by an ordinary
+A rank's blocks are in ascending order, and so are its positions; its own queries see its own keys by an ordinary
 causal mask.
 """
 
@@ -98,7 +98,7 @@ def positions(rank: int, world: int, length: int, layout: str, device: torch.dev
 
 
 def inverse(world: int, length: int, layout: str, device: torch.device | None = None) -> Tensor:
-    """int64 [length]: where in all ranks' tokens, one rank's behind the other's, each position lies.
+    """int64 [length]: where in all ranks' tokens, one rank's after another's, each position lies.
 
     ``torch.cat(shards)[inverse(...)]`` is the sequence in natural order.
     """
@@ -175,7 +175,7 @@ def pieces(
 
 
 def _joined(rank: int, visited: int, world: int, rows: int, layout: str, causal: bool) -> list[Piece]:
-    """Pairs of blocks without documents and windows: always a rectangle, or the own tokens' triangle."""
+    """Pairs of blocks without documents and windows: always a rectangle, or the triangle of a rank's own tokens."""
     if not causal:
         return [Piece(slice(0, rows), slice(0, rows), "full")]
     if rank == visited:

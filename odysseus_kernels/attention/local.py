@@ -4,7 +4,7 @@
 *all* keys that the queries see and gives the gradients' share of these keys.  Both keep memory bounded: kernels of
 PyTorch or flash-attn where they serve, else products over blocks of queries.  Nothing here communicates.
 
-The CUDA kernels have been written by their documentation and have not run yet.
+The calls of CUDA kernels follow their documentation and have not been run yet.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def attend(
         q, k, v, 0.0, causal, attn_mask=_additive(mask, q.dtype), scale=scale
     )
     if mask is not None:
-        # What the kernel gives for a row without keys is its own affair (zeros in torch 2.13).
+        # What the kernel gives for a row without keys is unspecified (zeros in torch 2.13).
         blind = ~mask.any(-1)[:, None]
         out, lse = out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -math.inf)
     return out, lse
@@ -165,10 +165,10 @@ def _backward_cpu(
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """``x``, copied unless its rows lie behind one another.
+    """``x``, copied unless its rows follow one another in memory.
 
-    Kernels take a row's elements to be neighbours, and the distance of rows for a leading dimension, without asking:
-    where that is not so they read other memory.
+    Kernels assume, unchecked, that a row's elements are adjacent and that the distance of rows is a leading dimension:
+    where that does not hold they read other memory.
     """
     return x if x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] else x.contiguous()
 

@@ -97,6 +97,12 @@ def ring_attention(
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call (documents, dropout and seed included), or a peer is lost or
             silent.
+
+    Example:
+        >>> q, kv = torch.ones(1, 4, 8, 16), torch.ones(1, 2, 8, 16)  # this rank's 8 of 16 tokens
+        >>> documents = torch.tensor([[0] * 10 + [1] * 6])  # of all 16, in their natural order
+        >>> ody.ring_attention(q, kv, kv, group=group, documents=documents).shape
+        torch.Size([1, 4, 8, 16])
     """
     check_tensors(_NAME, q=q, k=k, v=v, documents=documents)
     settled = check_config(config)

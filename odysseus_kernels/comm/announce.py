@@ -1,8 +1,8 @@
 """Texts that ranks compare with the next call of a group, without a message of their own.
 
-Every call is compared by its signature before it is relied on.  What must be equal on all ranks but is known above the
-operators only (which batch this is, what a loss is divided by) is announced, and stands in the signature of the call
-that the group makes next: ranks that differ get a RankMismatchError that shows both texts.
+Every call is compared by its signature before it is relied on.  What must be equal on all ranks but is known only above
+the operators (which batch this is, what a loss is divided by) is announced, and becomes part of the signature of the
+call that the group makes next: ranks that differ get a RankMismatchError that shows both texts.
 """
 
 from __future__ import annotations

@@ -30,11 +30,11 @@ def check_config(config: OverlapConfig | None) -> OverlapConfig:
 
 
 def check_tensors(operator: str, **arguments: Tensor | None) -> None:
-    """Refuses what an operator would compute wrongly, or fail on in words that are not its own.
+    """Refuses what an operator would compute wrongly, or fail on with an error that does not name the cause.
 
     Raises:
-        ValueError: no tensor; a sparse, nested or distributed one; or one with a forward-mode tangent, which operators
-            would drop without a word.
+        ValueError: not a tensor; a sparse, nested or distributed one; or one with a forward-mode tangent, which
+            operators would silently drop.
     """
     for name, argument in arguments.items():
         if argument is not None or name.partition("[")[0] not in _OPTIONAL:
@@ -68,7 +68,7 @@ def autocasts(device: torch.device) -> bool:
 def under_autocast(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
     """What torch's own linear layers would do to their arguments within ``torch.autocast`` of ``device``'s type.
 
-    Floating tensors but fp64 become the autocast type, differentiably: gradients come back in their own types.  None
+    Floating tensors except fp64 become the autocast type, differentiably: gradients come back in their own types.  None
     stays None.
     """
     if not autocasts(device):

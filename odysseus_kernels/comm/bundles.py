@@ -26,7 +26,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """Tensors of any shapes and dtypes, one behind another.
+    """Tensors of any shapes and dtypes, one after another.
 
     Attributes:
         specs: shape and dtype of each.

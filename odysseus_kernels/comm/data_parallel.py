@@ -1,6 +1,6 @@
 """FSDP's collectives on CPU ranks, waited for as ours are: a rank of another replica that left its step ends the wait.
 
-Gloo cannot be interrupted, and FSDP waits for it without looking up.  It takes collectives from outside
+Gloo cannot be interrupted, and FSDP waits for it without looking for lost peers.  It accepts collectives from outside
 (``FSDPModule.set_custom_all_gather``); these are its own, issued in the same way and order, and waited for in slices.
 """
 

@@ -1,8 +1,8 @@
-"""What a call says that visits every rank once: what is given there, and what is made for it.
+"""What a call that visits every rank once says: what is given at each visit, and what is made there.
 
-Ulysses' projections, Ring attention's backward and losses with a distributed head are all of this shape: for each rank
-r, in ring order, blocks of r arrive, a product uses them, and what it makes for r travels back while the next rank is
-visited.
+Ulysses' projections, Ring attention's backward and losses with a distributed head are all of this form: for each rank
+r, in ring order, blocks of rank r arrive, a product uses them, and what it makes for r travels back while the next rank
+is visited.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class Exchange:
         return bool(self.sums or self.received)
 
     def own_given(self, rank: int) -> tuple[Tensor, ...]:
-        """What ``visit`` is given for the own rank, where it lies."""
+        """What ``visit`` is given for this rank itself, in place."""
         return (*self.shared, *(tensor[rank] for tensor in self.addressed))
 
     def own_made(self, rank: int) -> tuple[Tensor, ...]:
-        """Where ``visit`` puts what it makes for the own rank: the sums themselves hold the own part first."""
+        """Where ``visit`` puts what it makes for this rank itself: the sums hold that part first."""
         return (*self.sums, *(tensor[rank] for tensor in self.received))
 
     def check(self, name: str, world: int) -> None:

@@ -136,7 +136,7 @@ class GroupTransports:
             return self.collective(config, device)
 
     def note_unserved(self, error: NotServedError, config: OverlapConfig, phase: Phase | None) -> None:
-        """Later calls of ``phase`` go to the collective transport at once; says so if another one was asked for.
+        """Later calls of ``phase`` go to the collective transport at once; warns if another one was asked for.
 
         Raises:
             ValueError: the transport was given by :func:`use_transport`, so there is no other.
@@ -223,7 +223,7 @@ class GroupTransports:
         return self._meeting.unusable or ""
 
     def look(self) -> None:
-        """CommunicationError if a rank said that the group, in which other code waits, is left."""
+        """CommunicationError if a rank said that it left the group, in which other code waits."""
         self._meeting.check_usable()
         self._meeting.look(f"process group {self._meeting.name}")
 
@@ -333,7 +333,15 @@ def group_transports(group: dist.ProcessGroup) -> GroupTransports:
 
 
 def explain(group: dist.ProcessGroup | DeviceMesh | None = None) -> str:
-    """Which mode each operator runs in with ``group``, and why: asked for, measured (with the times), or computed."""
+    """Which mode each operator runs in with ``group``, and why: asked for, measured (with the times), or computed.
+
+    Example:
+        >>> pair = dist.new_group()
+        >>> y = ody.zero3_linear(torch.ones(2, 4), torch.ones(3, 4), group=pair)
+        >>> print(ody.explain(pair))
+        operator      phase    shapes ...
+        zero3_linear  forward  weight_shard [3, 4], ...  symmetric, 2 ranks  fused  default ...
+    """
     return group_transports(resolve_group(group)).explain()
 
 
@@ -343,6 +351,10 @@ def synchronize(group: dist.ProcessGroup | DeviceMesh | None = None) -> None:
     Raises:
         CommunicationError: a peer was lost or silent.  Operators on a GPU return before their work is done, so such an
             error is raised here, or by the next operator, whichever comes first.
+
+    Example:
+        >>> y = ody.zero3_linear(torch.ones(2, 4), torch.ones(3, 4), group=group)
+        >>> ody.synchronize(group)  # before a clock is read, for instance
     """
     group_transports(resolve_group(group)).synchronize()
 
@@ -367,10 +379,9 @@ def dispatch(
 ) -> None:
     """Calls ``run`` with the transport that ``config`` asks for, and with ``config``, its mode settled.
 
-    If the transport finds, on all ranks alike and before anything was sent, that its buffers do not fit, or that it
-    serves no such call, ``run`` is called again with the collective transport.  ``run`` must leave the same behind
-    however often it is called: where the mode is chosen by timing, it is called many times.  ``phase`` says what for;
-    without it there is no choice.
+    If the transport finds, on all ranks alike and before anything was sent, that its buffers do not fit or that it does
+    not serve such a call, ``run`` is called again with the collective transport.  However often ``run`` is called (many
+    times, where timing chooses the mode), it must leave the same behind.  Without a ``phase`` there is no choice.
     """
     transports = group_transports(group)
     transport = transports.choose(config, device, phase)

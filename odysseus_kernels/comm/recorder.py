@@ -1,8 +1,8 @@
 """Bytes that each rank sends, by operator, phase and collective.
 
 The one place that counts is :meth:`Transport.execute <odysseus_kernels.comm.transport.Transport.execute>`, so that
-operators and benchmarks cannot count differently from one another.  What is counted is what COMMUNICATION formulas
-give: (N-1)/N of the global tensor for an all-gather or a reduce-scatter, twice that for an all-reduce.
+operators and benchmarks cannot count differently from one another.  What is counted is what the usual formulas give:
+(N-1)/N of the global tensor for an all-gather or a reduce-scatter, twice that for an all-reduce.
 """
 
 from __future__ import annotations
@@ -34,14 +34,18 @@ class Traffic:
 class CommRecorder:
     """Counts the bytes that this rank sends while it is entered.
 
-    ::
-
-        with ody.CommRecorder() as record:
-            model(**batch).loss.backward()
-        print(record.table())
-
     Recorders may be nested; each counts everything within it.  Backward passes run on other threads in some setups,
     so counting is by process, not by thread.
+
+    Example:
+        >>> with ody.CommRecorder() as record:
+        ...     y = ody.all_gather_linear(torch.ones(8, 16), torch.ones(6, 16), group=group)
+        >>> record.bytes(collective="all_gather")  # 8 x 16 numbers of 4 bytes, to one peer
+        512
+        >>> print(record.table())
+        operator           phase    collective  transport  calls  bytes
+        all_gather_linear  forward  all_gather  symmetric      1    512
+        total                                                  1    512
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Sums over partial results of several ranks, in a fixed order and a wide accumulator.
 
-A sum is ``(received 0 + received 1 + ...) + own + last received``: the own part is computed last but one, so that peers
-get theirs first, and lies in the output by then.  The order is the schedule's, the same in every run.
+A sum is ``(received 0 + received 1 + ...) + own + last received``: this rank's own part is computed last but one, so
+that peers get theirs first, and lies in the output by then.  The order is the schedule's, the same in every run.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ __all__ = ["SentAhead"]
 
 @dataclasses.dataclass(frozen=True)
 class SentAhead:
-    """A shard that was prefetched, as it was then.
+    """A shard that was prefetched, and its version at that time.
 
     It serves the very next call of the same phase, or nothing: no optimizer's step lies between two calls of one
     backward pass, or of one forward pass.  (Versions alone would not tell: an optimizer changes the local tensor of a

@@ -1,9 +1,9 @@
-"""A step of all ranks: an error on one of them in it is an error on all.
+"""A step of all ranks: an error on one of them is an error on all.
 
-Between two calls a rank may raise where its peers do not: a bad token id, the user's own code, no memory.  They wait
-for it in a call of some group of the mesh.  So a step is a scope: whatever is raised in it on a rank is told to the
-groups of the mesh, peers that wait there raise it with that rank's number and tell the groups that they are in, until
-all ranks of the mesh have left the step.  Nothing is sent while all goes well.
+Between two calls a rank may raise where its peers do not: a bad token id, the user's own code, no memory left.  Its
+peers then wait for it in a call of some group of the mesh.  So a step is a scope: whatever a rank raises in it is told
+to the groups of the mesh; peers that wait there raise it with that rank's number and tell the groups that they are in,
+until all ranks of the mesh have left the step.  Nothing is sent while all goes well.
 
 Each rank counts the steps of a group.  On the symmetric transport of a host peers see the count, so a rank that goes on
 to another step without having made all calls of the last one is an error as well; and where ranks meet after an error,
@@ -52,13 +52,13 @@ class StepGroups:
         self._inside = threading.local()
 
     def watch(self, model: nn.Module) -> None:
-        """Has what data parallelism waits for in ``model`` end where a rank of another replica leaves its step."""
+        """Makes data parallelism's waits in ``model`` end when a rank of another replica leaves its step."""
         if self._others and self._device.type == "cpu":
             watch_fsdp(model, self._config.timeout_s)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[bool]:
-        """All that happens within is one step; within a step it is part of that, and this yields False.
+        """Everything within the block is one step; inside another step it is part of that one, and this yields False.
 
         Raises:
             CommunicationError: the ranks could not meet after an earlier error.
@@ -79,7 +79,7 @@ class StepGroups:
     def leave(self, error: BaseException | None) -> None:
         """Tells all peers that this rank has left the step because of ``error``; once for each step.
 
-        None is an error that is not known here: what was heard from a peer, or one of this rank.
+        None stands for an error that is not known here: one that a peer told of, or one of this rank.
         """
         transports = self._transports()
         if error is None:

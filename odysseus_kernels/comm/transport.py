@@ -55,11 +55,11 @@ class NotServedError(CapacityExceededError):
 
 @dataclasses.dataclass(frozen=True)
 class TileGather:
-    """What one kernel needs that multiplies chunks as they arrive, tile by tile; all tensors lie on the device.
+    """What a kernel that multiplies chunks tile by tile as they arrive needs; all tensors are on the device.
 
     Attributes:
         rank, world: which rank this is, of how many; chunks are visited in ring order.
-        local: [rows, width], this rank's chunk, there from the begin.
+        local: [rows, width], this rank's chunk, there from the start.
         gathered: [world - 1, rows, width], the others' in the order of visits.
         pieces: pieces into which a chunk is cut (``piece_bounds``); piece p has arrived once the chunk's word reaches
             p + 1.
@@ -80,15 +80,15 @@ class TileGather:
 
 @dataclasses.dataclass(frozen=True)
 class TileScatter:
-    """What one kernel needs that stores partial results where their owners receive them, tile by tile.
+    """What a kernel that stores partial results tile by tile where their owners receive them needs.
 
     Attributes:
-        rank, world: which rank this is, of how many; targets follow in ring order, the own rows last.
+        rank, world: which rank this is, of how many; targets follow in ring order, this rank last.
         own: [rows, width], this rank's part of its own rows.
         slots: int64 [world], address of the contiguous [rows, width] that each target receives from this rank.
         credits: int64 [world], address of the word that must reach ``credit_value`` before a target's slot is written.
         credit_value: a value of an earlier use, below zero.
-        arrived: int64 [world], address of the word to set to ``arrived_value`` behind a target's last tile.
+        arrived: int64 [world], address of the word to set to ``arrived_value`` after a target's last tile.
         arrived_value: value of this use.
         counters: int32 [world], zeros before and after the kernel.
         epoch, aborted: as in :class:`TileGather`.
@@ -361,7 +361,7 @@ class LocalTransport(Transport):
     """A group of one rank: nothing travels."""
 
     name = "local"
-    serves_tiles = True  # nothing arrives: the callback of the own chunk is all there is
+    serves_tiles = True  # nothing arrives: the callback for its own chunk is all there is
 
     def __init__(self) -> None:
         super().__init__(0, 1)

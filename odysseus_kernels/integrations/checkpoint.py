@@ -1,9 +1,9 @@
-"""Checkpoints of a model and its optimizer that any strategy, mesh and number of ranks can go on from.
+"""Checkpoints of a model and its optimizer that any strategy, mesh and number of ranks can resume from.
 
 What is saved is the whole model's state by the stock names of its parameters, each rank writing its part; what is
 loaded is whatever part a rank holds, to the bit. :mod:`~odysseus_kernels.integrations.checkpoint_files` says what the
-folder is made of. Everything that can be wrong with a checkpoint is found out from its description, before the first
-tensor is changed.
+folder is made of. Everything that can be wrong with a checkpoint is found from its description, before the first tensor
+is changed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def save_checkpoint(
 ) -> None:
     """Saves a parallelized or a stock model, and its optimizer.  Every rank of the model's mesh calls it.
 
-    (Of the default process group, for a stock model.)
+    For a stock model every rank of the default process group does.
 
     The folder appears only when it is complete: until then it is called ``<folder>.unfinished``. A checkpoint of the
     same name is replaced, and nothing else ever is. All ranks must see the same file system.
@@ -60,11 +60,18 @@ def save_checkpoint(
             top level; the same on every rank.
 
     Raises:
-        ValueError: for state that cannot be saved, or a folder that exists and is no checkpoint or holds other things,
-            too; names it, before anything is written.
+        ValueError: for state that cannot be saved, or a folder that exists and is not a checkpoint or holds other
+            things as well; names it, before anything is written.
         CommunicationError: if ranks make other calls, save other tensors or elsewhere, or do not come within the
             ``timeout_s`` that the model was parallelized with.
         RuntimeError: on every rank, if one could not write; an earlier checkpoint of this name is kept.
+
+    Example:
+        >>> model = ody.parallelize(model, mesh)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> ody.save_checkpoint(folder / "step-10", model, optimizer, extra={"step": 10})
+        >>> (folder / "step-10" / "checkpoint.json").exists()
+        True
     """
     named = model_tensors(model)
     tensors = {f"model.{name}": tensor for name, tensor in named.items()}
@@ -112,6 +119,12 @@ def load_checkpoint(
         ValueError: if there is no complete checkpoint, or names, shapes or dtypes are not those of the model or the
             optimizer. The message lists them; nothing was loaded.
         RuntimeError: if a file of the checkpoint cannot be read; the model is then partly loaded.
+
+    Example:
+        >>> ody.save_checkpoint(folder / "step-10", model, extra={"step": 10})  # a stock model
+        >>> model = ody.parallelize(model, mesh, "ulysses")
+        >>> ody.load_checkpoint(folder / "step-10", model)
+        {'step': 10}
     """
     description = files.read_description(Path(folder).absolute())
     targets = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
@@ -164,7 +177,7 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def join_names(names: Iterable[str]) -> str:
-    """Names for a message, of many the first twenty."""
+    """Names for a message, at most the first twenty."""
     ordered = sorted(names)
     rest = f" and {len(ordered) - 20} more" if len(ordered) > 20 else ""
     return ", ".join(ordered[:20]) + rest
@@ -281,7 +294,7 @@ def _new_state(
     described: Mapping[str, Any],
     description: files.Description,
 ) -> tuple[dict[torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]]:
-    """State to be, and by name the tensors in it that are to be read."""
+    """The state to restore, and by name the tensors in it that are to be read."""
     state: dict[torch.Tensor, dict[str, Any]] = {}
     targets: dict[str, torch.Tensor] = {}
     for group, parameters in _named_groups(optimizer, names):

@@ -49,7 +49,7 @@ class Description:
     """What a checkpoint holds, known before any tensor is read.
 
     Attributes:
-        contents: what the writer wanted to be told again.
+        contents: what the writer wants to get back.
         tensors: for each name, dtype and full shape.
     """
 
@@ -66,7 +66,7 @@ class Description:
         }
 
     def metadata(self) -> Metadata:
-        """The same as DCP's planner and reader want it."""
+        """The same, as DCP's planner and reader want it."""
         state: dict[str, Any] = {}
         storage: dict[MetadataIndex, _StorageInfo] = {}
         for name, entry in self._tensors.items():
@@ -88,7 +88,7 @@ def write(
     """Writes tensors (of DTensors, every rank its part) and ``contents``; every rank of ``group`` calls it.
 
     Raises:
-        ValueError: ``folder`` exists and is no checkpoint, or holds other things, too; nothing is touched.
+        ValueError: ``folder`` exists and is not a checkpoint, or holds other things as well; nothing is touched.
         RuntimeError: on every rank, if one could not write; a checkpoint that was there before is kept.
     """
     for path, complete in _made_by_write(folder):
@@ -109,7 +109,7 @@ def read_description(folder: Path) -> Description:
     """The description of a complete checkpoint.
 
     Raises:
-        ValueError: if ``folder`` is none.
+        ValueError: if ``folder`` is not one.
     """
     path = folder / _DESCRIPTION
     if not path.is_file():
@@ -230,7 +230,7 @@ def _beside(folder: Path, what: str) -> Path:
 
 @contextlib.contextmanager
 def _plain_errors(what: str) -> Iterator[None]:
-    """DCP's exception is no Exception, and it warns where no other process takes part, which is meant here."""
+    """DCP's error is not an Exception, and it warns where no other process takes part, which is intended here."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -23,7 +23,7 @@ class AttentionNames:
         query_norm, key_norm: norms over the width of a head, or None.
         window: which layers have the configuration's sliding window: none, all (where it is set), or those that its
             ``layer_types`` name.
-        output_dropout: attribute with the probability of a dropout behind the output projection, or None.
+        output_dropout: attribute with the probability of a dropout after the output projection, or None.
     """
 
     query: str = "q_proj"

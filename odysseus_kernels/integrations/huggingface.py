@@ -58,6 +58,16 @@ def parallelize(
         Ranks that differ in ``"dp"`` alone hold copies and other sequences. Their gradients are not touched here: wrap
         the layers with ``torch.distributed.fsdp.fully_shard(layer, mesh=mesh["dp"])`` afterwards, or the model with
         ``replicate`` of ``torch.distributed._composable.replicate_with_fsdp``.
+
+    Example:
+        >>> model = ody.parallelize(model, mesh, strategy="odysseus")
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> loss = model(**ody.shard_sequence(batch, mesh)).loss  # of all tokens of both ranks
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> weight = model.model.layers[0].mlp.up_proj.weight
+        >>> weight.shape, weight.to_local().shape
+        (torch.Size([144, 96]), torch.Size([72, 96]))
     """
     refuse_replicating_wrappers()
     chosen = get_strategy(strategy)
@@ -99,7 +109,7 @@ def _family(model: nn.Module) -> Family:
 
 
 def _check_nothing_random(config: Any, strategy: str) -> None:
-    """Refuses what would draw other numbers for the same tokens on other ranks."""
+    """Refuses what would draw different random numbers for the same tokens on different ranks."""
     for name in ("residual_dropout", "embedding_dropout", "router_jitter_noise"):
         if getattr(config, name, 0):
             raise ValueError(
@@ -203,7 +213,7 @@ def _expect(module: nn.Module, cls: type) -> None:
 
 
 def _check_parameters(model: nn.Module, parts: list[Part], group: SequenceGroup) -> None:
-    """Refuses parameters that no part accounts for, that are distributed already, or that are elsewhere."""
+    """Refuses parameters that no part accounts for, that are distributed already, or that are on another device."""
     known = {id(p) for part in parts for layer in part.layers.values() for p in layer.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:

@@ -47,7 +47,7 @@ def opened(
         num_items, ignore_index: of the loss.
 
     Raises:
-        ValueError: for another part than the one that this rank computes, or shapes that disagree.
+        ValueError: for a part other than the one that this rank computes, or shapes that disagree.
     """
     if isinstance(descriptor, SequenceCut):
         yield descriptor
@@ -85,10 +85,10 @@ def opened(
         if num_items is not None:
             text += f", num_items_in_batch {token_count(num_items)!r}"
     text += _way(model)
-    group.withdraw()  # what a pass announced that ended with an error before all ranks had said it
+    group.withdraw()  # left over from a pass that ended with an error before any call took it
     group.announce(text)
     if not cut.sharded and group.size > 1:
-        # Ranks of seq have the same tokens, and nothing of them is sent: compare what they have got in the end.
+        # Ranks of seq have the same tokens, and nothing of them is sent: compare what each was given.
         names = ("input_ids", "position_ids", "attention_mask", "labels")
         given = zip(names, (tokens if tokens.ndim == 2 else None, position_ids, attention_mask, targets), strict=True)
         same = {name: tensor for name, tensor in given if tensor is not None}
@@ -168,10 +168,10 @@ def check_no_holes(keys: torch.Tensor) -> None:
 
 
 def targets_of(cut: SequenceCut, shift_labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """Labels, with ``ignore_index`` where there is no token to predict: behind the last one, and in the padding."""
+    """Labels, with ``ignore_index`` where there is no token to predict: after the last one, and in the padding."""
     if cut.declared and not cut.padding:
         return shift_labels
-    last = cut.length - (0 if cut.declared else 1)  # who cuts by hand may know what follows the last token
+    last = cut.length - (0 if cut.declared else 1)  # callers that cut by hand may know what follows the last token
     return shift_labels.masked_fill(cut.positions(shift_labels.device) >= last, ignore_index)
 
 
@@ -191,6 +191,6 @@ def _by_positions(group: SequenceGroup, tokens: torch.Tensor, position_ids: torc
         got = f"position_ids that are not those of this part ({row[0]} to {row[-1]} in the first row)"
     raise ValueError(
         f"input_ids: expected a batch cut {cut.describe()}, and that it says so ({KEY}, which shard_sequence adds), "
-        f"got {got}. Pass the whole batch through shard_sequence(batch, mesh, strategy) on every rank; of inputs "
-        f"that were cut by hand, say so by declare_cut(batch, mesh, strategy)"
+        f"got {got}. Pass the whole batch through shard_sequence(batch, mesh, strategy) on every rank; for inputs "
+        f"that were cut by hand, say so with declare_cut(batch, mesh, strategy)"
     )

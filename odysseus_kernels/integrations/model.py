@@ -143,8 +143,8 @@ class SequenceModel(Stepped):
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         masks = {kind: makers[kind](**arguments) for kind in self._mask_kinds()}
         if real is not None:
-            # An additive mask hides keys by the lowest number, and a query from which all are hidden attends to all
-            # alike: to those that are there without padding.
+            # An additive mask hides keys with the lowest number; a query from which all are hidden attends to all
+            # equally: to those that there are without padding.
             padding = torch.arange(outline.shape[1], device=outline.device) >= real
             for mask in masks.values():
                 if isinstance(mask, torch.Tensor) and mask.is_floating_point():
@@ -166,7 +166,7 @@ class SequenceModel(Stepped):
         return kinds
 
     def _rotation_positions(self, positions: torch.Tensor, real: int | None) -> torch.Tensor:
-        """Positions [B or 1, T] to rotate with: padding counts for no length."""
+        """Positions [B or 1, T] to rotate with: padding does not count towards lengths."""
         if real is None or not self._rotates_by_length():
             return positions
         group = self.sequence_group
@@ -212,7 +212,7 @@ class SequenceModel(Stepped):
             )
             last = natural[:, :real].max()
             positions = self._rotation_positions(positions, real)
-            # Behind the own ones, so that every ring rank's rotation finds the same length.
+            # After the rank's own, so that every ring rank's rotation finds the same length.
             positions = torch.cat((positions, last.expand(positions.shape[0], 1)), dim=1)
         return SequenceMask({}, documents, keys), positions
 
@@ -275,8 +275,8 @@ class SequenceCausalLM(Stepped):
             whole, without it), and None where there are labels.
 
         Raises:
-            ValueError: if ``labels`` come without ``shift_labels`` or these without those, if ``logits_to_keep`` is
-                given, and as the base model does.
+            ValueError: if only one of ``labels`` and ``shift_labels`` is given, if ``logits_to_keep`` is given, and as
+                the base model does.
             RankMismatchError: if ranks were given different batches or divisors of the loss, or compute in other ways.
         """
         if labels is not None and kwargs.get("shift_labels") is None:
@@ -286,10 +286,10 @@ class SequenceCausalLM(Stepped):
             )
         if labels is None and kwargs.get("shift_labels") is not None:
             raise ValueError(
-                "labels: expected them beside shift_labels, got shift_labels alone: whoever takes the labels out of a "
-                "batch that is cut (Trainer with label_smoothing_factor or compute_loss_func does) would shift labels "
-                "again and take the mean of this rank's tokens only. For a loss of your own take out shift_labels too, "
-                "and give the logits to sequence_loss, or make them whole by gather_sequence"
+                "labels: expected them beside shift_labels, got shift_labels alone: code that takes labels out of a "
+                "cut batch (Trainer with label_smoothing_factor or compute_loss_func does) would shift labels "
+                "again and take the mean of this rank's tokens only. For your own loss take out shift_labels, too, "
+                "and give the logits to sequence_loss, or make them whole with gather_sequence"
             )
         if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
             raise ValueError("logits_to_keep: expected 0: the last tokens of the sequence are on the last rank only")
@@ -379,8 +379,8 @@ class SequenceCausalLM(Stepped):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses: rows of a vocabulary that is cut over the ranks cannot be added on one of them."""
         raise RuntimeError(
-            "resize_token_embeddings() does not work on a parallelized model: resize the stock model, and parallelize "
-            "it then. One that is parallelized already is exported by odysseus_kernels.save_pretrained(model, folder)"
+            "resize_token_embeddings() does not work on a parallelized model: resize the stock model, then parallelize "
+            "it. A model that is parallelized already is exported by odysseus_kernels.save_pretrained(model, folder)"
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -47,11 +47,11 @@ def save_pretrained(
 ) -> None:
     """Writes a directory that ``from_pretrained`` loads to the bit.  Every rank of the model's mesh calls it.
 
-    (Of the default process group, for a stock model.)
+    For a stock model every rank of the default process group does.
 
-    It has the stock configuration, generation configuration and weights in files of bounded size; tied weights are
-    saved once. Other files in the folder, such as a tokenizer's, are left alone; earlier weights are replaced at the
-    end.
+    The directory has the stock configuration, generation configuration and weights in files of bounded size; tied
+    weights are saved once. Other files in the folder, such as a tokenizer's, are left alone; earlier weights are
+    replaced at the end.
 
     Args:
         model: parallelized or stock.
@@ -63,7 +63,14 @@ def save_pretrained(
         ValueError: if ``folder`` is a file, or ``max_shard_bytes`` is not positive.
         CommunicationError: if ranks make other calls, save other tensors or elsewhere, or do not come within the
             ``timeout_s`` that the model was parallelized with.
-        RuntimeError: on every rank but the first, if that could not write; there it is what went wrong.
+        RuntimeError: on every rank but the first, if the first could not write; the first raises what went wrong.
+
+    Example:
+        >>> model = ody.parallelize(model, mesh)
+        >>> ody.save_pretrained(model, folder / "export")
+        >>> from transformers import AutoModelForCausalLM
+        >>> type(AutoModelForCausalLM.from_pretrained(folder / "export")).__name__
+        'LlamaForCausalLM'
     """
     target = Path(folder)
     if target.is_file():
@@ -112,6 +119,11 @@ def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> N
     Raises:
         ValueError: if there are no safetensors files, or their names or shapes are not the model's. The message lists
             them; nothing was loaded.
+
+    Example:
+        >>> ody.save_pretrained(model, folder / "export")  # a stock model
+        >>> model = ody.parallelize(model, mesh, "tp")
+        >>> ody.load_pretrained(model, folder / "export")
     """
     source = Path(folder)
     headers = _Headers(source)
@@ -123,7 +135,7 @@ def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> N
 
 
 class _Files:
-    """Weights on their way into files: collected up to a size, written under passing names, renamed at the end."""
+    """Weights on their way into files: collected up to a size, written under temporary names, renamed at the end."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit

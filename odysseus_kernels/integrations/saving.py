@@ -1,4 +1,4 @@
-"""The ranks that save a model together, and that they have all come to do so."""
+"""The ranks that save a model together, and a check that all have come to do so."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SavingRanks:
         return self._group.saving_group() if self._group is not None else None
 
     def come_together(self, what: str, folder: Path, names: Iterable[str]) -> None:
-        """Before anything is written: all ranks are about to do the same.
+        """Checks, before anything is written, that all ranks are about to do the same.
 
         Args:
             what: the function that was called, for errors.

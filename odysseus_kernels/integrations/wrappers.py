@@ -1,4 +1,4 @@
-"""Wrappers of modules that a parallelized model cannot be put into, found out where they are made."""
+"""Wrappers of modules that a parallelized model cannot be put into, refused where they are made."""
 
 from __future__ import annotations
 

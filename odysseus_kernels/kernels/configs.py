@@ -13,7 +13,7 @@ Kernel = Literal["gather_matmul", "matmul_scatter", "weight_gradient"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Registers of a multiprocessor, and those that a kernel which waits leaves to others: one warp of 64 for each thread.
+# Registers of a multiprocessor, and those that a waiting kernel leaves to others: one warp with 64 for each thread.
 _REGISTERS = 65536
 _ROOM = 2048
 
@@ -162,8 +162,8 @@ def shipped(kernel: Kernel, architecture: int, dtype: torch.dtype) -> tuple[Tile
 def candidates(kernel: Kernel, target: Target, dtype: torch.dtype, problem: Problem) -> list[TileConfig]:
     """The shipped configurations that ``target`` can run, the one that should be fastest first.
 
-    The order is a prior for problems that nobody timed: the number of rounds in which the device works off all tiles,
-    times what a round costs.  A choice by timing may take any of them.
+    The order is a prior for problems that nobody timed: the number of rounds that the device needs for all tiles, times
+    what a round costs. Timing may choose any of them.
 
     Raises:
         ValueError: as :func:`shipped`.

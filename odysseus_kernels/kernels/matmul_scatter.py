@@ -36,9 +36,9 @@ __all__ = ["matmul_scatter", "matmul_scatter_kernel"]
 
 @triton.jit
 def release_word(address, value, INTERPRETED: tl.constexpr):
-    """Stores ``value`` in the int32 word at ``address`` (int64), which lies with a peer, behind all that was acquired.
+    """Stores ``value`` in the int32 word at ``address`` (int64), in a peer's memory, after all that was acquired.
 
-    A store and no exchange: a word has one writer, and not every link between GPUs carries atomics.
+    A store rather than an exchange: a word has one writer, and not every link between GPUs carries atomics.
     """
     if INTERPRETED:
         tl.atomic_xchg(address.to(tl.pointer_type(tl.int32)), value, sem="release", scope="sys")

@@ -51,7 +51,8 @@ def prepare(kernel: Kernel, key: Hashable, run: Callable[[], None]) -> None:
         run: launches it with every signal given; what it writes is overwritten later.
 
     Raises:
-        KernelUnavailableError: it cannot be compiled, loaded or launched; for the same key again without a new try.
+        KernelUnavailableError: it cannot be compiled, loaded or launched; the same key then fails again without another
+            attempt.
     """
     key = (kernel, key)
     if key not in _prepared:

@@ -37,7 +37,7 @@ def await_word(word, wanted, aborted, ASYNC: tl.constexpr, INTERPRETED: tl.const
     waiting = missing & (tl.atomic_add(aborted, 0, sem="acquire", scope="sys") == 0)
     while waiting:
         if not INTERPRETED:
-            # All programs may wait for one word: a pause keeps their polling off the data's way.
+            # All programs may wait for one word: a pause keeps their polling out of the data's way.
             tl.inline_asm_elementwise(
                 "nanosleep.u32 $1; mov.u32 $0, $1;", "=r,r", [64], dtype=tl.int32, is_pure=False, pack=1
             )

@@ -83,8 +83,8 @@ def fastest(
     layout: Hashable = (),
     seconds: Callable[[Callable[[], None]], float] = _seconds,
 ) -> TileConfig | None:
-    """The configuration for ``problem``; None where nothing can be timed, or little be won: the
-    kernel then takes the likely best.
+    """The configuration for ``problem``; None where nothing can be timed or little gained: the kernel then takes the
+    likely best.
 
     Args:
         kernel: which kernel.

@@ -44,7 +44,7 @@ class AttentionSpec:
         query_norm, key_norm: attributes with norms over head_dim, or None.
         window: which layers have the configuration's sliding window: none, all (where it is set), or those that its
             ``layer_types`` name.
-        output_dropout: attribute with the probability of a dropout behind the output projection, or None.
+        output_dropout: attribute with the probability of a dropout after the output projection, or None.
     """
 
     query: str
@@ -181,7 +181,7 @@ class _SequenceAttention(nn.Module):
         parts = group.size if group.tokens == "sharded" else 1
         cos, sin = position_embeddings
         if group.ring_size > 1:
-            # Under Ring one more position may lie behind the own ones, for rotations that depend on the last of all.
+            # Under Ring one more position may follow the rank's own, for rotations that depend on the last of all.
             cos, sin = cos[..., : tokens * parts, :], sin[..., : tokens * parts, :]
         if cos.shape[-2] != tokens * parts:
             raise ValueError(
@@ -277,7 +277,7 @@ class HeadParallelAttention(_SequenceAttention):
 
 
 class TensorParallelAttention(_SequenceAttention):
-    """Tokens on all ranks, heads cut over them, with an all-reduce behind (classical TP).
+    """Tokens on all ranks, heads cut over them, followed by an all-reduce (classical TP).
 
     Input and output [B, T, d], equal on all ranks of seq; weights as in :class:`HeadParallelAttention`.
     """
@@ -298,7 +298,7 @@ class TensorParallelAttention(_SequenceAttention):
 
 
 class UlyssesAttention(_SequenceAttention):
-    """Tokens cut over the ranks, changed for heads by an all-to-all, with ZeRO-3 weights (DeepSpeed-Ulysses).
+    """Tokens cut over the ranks, exchanged for heads by an all-to-all, with ZeRO-3 weights (DeepSpeed-Ulysses).
 
     Input and output [B, s, d] with s = T/N. Rows of the query, key and value weights and columns of the output weight
     are cut over all ranks.

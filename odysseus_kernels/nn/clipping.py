@@ -23,12 +23,12 @@ def clip_grad_norm_(
 
     ``torch.nn.utils.clip_grad_norm_`` does that for DTensors of one mesh; this also takes parameters of different
     meshes and plain parameters among them. Every element counts once, however often it is replicated. Norms are added
-    in fp32 (fp64 for fp64 gradients).  Every rank of the meshes calls it; each mesh sends one or two numbers.  What is
-    not finite makes a norm that is not finite on all ranks, and clipped gradients as torch's.
+    in fp32 (fp64 for fp64 gradients).  Every rank of the meshes calls it; each mesh sends one or two numbers.  A
+    gradient that is not finite makes the norm so on all ranks, and is clipped as torch does it.
 
     Args:
         parameters: one or several; plain ones have the same gradient on every rank.
-        max_norm: what the norm may be.
+        max_norm: the largest norm that is left as it is.
         norm_type: order of the norm, at least 1; may be ``math.inf`` or ``"inf"``.
         error_if_nonfinite: whether a norm that is not finite is an error.
 
@@ -36,8 +36,15 @@ def clip_grad_norm_(
         The norm before clipping, a plain scalar.
 
     Raises:
-        ValueError: for another order, or for gradients that still have to be added over ranks.
+        ValueError: for an order below 1, or for gradients that still have to be added over ranks.
         RuntimeError: on all ranks, for a norm that is not finite with ``error_if_nonfinite``; no gradient is changed.
+
+    Example:
+        >>> model = ody.parallelize(model, mesh)
+        >>> model(**ody.shard_sequence(batch, mesh)).loss.backward()
+        >>> norm = ody.clip_grad_norm_(model.parameters(), max_norm=0.5)  # as it was before
+        >>> round(ody.clip_grad_norm_(model.parameters(), max_norm=0.5).item(), 3)
+        0.5
     """
     norm_type, max_norm = float(norm_type), float(max_norm)
     if not norm_type >= 1:
@@ -82,12 +89,12 @@ def _norm(
 ) -> torch.Tensor:
     """The norm of all elements of a mesh."""
     total = torch.zeros((), dtype=dtype, device=device)
-    tensors = [tensor for tensor in tensors if tensor.numel()]  # of nothing there is no largest element
+    tensors = [tensor for tensor in tensors if tensor.numel()]  # an empty tensor has no largest element
     if tensors:
         each = torch.stack([norm.to(device) for norm in torch._foreach_norm(tensors, order, dtype=dtype)])
         total = each.max() if math.isinf(order) else (each**order).sum()
     if math.isinf(order):
-        # Backends drop NaN from a maximum: it is told beside it.
+        # Backends drop NaN from a maximum, so it is sent beside it.
         total = torch.stack((total.nan_to_num(0.0, posinf=math.inf), total.isnan().to(dtype)))
     if mesh is not None:
         partial = Partial("max" if math.isinf(order) else "sum")

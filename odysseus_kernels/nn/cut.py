@@ -1,8 +1,8 @@
 """How a batch was cut: a small tensor that travels with it, and what a model makes of it.
 
 ``shard_sequence`` puts it into the batch as ``sequence_cut``, int64 [B, 8], a row for each sequence.  It is moved,
-copied, pickled, split and joined like every other tensor of the batch, and some rows of it describe these rows.  Its
-columns:
+copied, pickled, split and joined like every other tensor of the batch, and any of its rows describe the same rows of
+the batch.  Its columns:
 
 ====  =================================================================================================================
 0     1: cut by ``shard_sequence``; 2: declared by ``declare_cut``
@@ -35,7 +35,7 @@ KEY = "sequence_cut"
 RING_LAYOUT: layout.Layout = "zigzag"
 _BY_SHARDING, _DECLARED = 1, 2
 _COLUMNS = 8
-# Odd numbers of 64 bits, for sums whose overflow is meant.
+# Odd 64-bit numbers, for sums that are meant to overflow.
 _STEP, _FACTOR = -7046029254386353131, -4658895280553007687
 
 
@@ -77,7 +77,7 @@ class SequenceCut:
 
     @property
     def padding(self) -> int:
-        """Tokens that are no one's."""
+        """Tokens of padding."""
         return self.padded - self.length
 
     def tensor(self, sums: Tensor) -> Tensor:
@@ -89,10 +89,10 @@ class SequenceCut:
 
     @staticmethod
     def read(descriptor: Tensor) -> SequenceCut:
-        """The cut that a descriptor [B, 8] says; waits for the tensor's device.
+        """The cut that a descriptor [B, 8] describes; waits for the tensor's device.
 
         Raises:
-            ValueError: if it is none, or its rows were cut in different ways.
+            ValueError: if it is no such descriptor, or its rows were cut in different ways.
         """
         integers = isinstance(descriptor, Tensor) and descriptor.dtype == torch.int64
         if not integers or descriptor.ndim != 2 or descriptor.shape[1] != _COLUMNS or descriptor.shape[0] == 0:

@@ -41,7 +41,7 @@ class _NotDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, name: str, result: torch.Tensor, *causes: torch.Tensor) -> torch.Tensor:
-        """Returns ``result``, as depending on ``causes``."""
+        """Returns ``result``, marked as depending on ``causes``."""
         ctx.name = name
         return result.view_as(result)
 

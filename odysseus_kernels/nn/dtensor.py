@@ -1,4 +1,4 @@
-"""What torch's DTensor lacks, or does otherwise than parameters of several placements need."""
+"""What torch's DTensor lacks, or does in a way that parameters of several placements cannot use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def complete_dtensor() -> None:
     """Makes two tools of torch work on distributed gradients, and two that would not work say so.
 
     ``torch.amp.GradScaler`` looks for inf and NaN on all ranks of the gradients' meshes.  DTensor shares what was found
-    as the *first* gradient of a list is sharded: behind a replicated one nothing is shared, ranks whose part is finite
+    by the placement of a list's *first* gradient: after a replicated one nothing is shared, ranks whose part is finite
     step while others skip, and scales drift apart.
 
     ``torch.autograd.set_detect_anomaly`` asks whether any element is NaN, which DTensor cannot answer.  Each rank looks
@@ -57,9 +57,9 @@ def _unscale(op_call: torch._ops.OpOverload[..., Any], args: tuple[Any, ...], kw
 
 
 def _any_true(x: Any) -> list[Any]:
-    """Where the result is, for each place where ``x`` may be cut; nothing moves.
+    """Placements of the result for each placement that ``x`` may have; nothing moves.
 
-    Said to be whole although it is of this rank's part: only anomaly mode asks, and takes the answer for that.
+    It is declared whole although it is of this rank's part: only anomaly mode asks, and takes the answer for that.
     """
     cuts = [([Replicate()], [Shard(dim)]) for dim in range(x.ndim)]
     return [([Replicate()], [Replicate()]), *cuts]

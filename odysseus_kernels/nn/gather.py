@@ -1,4 +1,4 @@
-"""Puts what ranks have of a sequence together again."""
+"""Puts the ranks' parts of a sequence together again."""
 
 from __future__ import annotations
 
@@ -25,14 +25,10 @@ def gather_sequence(
     mesh: DeviceMesh,
     config: OverlapConfig | None = None,
 ) -> torch.Tensor:
-    """The whole sequences, on every rank, of what each rank has for its own tokens: logits or hidden states.
+    """Gathers what each rank has for its own tokens (logits, hidden states) as whole sequences, on every rank.
 
-    Tokens come in the order of the sequence, without padding. It is differentiable for what every rank computes alike
-    from the result, a loss for instance: each rank's part gets its part of the gradient, and nothing is sent. ::
-
-        batch = ody.shard_sequence(whole, mesh, strategy)
-        logits = ody.gather_sequence(model(**without_labels(batch)).logits, batch, mesh)  # [B, L, V]
-        loss = my_loss(logits, whole["labels"])  # on every rank
+    Tokens come in the order of the sequence, without padding. It is differentiable as long as every rank computes the
+    same from the result, a loss for instance: each rank's part gets its part of the gradient, and nothing is sent.
 
     Args:
         tensor: [B, s, ...], this rank's part, of any real dtype.
@@ -46,6 +42,14 @@ def gather_sequence(
     Raises:
         ValueError: if ``batch`` does not say how it was cut, or ``tensor`` and ``mesh`` do not fit it.
         CommunicationError: ranks differ, or a peer is lost or silent.
+
+    Example:
+        >>> part = ody.shard_sequence({"input_ids": batch["input_ids"]}, mesh)
+        >>> logits = ody.parallelize(model, mesh)(**part).logits
+        >>> whole = ody.gather_sequence(logits, part, mesh)
+        >>> logits.shape, whole.shape
+        (torch.Size([2, 8, 120]), torch.Size([2, 16, 120]))
+        >>> torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
     """
     if KEY not in batch:
         raise ValueError(f"batch: expected what shard_sequence returned, with {KEY}, got the keys {sorted(batch)}")

@@ -78,7 +78,7 @@ class SequenceGroup:
             announce(name, text)
 
     def withdraw(self) -> None:
-        """Forgets what was announced and no call has taken."""
+        """Forgets what was announced but not yet taken by a call."""
         for name in self._names(()):
             withdraw(name)
 
@@ -144,7 +144,7 @@ class SequenceGroup:
 def _check_order(mesh: DeviceMesh) -> None:
     """Refuses meshes whose coordinates are not the ranks of their process groups, which are ordered by number.
 
-    torch itself takes a rank's part of a DTensor from the one in some places and from the other in others.
+    To find a rank's part of a DTensor, torch itself goes by the one in some places and by the other in others.
     """
     ranks = mesh.mesh
     names = mesh.mesh_dim_names or ()

@@ -29,7 +29,7 @@ def check_identical(tensors: Iterable[tuple[str, torch.Tensor]], group: Sequence
         RankMismatchError: naming the ranks that differ from most others, and the first tensor they differ in.
     """
     named = list(tensors)
-    group.withdraw()  # what a pass of another model announced that ended with an error
+    group.withdraw()  # left over from a pass of another model that ended with an error
     outline = "\n".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named)
     digest = hashlib.blake2b(outline.encode(), digest_size=7).digest()
     # First the structure, in a message of fixed size: checksums of different numbers of tensors cannot be gathered.

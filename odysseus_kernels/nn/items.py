@@ -28,13 +28,7 @@ def num_items_in_batch(
     A step's batches are those that gradients are accumulated over, on every rank of ``"dp"``.  FSDP2 and ``replicate``
     take the *mean* of the gradients over the D ranks of ``"dp"``, so each rank's loss is divided by the tokens of all
     of them over D.  (Without a divisor each batch's loss is the mean over its own tokens: batches with few tokens count
-    as much as batches with many.) ::
-
-        items = ody.num_items_in_batch(batches, mesh)
-        for batch in batches:
-            model(**ody.shard_sequence(batch, mesh, strategy), num_items_in_batch=items).loss.backward()
-
-    The mean over tokens is then the mean over ``"dp"`` of the sum of these losses.
+    as much as batches with many.)  The mean over tokens is then the mean over ``"dp"`` of the sum of these losses.
 
     Args:
         batches: this rank's whole batches of the step, before they are cut; one, or all that are accumulated.
@@ -48,6 +42,15 @@ def num_items_in_batch(
     Raises:
         ValueError: for batches without labels, or that are cut already.
         CommunicationError: a rank of ``"dp"`` is lost or silent.
+
+    Example:
+        >>> model = ody.parallelize(model, mesh)
+        >>> batches = [batch, batch]  # whose gradients are added
+        >>> items = ody.num_items_in_batch(batches, mesh)
+        >>> items  # 2 sequences of 16 tokens in each, the first of which nothing predicts
+        60.0
+        >>> for one in batches:
+        ...     model(**ody.shard_sequence(one, mesh), num_items_in_batch=items).loss.backward()
     """
     several = [batches] if isinstance(batches, Mapping) else list(batches)
     SequenceGroup.of(mesh)

@@ -65,7 +65,7 @@ class VocabParallelLinear(nn.Module):
     Shapes: input [..., K], weight [V, K] and bias [V] as DTensors with placement Shard(0), output [..., V].
 
     Attributes:
-        tokens: ``"sharded"``: every rank has as many tokens of its own, and gets the logits of those;
+        tokens: ``"sharded"``: every rank has its own tokens, equally many, and gets the logits of those;
             ``"replicated"``: every rank has all tokens, and gets the logits of all.
     """
 

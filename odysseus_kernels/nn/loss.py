@@ -1,6 +1,6 @@
 """Cross-entropy as the mean over all tokens of all ranks, in memory that does not grow with the sequence.
 
-The value is the global mean on every rank.  Backward of it gives each rank the gradient of that global mean with
+The value is the global mean on every rank.  Its backward gives each rank the gradient of that global mean with
 respect to its own logits, so the sum over ranks of every parameter's gradient is the gradient of the whole batch.
 Where tokens are replicated over "seq", each of its ranks has the gradient with respect to all of them.
 """
@@ -87,6 +87,12 @@ def sequence_loss(
         RankMismatchError: if ``num_items`` or ``ignore_index`` differ between ranks, with the next call that compares
             them; in backward likewise if the loss was scaled differently. (A gradient on a GPU is not looked at: the
             host would have to wait for it. Replicated tokens without a head that is cut send nothing.)
+
+    Example:
+        >>> part = ody.shard_sequence(batch, mesh)
+        >>> logits = torch.zeros(2, 8, 120, requires_grad=True)  # of this rank's tokens
+        >>> loss = ody.sequence_loss(logits, part["shift_labels"], mesh)
+        >>> torch.testing.assert_close(loss, torch.tensor(120.0).log())
     """
     if tokens not in get_args(Tokens):
         raise ValueError(f'tokens: expected "sharded" or "replicated", got {tokens!r}')
@@ -105,7 +111,7 @@ def sequence_loss(
     items = token_count(num_items)
     rows = logits_or_hidden.reshape(-1, logits_or_hidden.shape[-1])
     targets = labels.reshape(-1).to(rows.device)
-    group.withdraw()  # what a pass announced that ended with an error before all ranks had said it
+    group.withdraw()  # left over from a pass that ended with an error before any call took it
     group.announce(f"loss over {'valid' if items is None else repr(items)} tokens, ignore_index {ignore_index}")
     try:
         if head is None:
@@ -149,7 +155,7 @@ def _cross_entropy_through_head(
     def of_chunk(hidden_chunk: torch.Tensor, target_chunk: torch.Tensor) -> torch.Tensor:
         return ChunkedCrossEntropy.apply(head(hidden_chunk), target_chunk, ignore_index, chunk_rows)  # type: ignore
 
-    # Every rank has as many rows, hence as many chunks: a head that communicates is called equally often everywhere.
+    # All ranks have equally many rows and chunks: a head that communicates is called equally often everywhere.
     sums = [
         checkpoint(of_chunk, chunk, target, use_reentrant=False)
         for chunk, target in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
@@ -231,8 +237,8 @@ class GlobalMean(torch.autograd.Function):
         (grad,) = grad_outputs
         group = ctx.group
         if grad.device.type == "cpu":
-            # Gradients are added over the ranks: a loss that one of them scales by itself, or that is of another
-            # forward than theirs, is no one's loss.
+            # Gradients are added over the ranks: a loss that only one of them scales, or that belongs to another forward
+            # pass than theirs, is the loss of none.
             groups = (group.everyone,) if group.tokens == "sharded" else (group.group, group.ring)
             group.announce(f"gradient {grad.item()!r} of the loss{ctx.of}", *(one for one in groups if one is not None))
         return (grad / ctx.divisor).to(grad.dtype), None, None, None

@@ -24,15 +24,6 @@ _NARROW = (torch.bfloat16, torch.float16)
 class MasterWeights(torch.optim.Optimizer):
     """Runs any optimizer on fp32 copies of bf16 or fp16 parameters.
 
-    ::
-
-        model = ody.parallelize(model.bfloat16(), mesh)
-        optimizer = ody.MasterWeights(torch.optim.AdamW, model.parameters(), lr=1e-4, fused=True)
-        loss.backward()  # any number of micro-batches
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
     It is used as every optimizer is: ``param_groups`` hold the model's parameters, learning rate schedulers change
     them, and ``state`` has for each narrow parameter what the inner optimizer keeps and, as ``"master"``, the fp32
     copy, so that :func:`odysseus_kernels.save_checkpoint` and ``state_dict`` restore training to the bit. Wider
@@ -50,6 +41,15 @@ class MasterWeights(torch.optim.Optimizer):
 
     Raises:
         ValueError: for a ``grad_dtype`` other than fp32 or None, or where this torch has none.
+
+    Example:
+        >>> model = ody.parallelize(model.bfloat16(), mesh)
+        >>> optimizer = ody.MasterWeights(torch.optim.AdamW, model.parameters(), lr=1e-4)
+        >>> model(**ody.shard_sequence(batch, mesh)).loss.backward()  # any number of micro-batches
+        >>> optimizer.step()
+        >>> weight = model.model.norm.weight
+        >>> weight.dtype, optimizer.state[weight]["master"].dtype
+        (torch.bfloat16, torch.float32)
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class MasterWeights(torch.optim.Optimizer):
         if grad_dtype not in (torch.float32, None):
             raise ValueError(f"grad_dtype: expected torch.float32 or None, got {grad_dtype}")
         if grad_dtype is not None and not hasattr(torch.Tensor, "grad_dtype"):
-            raise ValueError(f"grad_dtype: expected None, torch {torch.__version__} adds in the own type")
+            raise ValueError(f"grad_dtype: expected None, torch {torch.__version__} adds in the gradient's own type")
         super().__init__(params, {})
         complete_dtensor()
         groups, self._masters = [], dict[torch.Tensor, torch.Tensor]()

@@ -1,4 +1,4 @@
-"""Feed-forward networks: on own tokens with ZeRO-3 weights, or with the intermediate size cut over the ranks."""
+"""Feed-forward networks: on each rank's own tokens with ZeRO-3 weights, or cut along the intermediate size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MLPSpec:
         up: projection to the intermediate size.
         down: projection back to the hidden size.
         activation: attribute that holds the activation function.
-        dropout: attribute with the probability of a dropout behind the network, or None.
+        dropout: attribute with the probability of a dropout after the network, or None.
     """
 
     gate: str | None
@@ -99,7 +99,7 @@ class Zero3MLP(_MLP):
 class SequenceParallelMLP(_MLP):
     """Tokens cut over the ranks outside, the intermediate size inside (TP-SP).
 
-    Shapes: input and output [B, s, d]; gate and up are column-parallel (rows over seq) behind one all-gather, down is
+    Shapes: input and output [B, s, d]; gate and up are column-parallel (rows over seq) after one all-gather, down is
     row-parallel (columns over seq) before a reduce-scatter.
     """
 
@@ -114,7 +114,7 @@ class SequenceParallelMLP(_MLP):
 
 
 class TensorParallelMLP(_MLP):
-    """Tokens on all ranks, the intermediate size cut over them, with an all-reduce behind (classical TP).
+    """Tokens on all ranks, the intermediate size cut over them, followed by an all-reduce (classical TP).
 
     Shapes: input and output [B, T, d], equal on all ranks of seq; weights as in :class:`SequenceParallelMLP`.
     """

@@ -12,7 +12,7 @@ __all__ = ["retire_parameter"]
 class ReplacedParameter(nn.Parameter):
     """A full parameter after its model got a distributed one instead.
 
-    An optimizer made before holds it, finds no gradient and would change nothing without a word; clipping would see a
+    An optimizer made before holds it, finds no gradient and would silently change nothing; clipping would see a
     norm of 0. So its gradient cannot be asked for.
     """
 

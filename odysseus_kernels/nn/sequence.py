@@ -33,10 +33,10 @@ def shard_sequence(
 ) -> dict[str, torch.Tensor]:
     """This rank's part of a batch that every rank has, ready for ``model(**batch)`` of a parallelized model.
 
-    The sequence is padded at its end, cut into two blocks for each ring rank, of which ring rank i gets the i-th from
-    the front and the i-th from the end (with a ring only), and what a ring rank got is cut into N slices, of which rank
-    r of seq gets the r-th. Under ``"tp"``, whose ranks of seq hold the same tokens, there is no such second cut. Labels
-    are shifted by one *before* cutting, so that the last token of a slice predicts the first of the next one.
+    The sequence is padded at its end. With a ring it is cut into two blocks for each ring rank: ring rank i gets the
+    i-th from the front and the i-th from the end. What a ring rank has is cut into N slices, and rank r of seq gets the
+    r-th; under ``"tp"``, whose ranks of seq hold the same tokens, there is no such second cut. Labels are shifted by
+    one *before* cutting, so that the last token of a slice predicts the first of the next one.
 
     Args:
         batch: ``input_ids`` [B, L] and, if wanted, ``labels`` [B, L] (not shifted, as a stock model takes them),
@@ -51,10 +51,18 @@ def shard_sequence(
         for computing a loss at all. Where the sequence was padded, also ``counted_tokens``, 0 for padding, which losses
         over all tokens leave out (that of a mixture's router). ``sequence_cut`` [B, 8] says how the batch was cut,
         and how long it was before padding; the model compares it with how it is parallelized, and ranks compare what
-        they cut (see ``nn/cut.py``). All have a row for each sequence: some rows of all of them are a batch, too.
+        they cut (see ``nn/cut.py``). All have a row for each sequence, so that a selection of rows, the same from each,
+        is a batch, too.
 
     Raises:
         ValueError: for missing or unknown keys, wrong shapes or dtypes.
+
+    Example:
+        >>> part = ody.shard_sequence(batch, mesh)
+        >>> batch["input_ids"].shape, part["input_ids"].shape
+        (torch.Size([2, 16]), torch.Size([2, 8]))
+        >>> torch.equal(part["shift_labels"][:, :7], batch["labels"][:, 8 * rank + 1 : 8 * rank + 8])
+        True
     """
     group = _group(mesh, strategy)
     batch_size, length = _check(batch)
@@ -90,11 +98,11 @@ def shard_sequence(
 def declare_cut(
     batch: Mapping[str, torch.Tensor], mesh: DeviceMesh, strategy: str = "odysseus", *, length: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Says of a batch that was cut by hand that it is this rank's part, as :func:`shard_sequence` would have cut it.
+    """Declares that a batch cut by hand is this rank's part, as :func:`shard_sequence` would have cut it.
 
-    A model takes a part without such a word only if its ``position_ids`` are those of the part, counted through the
-    whole sequence. Nothing is known then, nor here, of what other ranks have cut: that all cut the same sequences is
-    on the caller.
+    Without this a model takes a part only if its ``position_ids`` are those of the part, counted through the whole
+    sequence. Either way nothing is known of what other ranks have cut: it is up to the caller that all cut the same
+    sequences.
 
     Args:
         batch: this rank's part: ``input_ids`` [B, s] or ``inputs_embeds`` [B, s, d], and what else the model takes
@@ -108,6 +116,14 @@ def declare_cut(
 
     Raises:
         ValueError: for a part that cannot be one of this mesh, or a length that does not fit.
+
+    Example:
+        >>> ids = batch["input_ids"].chunk(2, dim=1)[rank]  # cut by hand: 8 tokens each
+        >>> part = ody.declare_cut({"input_ids": ids}, mesh)
+        >>> part["position_ids"][0, 0].item() == 8 * rank
+        True
+        >>> ody.parallelize(model, mesh)(**part).logits.shape
+        torch.Size([2, 8, 120])
     """
     group = _group(mesh, strategy)
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))

@@ -1,4 +1,4 @@
-"""Where a model's step begins and ends, so that an error on one rank is one on all: ``comm/shared_step.py``."""
+"""Where a model's step begins and ends, so that an error on one rank becomes one on all: ``comm/shared_step.py``."""
 
 from __future__ import annotations
 
@@ -18,15 +18,10 @@ __all__ = ["Stepped", "step"]
 
 @contextlib.contextmanager
 def step(model: nn.Module) -> Iterator[None]:
-    """All that happens within is one step of a parallelized model: an error in it on one rank is one on all.
+    """Everything within the block is one step of a parallelized model: an error on one rank becomes one on all.
 
-    A forward pass is such a step by itself, with its backward pass. This is for code between and behind these that may
-    fail on one rank: a loss or metric of one's own, a logger, an optimizer's step. ::
-
-        with ody.step(model):
-            loss = my_loss(model(**batch).logits)
-            loss.backward()
-            optimizer.step()
+    A forward pass is such a step by itself, with its backward pass. This is for code between and after these that may
+    fail on one rank: a loss or metric of your own, a logger, an optimizer's step.
 
     Whatever is raised within is raised again, after all ranks of the mesh have been told: those that wait in an
     operator leave it within two seconds with a :class:`~odysseus_kernels.errors.PeerLostError` that names this rank
@@ -40,6 +35,14 @@ def step(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model is not parallelized.
         CommunicationError: if ranks cannot begin a step together after an earlier error.
+
+    Example:
+        >>> model = ody.parallelize(model, mesh)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with ody.step(model):
+        ...     loss = model(**ody.shard_sequence(batch, mesh)).loss
+        ...     loss.backward()
+        ...     optimizer.step()
     """
     groups = [module.sequence_group for module in model.modules() if isinstance(module, Stepped)]
     if not groups:
@@ -49,7 +52,7 @@ def step(model: nn.Module) -> Iterator[None]:
 
 
 class Stepped(nn.Module):
-    """A model whose call, hooks included, and the backward pass of what it returns are a step."""
+    """A model whose call (hooks included), together with the backward pass of what it returns, is a step."""
 
     sequence_group: SequenceGroup
 
@@ -64,7 +67,7 @@ class Stepped(nn.Module):
 
 
 def _watch_backward(outputs: Any, steps: StepGroups) -> None:
-    """Has an error in the backward pass of any output told to all ranks."""
+    """Makes sure that all ranks are told of an error in the backward pass of any output."""
     values = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else ()
     watched: list[Any] = [value for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]
     backward = _Backward(steps)
@@ -97,7 +100,7 @@ class _Backward:
             self._steps.leave(None)
 
     def run(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """``loss.backward()`` itself: an error of it is told with its text."""
+        """``loss.backward()`` itself: all ranks are told the text of its error."""
         self._guarded = True
         try:
             torch.Tensor.backward(loss, *args, **kwargs)
@@ -115,7 +118,7 @@ class Loss(torch.Tensor):
     _step: _Backward
 
     def backward(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """As of every tensor."""
+        """As for any tensor."""
         self._step.run(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -1,6 +1,6 @@
 """The fused operators, one file each, and their unfused twins in :mod:`~odysseus_kernels.ops.reference`.
 
-Names are what is done in order: ``linear_all_to_all`` multiplies and then exchanges tokens for heads (Ulysses' query,
+Names say what is done, in order: ``linear_all_to_all`` multiplies and then exchanges tokens for heads (Ulysses' query,
 key and value projections), ``all_to_all_linear`` exchanges heads for tokens and then multiplies (its output
 projection).
 """

@@ -1,4 +1,4 @@
-"""A product whose rows are summed over the ranks and then are on all of them: tensor parallelism's all-reduce.
+"""A product whose rows are summed over the ranks, with the sum on all of them: tensor parallelism's all-reduce.
 
 It is a reduce-scatter fused with the product, and a gather of the summed rows.  Cut into blocks, the gather of one
 block travels while the next one multiplies: a transport's call may have both.  Each sum is made once, on the rank that
@@ -46,7 +46,7 @@ def sum_rows(
 ) -> Tensor:
     """[lines, width] of ``like``'s type, the sum over all ranks, bitwise equal on all of them.
 
-    Each rank sends 2 (N - 1) / N of it; where N does not divide ``lines``, of as many as it divides.
+    Each rank sends 2 (N - 1) / N of it, with ``lines`` rounded up to a multiple of N.
 
     Args:
         operator, phase, shapes, own: as in :class:`~odysseus_kernels.comm.choice.selection.Phase`.
@@ -61,7 +61,7 @@ def sum_rows(
         meanwhile: called once in each run while the last rows travel.
     """
     world, rank = group.size(), group.rank()
-    # Every rank owns equally many lines of each block; only the last block can have some beyond the end.
+    # Every rank owns equally many lines of each block; only the last block can have lines beyond the end.
     padded = -(-lines // world) * world
     whole = like.new_empty((padded, width))
 

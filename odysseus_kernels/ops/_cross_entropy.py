@@ -85,13 +85,13 @@ def loss_config(key: str) -> OverlapConfig:
 
 
 def loss_phase(operator: str, phase: str, rows: int, weight: Tensor, gathered: int, scattered: int) -> Phase:
-    """What the choice of a mode depends on; ``rows`` are all that meet ``weight`` in this phase, bytes of a chunk."""
+    """What the choice of a mode depends on; ``rows`` counts all that meet ``weight``, bytes are a chunk's."""
     products = 1 if phase == "forward" else 3
     return Phase(
         operator=operator,
         phase=phase,
         shapes=f"gathers {gathered}, scatters {scattered}",
-        # Not the rows: they may change on one rank alone, and ranks have to come to a choice together.
+        # Not the rows: they may change on one rank alone, and ranks have to choose anew together.
         own=f"weight {list(weight.shape)}",
         dtype=weight.dtype,
         flops=2 * products * rows * weight.numel(),

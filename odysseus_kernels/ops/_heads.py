@@ -1,4 +1,4 @@
-"""How whole sequences cut by heads and all heads cut by tokens correspond: Ulysses' two layouts.
+"""Ulysses' two layouts, whole sequences cut by heads and all heads cut by tokens, and how they correspond.
 
 Rank r of N holds either its L/N tokens of all heads, or its heads for all L tokens.  Going from one to the other each
 rank makes one block for every other, which is the ``received`` side of an exchange: no rank stages what it sends.

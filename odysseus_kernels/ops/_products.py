@@ -1,9 +1,8 @@
 """Local matrix products that write where they are told: slices of outputs, peers' memory, windows in flight.
 
 Canonical form.  The dimension that is cut over the ranks splits a tensor into [batch, rows, inner, features]; blocks
-are [batch, rows, inner * features], so a row is contiguous and any number of dimensions before or behind the cut one
-works.
-Everything here is for use below autograd.
+are [batch, rows, inner * features], so a row is contiguous and any number of dimensions before or after the cut one
+works.  Everything here is for use below autograd.
 """
 
 from __future__ import annotations
@@ -211,9 +210,9 @@ class WeightGradient:
 class CommonBiasGradient:
     """Sum of all ranks' rows of a gathered gradient, the same bits on every rank.
 
-    Ranks visit one another's rows in orders of their own, and their own ones whole where those of others come in
-    pieces.  A replicated parameter must not drift apart by such roundings: the sums of all pieces are kept, one's own
-    rows are added in the pieces of the others, and all of them in the order of ranks.
+    Each rank visits rows in an order of its own, and takes its own rows whole where those of others come in pieces.
+    Such differences in rounding must not let a replicated parameter drift apart: the sums of all pieces are kept, the
+    rank's own rows are added in the same pieces as the others', and all of them in rank order.
     """
 
     def __init__(self, weight: Tensor, rank: int, world: int) -> None:

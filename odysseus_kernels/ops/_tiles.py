@@ -39,7 +39,7 @@ _MOST_PROJECTIONS = 3
 
 
 def can_serve(layout: Layout, weights: Sequence[Tensor]) -> bool:
-    """Whether the kernels can do it: chunks that are plain matrices, up to three projections laid out alike."""
+    """Whether the kernels can serve it: chunks that are plain matrices, up to three projections laid out alike."""
     if not _installed():
         return False
     if layout.batch != 1 or layout.inner_size != 1 or layout.rows < 1 or len(weights) > _MOST_PROJECTIONS:
@@ -77,7 +77,7 @@ def _prepare(
 def _projection(
     local: Tensor, world: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Problem, Hashable]:
-    """The problem, and what else tells it from others."""
+    """The problem, and what else distinguishes it from others."""
     from odysseus_kernels.kernels.configs import Problem
 
     problem = Problem(world, local.shape[0], tuple(weight.shape[0] for weight in weights), local.shape[1])
@@ -145,7 +145,7 @@ def _run_project(
 
 
 def keep(found: TileGather, into: Tensor) -> None:
-    """Copies the gathered chunks [world * rows, K] into rank order, behind a kernel that has waited for them all."""
+    """Copies the gathered chunks [world * rows, K] into rank order, after a kernel that has waited for them all."""
     by_rank = into.view(found.world, *found.local.shape)
     by_rank[found.rank].copy_(found.local)
     for visit in range(found.world - 1):
@@ -193,7 +193,7 @@ def prepare_scatter(
         )
 
         def run(config: TileConfig | None, kept: object = (signals, place)) -> None:
-            # What the kernel knows by addresses alone has to live as long as this.
+            # ``kept``: tensors that the kernel knows only by their addresses must live as long as this.
             _run_scatter(found, xs, weights, bias, config)
 
         return run

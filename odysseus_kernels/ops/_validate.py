@@ -16,7 +16,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def group_by_name(name: str) -> torch.distributed.ProcessGroup:
-    """The process group that a custom operator was called with; operators take names since groups are no values."""
+    """The process group that a custom operator was called with; they take names, since they cannot take groups."""
     return torch._C._distributed_c10d._resolve_process_group(cast(Any, name))
 
 

@@ -1,4 +1,4 @@
-"""All-gather fused with the linear layers behind it.
+"""All-gather fused with the linear layers that follow it.
 
 The products of a rank's chunk start with the local shard and go round the ring; on the symmetric transport they read
 peers' shards where they lie, so the gathered tensor never exists.  Buffers, streams and who may run beside the
@@ -89,6 +89,12 @@ def all_gather_linear(
     Raises:
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+
+    Example:
+        >>> x, wq, wk = torch.ones(1, 8, 16), torch.ones(6, 16), torch.ones(2, 16)
+        >>> q, k = ody.all_gather_linear(x, (wq, wk), group=group)
+        >>> q.shape, k.shape
+        (torch.Size([1, 16, 6]), torch.Size([1, 16, 2]))
     """
     single = isinstance(weight, Tensor)
     config = check_config(config)

@@ -55,7 +55,7 @@ def all_to_all_linear(
     weight gradient:  dweight [n, k/M]   = RS(dy.T @ A2A(x)), added in fp32: the sum over all ranks' tokens
     bias gradient:    dbias [n/M]        = RS(sum of dy)
 
-    What the all-to-all brought, as large as x, is kept for the weight gradient instead of x.
+    The result of the all-to-all, as large as x, is kept for the weight gradient instead of x.
 
     Args:
         x: [..., L, k/N], this rank's heads; equal shapes on all ranks.
@@ -72,6 +72,13 @@ def all_to_all_linear(
     Raises:
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+
+    Example:
+        >>> o = torch.ones(1, 16, 6, requires_grad=True)  # this rank's half of 12 features, for all 16 tokens
+        >>> weight_shard = torch.ones(20, 6, requires_grad=True)  # and its half of a weight [20, 12]
+        >>> y = ody.all_to_all_linear(o, weight_shard, group=group)
+        >>> y.shape  # all features of this rank's 8 tokens
+        torch.Size([1, 8, 20])
     """
     check_tensors(_NAME, x=x, weight_shard=weight_shard, bias_shard=bias_shard)
     config = check_config(config)

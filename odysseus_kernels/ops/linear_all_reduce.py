@@ -1,4 +1,4 @@
-"""Tensor parallelism's second half: a row-parallel linear layer fused with the all-reduce behind it.
+"""Tensor parallelism's second half: a row-parallel linear layer fused with the all-reduce that follows it.
 
 Parts of other ranks' rows leave as they are produced, and the summed rows come back.  Buffers, streams and who may run
 beside the operator are the transport's contract (``comm/host/transport.py``, ``comm/collective/transport.py``).
@@ -46,7 +46,7 @@ def linear_all_reduce(
     y is the same on all ranks, and so is dy: nothing is sent in backward.
 
     Args:
-        x: [..., k]; the dimensions other than k are equal on all ranks, and need not divide.
+        x: [..., k]; the dimensions other than k are equal on all ranks; N need not divide them.
         weight: [n, k], this rank's columns.
         bias: [n], the same on all ranks; added once, not once for each rank.
         group: the ranks; None is the default group.
@@ -58,6 +58,12 @@ def linear_all_reduce(
     Raises:
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+
+    Example:
+        >>> x, weight, bias = torch.ones(5, 8), torch.ones(3, 8), torch.ones(3)
+        >>> y = ody.linear_all_reduce(x, weight, bias, group=group)
+        >>> y[0]  # 8 features on each of 2 ranks, and the bias once
+        tensor([17., 17., 17.])
     """
     check_tensors(_NAME, x=x, weight=weight, bias=bias)
     config = check_config(config)
@@ -106,8 +112,8 @@ def _backward(
 ) -> list[Tensor]:
     """[dx, dweight, dbias]; an empty tensor stands for a gradient that is not needed.
 
-    An operator of its own although nothing is sent: torch would differentiate plain products once more, without the
-    sums over the ranks that belong to second derivatives.
+    A separate operator although nothing is sent: torch would differentiate plain products again, without the sums over
+    the ranks that second derivatives need.
     """
     lines, nothing = grad.reshape(-1, grad.shape[-1]), x.new_empty(0)
     return [

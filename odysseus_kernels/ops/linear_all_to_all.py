@@ -1,4 +1,4 @@
-"""Ulysses' first half: linear layers with ZeRO-3 weights fused with the all-to-all behind them.
+"""Ulysses' first half: linear layers with ZeRO-3 weights fused with the all-to-all that follows them.
 
 One exchange does both: as a rank is visited, its rows of the weights arrive, which are the rows of its heads; their
 product with this rank's tokens is what that rank needs, and leaves while the next one is computed.  On transports that
@@ -103,6 +103,13 @@ def linear_all_to_all(
     Raises:
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+
+    Example:
+        >>> x = torch.ones(1, 8, 16)  # this rank's 8 of 16 tokens
+        >>> wq, wkv = torch.ones(4 * 5 // 2, 16), torch.ones(2 * 5 // 2, 16)  # 4 and 2 heads of 5; its rows
+        >>> q, k, v = ody.linear_all_to_all(x, (wq, wkv, wkv), heads=(4, 2, 2), group=group)
+        >>> q.shape, k.shape  # all tokens of this rank's heads
+        (torch.Size([1, 16, 10]), torch.Size([1, 16, 5]))
     """
     single = isinstance(weight_shard, Tensor)
     config = check_config(config)

@@ -1,4 +1,4 @@
-"""A linear layer fused with the reduce-scatter behind it.
+"""A linear layer fused with the reduce-scatter that follows it.
 
 A rank computes its part of every other rank's rows first and its own last; parts leave as they are produced and are
 added, in fp32, while the next one is computed.  Buffers, streams and who may run beside the operator are the
@@ -63,6 +63,12 @@ def linear_reduce_scatter(
     Raises:
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+
+    Example:
+        >>> x, weight = torch.ones(1, 16, 8), torch.ones(3, 8)  # all 16 tokens, this rank's 8 of 16 features
+        >>> y = ody.linear_reduce_scatter(x, weight, group=group)
+        >>> y.shape, y[0, 0, 0].item()
+        (torch.Size([1, 8, 3]), 16.0)
     """
     check_tensors(_NAME, x=x, weight=weight, bias=bias)
     key = check_config(config).key()

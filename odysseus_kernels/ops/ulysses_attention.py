@@ -1,4 +1,4 @@
-"""Ulysses around any attention function: tokens are exchanged for heads before it, and heads for tokens behind it.
+"""Ulysses around any attention function: tokens are exchanged for heads before it, and heads for tokens after it.
 
 For users with projections of their own; :func:`~odysseus_kernels.ops.linear_all_to_all` and
 :func:`~odysseus_kernels.ops.all_to_all_linear` fuse the same exchanges with the projections.  Buffers, streams and who
@@ -29,7 +29,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's attention, causal; q [B, heads, L, head_dim], k and v with as many heads or fewer that are shared."""
+    """PyTorch's causal attention; q [B, heads, L, head_dim], k and v with equally many heads or fewer, shared ones."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -42,11 +42,11 @@ def ulysses_attention(
     attention: Attention = causal_attention,
     config: OverlapConfig | None = None,
 ) -> Tensor:
-    """``attention`` over the whole sequence of which each rank has some tokens, differentiable.
+    """Runs ``attention`` over the whole sequence, of which each rank has some tokens; differentiable.
 
-    N ranks; B batch, s = L/N tokens of this rank.  Each rank gets heads/N query heads of all L tokens, and of key and
-    value heads as many, or, where there are fewer heads than ranks, the one that its query heads use: that head is then
-    sent to N / kv_heads ranks, whose gradients add up.
+    N ranks; B batch, s = L/N tokens of this rank.  Each rank gets heads/N query heads of all L tokens, and kv_heads/N
+    key and value heads or, where there are fewer of these than ranks, the one that its query heads use: that head is
+    then sent to N / kv_heads ranks, whose gradients add up.
 
     Args:
         q: [B, heads, s, head_dim], this rank's tokens; equal shapes on all ranks.
@@ -60,8 +60,16 @@ def ulysses_attention(
         [B, heads, s, any], this rank's tokens.
 
     Raises:
-        ValueError: bad input, before anything is sent; heads that the ranks cannot share out, with what would divide.
+        ValueError: bad input, before anything is sent; heads that the ranks cannot share out (it says what would do).
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+
+    Example:
+        >>> q, kv = torch.ones(1, 4, 8, 16), torch.ones(1, 2, 8, 16)  # 4 and 2 heads, 8 of 16 tokens
+        >>> def attention(q, k, v):  # over all tokens of this rank's heads
+        ...     assert q.shape == (1, 2, 16, 16) and k.shape == v.shape == (1, 1, 16, 16)
+        ...     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        >>> ody.ulysses_attention(q, kv, kv, group=group, attention=attention).shape
+        torch.Size([1, 4, 8, 16])
     """
     check_tensors(_NAME, q=q, k=k, v=v)
     key = check_config(config).key()
@@ -78,7 +86,7 @@ def ulysses_attention(
             )
     if not q.shape[0] == k.shape[0] == v.shape[0] or not q.shape[2] == k.shape[2] == v.shape[2]:
         raise ValueError(
-            f"{_NAME}: expected q, k and v of one batch and as many tokens, got {list(q.shape)}, {list(k.shape)} and "
+            f"{_NAME}: expected q, k and v of one batch and one length, got {list(q.shape)}, {list(k.shape)} and "
             f"{list(v.shape)}"
         )
     if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:

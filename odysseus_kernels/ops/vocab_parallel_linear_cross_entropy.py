@@ -1,8 +1,8 @@
 """Cross-entropy of a linear head of which every rank holds some rows of the vocabulary, without its logits.
 
-``tokens="sharded"``: every rank has as many tokens of its own.  They visit the rank's part of the vocabulary, a chunk
-at a time, and the statistics of each token (two numbers) travel back to its rank.  ``tokens="replicated"``: every rank
-has all tokens, and only statistics and the input's gradient travel.
+``tokens="sharded"``: every rank has its own tokens, equally many.  They visit the rank's part of the vocabulary, a
+chunk at a time, and the statistics of each token (two numbers) travel back to its rank.  ``tokens="replicated"``: every
+rank has all tokens, and only statistics and the input's gradient travel.
 
 What is given to a visit is a peer's memory or a buffer of the transport, read on the calling thread until the visit
 returns; input gradients leave while the next rank's tokens are multiplied.
@@ -73,7 +73,7 @@ def vocab_parallel_linear_cross_entropy(
     rank's value where they are replicated.
 
     Args:
-        hidden: [..., d]; sharded: this rank's tokens, as many on every rank; replicated: the same on every rank.
+        hidden: [..., d]; sharded: this rank's tokens, equally many on every rank; replicated: the same on every rank.
         targets: [...], integers below V, or ``ignore_index``, of the tokens in ``hidden``.
         weight: [V/N, d], this rank's rows of the weight.
         bias: [V/N], of the same rows, or None.
@@ -172,7 +172,7 @@ def _forward(
 
 
 def _shapes(vocabulary_rows: Sequence[int], ignore_index: int) -> str:
-    """What every rank takes the others to have."""
+    """What every rank assumes that the others have."""
     return f"vocabulary_rows {list(vocabulary_rows)}, ignore_index {ignore_index}"
 
 
@@ -241,7 +241,7 @@ def _backward(
         )
 
     if sharded:
-        # Each token's logsumexp and, behind them, the gradient of the rank's value.
+        # Each token's logsumexp and, after them, the gradient of the rank's value.
         shared = (hidden.contiguous(), torch.cat((log_sums, grad.reshape(1))))
         sums = (dhidden,) if hidden_needed else ()
 

@@ -143,7 +143,7 @@ def _phase(
         operator=_NAME,
         phase=phase,
         shapes=f"gathers {[list(shard.shape) for shard in gathered]}, sums {[list(shard.shape) for shard in summed]}",
-        own="",  # tokens may change on one rank alone, and ranks have to come to a choice together
+        own="",  # tokens may change on one rank alone, and ranks have to choose anew together
         dtype=dtype,
         flops=flops,
         gathered_bytes=sum(shard.nbytes for shard in gathered),
@@ -215,7 +215,7 @@ def _backward(
     dweight = x.new_empty(top_k_index.numel(), dtype=wide) if routing_needed else None
     dgate_up = gate_up_shard.new_empty(gate_up_shard.shape if gate_up_needed else (0,))
     ddown = down_shard.new_empty(down_shard.shape if down_needed else (0,))
-    # What nobody's product needs does not travel.
+    # What no product needs is not sent.
     gathers_gate_up, gathers_down = input_needed, input_needed or routing_needed or gate_up_needed
     shared = tuple(
         shard.contiguous() for shard, wanted in ((gate_up_shard, gathers_gate_up), (down_shard, gathers_down)) if wanted

@@ -74,6 +74,15 @@ def zero3_linear(
     Raises:
         ValueError: bad input, before anything is sent.
         CommunicationError: ranks differ in what they call, or a peer is lost or silent.
+
+    Example:
+        >>> x, weight_shard = torch.ones(5 + rank, 16), torch.ones(4, 16, requires_grad=True)
+        >>> y = ody.zero3_linear(x, weight_shard, group=group)
+        >>> y.shape == (5 + rank, 8)
+        True
+        >>> y.sum().backward()
+        >>> weight_shard.grad[0, 0].item()  # the rows of both ranks
+        11.0
     """
     check_tensors(
         _NAME, x=x, weight_shard=weight_shard, bias_shard=bias_shard, prefetch=prefetch,
@@ -147,7 +156,7 @@ def _phase(
         operator=_NAME,
         phase=phase,
         shapes=f"weight_shard {list(weight_shard.shape)}, gathers={gathers}, scatters={scatters}",
-        own="",  # rows may change on one rank alone, and ranks have to come to a choice together
+        own="",  # not the rows: they may change on one rank alone, and ranks have to choose anew together
         dtype=weight_shard.dtype,
         flops=2 * lines.shape[0] * weight_shard.numel() * world * max(1, gathers + scatters),
         gathered_bytes=nbytes if gathers else 0,

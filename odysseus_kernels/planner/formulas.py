@@ -205,7 +205,7 @@ def _attention(
     widths = (shape.query, shape.key_value, shape.key_value)
     if strategy == "ulysses":
         for phase in ("forward", "backward"):
-            # Each rank sends each other one its heads of this rank's tokens, and gets back tokens of its own heads.
+            # Each rank sends every peer that peer's heads of its own tokens, and gets its own heads of the peer's.
             ledger.shard(phase, "linear_all_to_all", "all_to_all", world, own * (shape.query + 2 * used) // world)
             ledger.shard(phase, "all_to_all_linear", "all_to_all", world, own * shape.query // world)
         for width in widths:
@@ -281,7 +281,7 @@ def _feed_forward(
 def replicated_traffic(elements: int, strategy: str, world: int, *, ring: int = 1, element_size: int = 4) -> Traffic:
     """Bytes for the gradient of a parameter that every rank holds whole and uses for its own tokens.
 
-    That is an embedding, or the norm behind the last layer.
+    That is an embedding, or the norm after the last layer.
     """
     ledger = _Ledger(element_size)
     ledger.replicated(ring * (1 if strategy == "tp" else world), elements)

@@ -14,7 +14,7 @@ B200               NVIDIA Blackwell architecture technical brief, GPU of an HGX 
 L40S               NVIDIA L40S data sheet; fp64 is 1/64 of fp32 (Ada architecture white paper)
 =================  ===============================================================================================
 
-Latencies and launch overheads stand on no data sheet: they are estimates of the usual order of magnitude, and so is
+Latencies and launch overheads are on no data sheet: they are estimates of the usual order of magnitude, and so is
 everything about :data:`GENERIC_GPU` and :data:`CPU`.
 """
 
@@ -85,7 +85,7 @@ def _gpu(name: str, half: float, single: float, double: float, memory: float, li
     return Hardware(name, flops, memory, link, latency, _GPU_LAUNCH_S)
 
 
-# Words of a device's name, the more special ones first.  Whole words: a GH200 is no H200, a GB200 no B200.
+# Words of a device's name, the more specific ones first. Whole words: a GH200 is not an H200, a GB200 not a B200.
 _BY_WORDS: tuple[tuple[frozenset[str], Hardware], ...] = tuple(
     (frozenset(words.split()), hardware)
     for words, hardware in (

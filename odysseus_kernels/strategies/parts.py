@@ -1,4 +1,4 @@
-"""What strategies are put together from: rules for parameters, checks of sizes, and the parts that several share."""
+"""What strategies are built from: rules for parameters, checks of sizes, and the parts that several share."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_heads(shape: ModelShape, size: int) -> None:
 
 
 def check_divides(name: str, rows: int, ranks: int, what: str) -> None:
-    """ValueError where ``ranks`` do not divide ``rows``; says the next size that they would."""
+    """ValueError where ``ranks`` do not divide ``rows``; names the next size that they would divide."""
     if rows % ranks:
         raise ValueError(
             f"expected {'an' if name[0] in 'aeiou' else 'a'} {name} that {ranks} ranks divide ({what}), got {rows}: "

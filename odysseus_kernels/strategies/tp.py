@@ -1,4 +1,4 @@
-"""TP: classical tensor parallelism, every token on every rank, an all-reduce behind attention and feed-forward.
+"""TP: classical tensor parallelism, every token on every rank, an all-reduce after attention and feed-forward.
 
 =================== =================== ===========================================================================
 parameters          cut                 how they are used

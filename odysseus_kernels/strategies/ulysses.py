@@ -1,4 +1,4 @@
-"""DeepSpeed-Ulysses: tokens change for heads by an all-to-all around attention; all weights are ZeRO-3.
+"""DeepSpeed-Ulysses: tokens are exchanged for heads by all-to-alls around attention; all weights are ZeRO-3.
 
 =================== =================== ===========================================================================
 parameters          cut                 how they are used

@@ -188,7 +188,7 @@ class VirtualPeers:
         return self._windows[place][rank]
 
     def reserve(self, place: Place, nbytes: int) -> int:
-        """Makes all ranks' windows at least so large; returns what they have."""
+        """Makes all ranks' windows at least that large; returns what they have."""
         found = self._windows.get(place)
         if found is None or found[0].numel() < nbytes:
             self._synchronize()
@@ -251,7 +251,7 @@ def virtual_transports(devices: Sequence[torch.device], reserve: int = 0) -> lis
 
     Args:
         devices: GPU of each rank, with an index; at most 16 ranks share one.
-        reserve: bytes that every window has from the begin, so that no call has to make it larger.
+        reserve: bytes that every window has from the start, so that no call has to make it larger.
 
     Raises:
         ValueError: more ranks share a GPU than it has queues for.

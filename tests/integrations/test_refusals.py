@@ -66,7 +66,7 @@ def misused_model(rank: int, world_size: int) -> None:
         parallelize(model, mesh)
     with pytest.raises(RuntimeError, match=r"odysseus_kernels.save_pretrained\(model, folder\) on every rank"):
         model.generate(ids)
-    with pytest.raises(RuntimeError, match="resize the stock model, and parallelize it then"):
+    with pytest.raises(RuntimeError, match="resize the stock model, then parallelize it"):
         model.resize_token_embeddings(128)
     for wrap in (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel):
         for wrapped in (model, nn.Sequential(model)):

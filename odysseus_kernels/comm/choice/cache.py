@@ -2,8 +2,8 @@
 
 Several processes may read and write one file.  A writer merges its choices with what is on disk under a lock and
 replaces the file in one step, so a reader sees an old or a new file and never part of one; the last writer of a key
-wins.  Nothing that goes wrong with the file stops a run: a warning says what it was, once, and the choice is made by
-timing again next time.
+wins.  Nothing that goes wrong with the file stops a run: a warning says once what it was, and the next process times
+again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class CachedChoice:
         """The choice that JSON holds.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not one.
         """
         if not isinstance(fields, dict) or not isinstance(fields.get("seconds"), dict):
             raise ValueError(f"expected a mode and seconds, got {str(fields)[:100]}")

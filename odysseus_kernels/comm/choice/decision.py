@@ -72,7 +72,7 @@ class Decision:
         key: for what.
         mode: what to run; ``"fused/4"`` is fused with shards in four pieces.
         how: ``"measured"`` in this process; ``"cached"``: measured in an earlier one; ``"model"``: predicted;
-            ``"only"``: there was no other; ``"asked"``: by the caller; ``"default"``: by the caller, of its own accord.
+            ``"only"``: there was no other; ``"asked"``: by the caller; ``"default"``: by the caller's default.
         seconds: of each mode, measured on the slowest rank or predicted; empty where nothing was compared.
         dropped: modes that cannot be had for this key, with the reason.
     """

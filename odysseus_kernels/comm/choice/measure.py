@@ -336,7 +336,7 @@ def refusals(prepare: Preparations) -> dict[str, str]:
     for mode, run in prepare.items():
         try:
             run()
-        except (KernelUnavailableError, ValueError) as error:  # not alike on all ranks, perhaps
+        except (KernelUnavailableError, ValueError) as error:  # perhaps not on all ranks alike
             found[mode] = short_text(error, _COMPILER_CHARACTERS)
     return found
 

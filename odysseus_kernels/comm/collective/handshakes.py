@@ -1,8 +1,8 @@
-"""Whether all ranks make the same call, found out beside the calls: for collectives of a GPU.
+"""Whether all ranks make the same call, checked beside the calls: for collectives of a GPU.
 
-A host that runs ahead of its GPU must not stop at each call.  Where the process group serves CPU tensors too (``"cpu:
-gloo,cuda:nccl"``), every call is compared by an asynchronous exchange that later calls look at.  Where it does not, the
-comparison is a collective of the GPU, and only the first call of each kind is compared.
+A host that runs ahead of its GPU must not stop at each call.  Where the process group serves CPU tensors too, as
+``"cpu:gloo,cuda:nccl"`` does, every call is compared by an asynchronous exchange that later calls look at.  Where it
+does not, the comparison is a collective of the GPU, and only the first call of each kind is compared.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Handshakes:
     def compare(
         self, group: dist.ProcessGroup, signature: str, sequence: int, timeout_s: float, look: Callable[[], None]
     ) -> None:
-        """Begins to compare a call, and ends what has come back.
+        """Begins to compare a call, and completes comparisons that have come back.
 
         Raises:
             RankMismatchError: ranks differ in this call or an earlier one; every rank gets it, at this call or later.

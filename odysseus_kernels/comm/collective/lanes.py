@@ -77,7 +77,7 @@ class HostLane:
         self._under_way.pop(id(handle), None)  # what was sent ahead is finished twice
 
     def check(self) -> None:
-        """Nothing is left behind a call."""
+        """A call leaves nothing under way."""
 
     def abandon(self) -> None:
         unfinished = [(work, start) for work, start in self._under_way.values() if not work.is_completed()]

@@ -42,7 +42,7 @@ __all__ = ["CollectiveTransport"]
 
 _TEXT_BYTES = 384
 _STEP = "step "
-# Instead of the hash of a call: this rank makes none any more in this step.
+# Instead of the hash of a call: this rank makes no more calls in this step.
 _LEFT = -1
 
 
@@ -93,7 +93,7 @@ class CollectiveTransport(Transport):
         self._step, self._heard = number, False
 
     def leave(self, said: str, device: torch.device, timeout_s: float) -> bool:
-        """Between two calls, this rank leaves the step; on all ranks of the group it is over then.
+        """Between two calls, this rank leaves the step, which then ends on all ranks of the group.
 
         Returns:
             Whether the group stays in step; else it cannot be used any more.

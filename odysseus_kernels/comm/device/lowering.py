@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 Layout = Literal["cells", "visits", "ranks"]
-Address = tuple[int, int]  # index of a base, bytes behind it
+Address = tuple[int, int]  # index of a base, bytes from there
 
 # Addresses that are known when a plan is made have the base 0.
 BASES = ("absolute", SHARD, SLOT, STAGE, OUT, AHEAD)
@@ -335,7 +335,7 @@ class _Lowering:
             self.operations.copy(stream, dst, here, piece, block.batch, piece, pitch, over_link=True)
 
     def _published(self, block: Block, region: Region) -> Address:
-        """A piece in its owner's window: pieces lie one behind the other, each contiguous over its batches."""
+        """A piece in its owner's window: pieces lie one after the other, each contiguous over its batches."""
         start, _ = block.bounds(region.part)
         window = self.places.window(region.owner, SHARD, self.windows[region.buffer])
         return 0, window + block.batch * start * block.row_bytes

@@ -1,9 +1,9 @@
 """Ranks of one group map one another's symmetric memory, whatever other groups of their processes do meanwhile.
 
-In a rendezvous of torch's symmetric memory ranks exchange messages through a store, each under a number that a rank and
-its peers must give alike.  Torch counts these numbers for the whole process.  Ranks of overlapping groups, which took
-part in different numbers of rendezvous, would wait for messages that are sent under other numbers.  Here a group has a
-store of its own, in which messages are numbered as that group comes to them.
+In a rendezvous of torch's symmetric memory ranks exchange messages through a store, each under a number that must be
+the same on a rank and its peers.  Torch counts these numbers for the whole process.  Ranks of overlapping groups, which
+took part in different numbers of rendezvous, would wait for messages that are sent under other numbers.  Here a group
+has a store of its own, in which messages are numbered as that group comes to them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Rendezvous:
         import torch.distributed.distributed_c10d as c10d
         from torch._C._distributed_c10d import _register_process_group
 
-        # Newer versions of torch have a type of their own for names, which older ones have not.
+        # Newer versions of torch have a type of their own for names, which older ones lack.
         self._name = cast(Any, f"odysseus_kernels/{group.group_name}/{nonce:x}")
         self._store = CountingStore(dist.PrefixStore(self._name, c10d._get_process_group_store(group)))
         # Torch finds the store by the name of a group, so there is one beside the user's, without a backend.

@@ -1,7 +1,7 @@
 """The symmetric transport of devices with copy engines: schedules of ``comm/schedules/device.py``, executed.
 
 Concurrency contract.  Products run on the caller's current stream.  Copies, waits, signals and sums run on the
-transport's own streams of high priority, which leave the caller's stream at the begin of a call and join it at the end:
+transport's own streams of high priority, which leave the caller's stream at the start of a call and join it at the end:
 what the caller enqueues next happens after the whole call, so memory that was used may be freed at once and the
 allocator needs to know nothing.  ``execute`` returns when everything is enqueued, not when it has happened; the host
 never waits for the device.  No SM is spent on moving data; waiting takes one small block, adding the rest of what
@@ -99,7 +99,7 @@ class SymmetricDeviceTransport(Transport):
             with self._lock:
                 if not self.broken:
                     self._forget(self._device.restore(held))
-                    if self._ahead is not None:  # perhaps to a window that is no more: the next call is to drop it
+                    if self._ahead is not None:  # perhaps to a window that no longer exists: the next call drops it
                         self._ahead = (dataclasses.replace(self._ahead[0], version=-1), self._ahead[1])
 
     def synchronize(self) -> None:

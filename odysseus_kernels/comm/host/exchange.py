@@ -1,7 +1,7 @@
 """One exchange on the host: what is given is read where its owner published it, what is made where its maker left it.
 
 The window of the published bundle holds all that is shared, and for each peer its part of what is addressed; the own
-part stays where the caller has it.  The window of what is made has two cells, and behind them the sums in progress.
+part stays where the caller has it.  The window of what is made has two cells, followed by the sums in progress.
 The order of everything is the schedule's (``comm/schedules/steps.py``), which ``comm/host/transport.py`` executes.
 """
 

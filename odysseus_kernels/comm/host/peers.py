@@ -75,7 +75,7 @@ class Peers:
             raise self._error(call, answer, owner, f"to publish {what} {signal}")
 
     def wait_done(self, call: Call, reader: int, window: int, cell: int, value: int, what: str) -> None:
-        """Until ``reader`` has finished reading ``value`` in a cell of the own window."""
+        """Until ``reader`` has finished reading ``value`` in a cell of this rank's window."""
         answer = self._host.wait_done(reader, window, cell, value, call.config.timeout_s)
         if answer[0] != "ok":
             signal = f"(signal done, window {window}, cell {cell}, count {value})"
@@ -91,7 +91,7 @@ class Peers:
         return text
 
     def leave(self, said: str, *, lasting: bool) -> None:
-        """Tells all peers, between two calls, that this rank does not make the next one with them."""
+        """Tells all peers, between two calls, that this rank will not make the next one with them."""
         with contextlib.suppress(RuntimeError):
             self._host.leave(_reason(said, mismatch=False, lasting=lasting))
 
@@ -136,7 +136,7 @@ class Peers:
 
 
 def _reason(text: str, *, mismatch: bool, lasting: bool) -> str:
-    """What a rank leaves for its peers: marks, and behind them what it says."""
+    """What a rank leaves for its peers: marks, followed by what it says."""
     marks = (MISMATCH if mismatch else "") + (_LASTING if lasting else "")
     return f"{marks}\n{_line(text, _REASON_CHARACTERS)}"
 

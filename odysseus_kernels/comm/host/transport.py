@@ -6,8 +6,8 @@ owner's window, and every product then runs straight on the owners' memory: noth
 between calls: windows are leased (``comm/schedules/leases.py``) and a writer waits just for those who read its previous
 content.
 
-Memory.  A window is backed only as far as calls have needed it (``fallocate``, so that a full /dev/shm is an answer
-and not a SIGBUS).  Whether it could be backed is agreed by all ranks, through the descriptors of the call
+Memory.  A window is backed only as far as calls have needed it (``fallocate``, so that a full /dev/shm is an error and
+not a SIGBUS).  Whether it could be backed is agreed by all ranks, through the descriptors of the call
 (``comm/host/peers.py``), before anything is sent.
 """
 
@@ -189,7 +189,7 @@ class SymmetricHostTransport(Transport):
         prefetch = call.gather.prefetch if call.gather is not None else None
         for step in schedule.steps:
             if prefetch is not None and step.kind not in (Kind.COPY, Kind.SIGNAL):
-                # Right behind the call's own publication: peers have the whole call to come for it.
+                # Right after the call's own publication: peers have the whole call to read it.
                 assert buffers.ahead is not None
                 self._publish_ahead(call, prefetch, buffers.ahead)
                 prefetch = None

@@ -31,7 +31,7 @@ class ShardBuffer:
     rows: int
     width: int
     pieces: int
-    clean: bool = False  # what readers of the window's previous content owed is collected
+    clean: bool = False  # the credits of those who read the window's previous content are collected
 
     @staticmethod
     def of(lease: Lease, shard: Tensor, pieces: int) -> ShardBuffer:
@@ -48,7 +48,7 @@ class ShardBuffer:
 
 @dataclasses.dataclass
 class PartialBuffer:
-    """Outgoing partial results, one piece in each cell, and behind them the sum in progress, which only we touch.
+    """Outgoing partial results, one piece in each cell, followed by the sum in progress, which only we touch.
 
     ``cells`` is 2, or 1 where a call sends a single piece.
     """
@@ -86,7 +86,7 @@ class PartialBuffer:
 
 @dataclasses.dataclass
 class BundleBuffer:
-    """What one rank gives, or makes, in an exchange: the same bundle in each cell, and behind them ``held_bytes``."""
+    """What one rank gives, or makes, in an exchange: the same bundle in each cell, followed by ``held_bytes``."""
 
     lease: Lease
     bundle: Bundle

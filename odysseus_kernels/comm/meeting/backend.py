@@ -19,7 +19,8 @@ __all__ = ["WaitTimeoutError", "all_gather_single", "exchange_device", "reduce_s
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# A backend notices a lost peer only where it talks to it: in a ring, the ranks next to it.  So every wait looks up.
+# A backend notices a lost peer only where it talks to it: in a ring, the ranks next to it.  So every wait looks for
+# lost peers.
 _SLICE_S = 0.2
 _POLL_S = 0.001
 # A backend's clock overflows beyond centuries, and ``timeout_s`` may be infinite.

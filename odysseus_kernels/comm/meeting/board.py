@@ -1,8 +1,8 @@
-"""What a rank says of its failure beside a group's collectives, where peers that wait in one of them find it.
+"""What a rank says about its failure, outside a group's collectives, where peers that wait in one of them find it.
 
 The symmetric transport of a host has its own place for that (``comm/host/peers.py``).  Everything else uses the store
-by which the ranks of a process group found each other.  It is asked only where something is waited for long, and by
-threads that nobody waits for: a store that is served by a stopped process would stop its clients.
+by which the ranks of a process group found each other.  It is asked only during long waits, and by threads that nobody
+waits for: a store that a stopped process serves would stop its clients.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Board:
         self._asking, self._asked = threading.Event(), -_ASK_EVERY_S
 
     def tell_apart(self, nonce: int) -> None:
-        """From now on this group is not confused with an earlier one of its name in the same store."""
+        """From now on this group is not confused with an earlier one of the same name in the same store."""
         self._key = f"odysseus_kernels/failure/{nonce}"
 
     def post(self, text: str) -> None:

@@ -101,7 +101,7 @@ class Meeting:
             )
 
     def look(self, where: str) -> None:
-        """While something is waited for.
+        """Called while something is waited for.
 
         Raises:
             PeerLostError: a process is gone, or a rank said that it gave up.

@@ -21,8 +21,9 @@ could run, as long as ranks are in step:
 
 * the first fetch of a piece comes after the publication of that piece: peers publish it at that time, too;
 * the window's readers release it after the last fetch: before, another reader still reads anyway;
-* arrivals of a piece are waited for after the own pushes of that piece: what arrives last was pushed last;
-* credit for a piece is waited for after the own sum of the piece before the last one, for whose peers' sums it waits.
+* arrivals of a piece are waited for after the rank's own pushes of that piece: what arrives last was pushed last;
+* credit for a piece is waited for after the rank's own sum of the piece before the last one, since it waits for the
+  peers' sums of that piece.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class _Gather(Builder):
         self._to_publish = [] if published else self._publication(SHARD, pieces)
 
     def _publication(self, buffer: str, pieces: int) -> list[tuple[Step, int]]:
-        """Copies of a shard into its window, each with the value of the signal behind it."""
+        """Copies of a shard into its window, each with the value of the signal that follows it."""
         for peer in self.peers:
             self.wait(LOCAL, Word(self.rank, buffer, 0, peer), PREVIOUS_USE, peer=peer)
         windows = [(Region(self.rank, buffer, piece),) for piece in range(pieces)]
@@ -115,7 +116,7 @@ class _Gather(Builder):
         self.signal(LOCAL, ready, value, peer=self.rank, piece=step.piece)
 
     def publish_and_fetch(self) -> None:
-        """The own pieces, and the others' into all slots, piece by piece in step with the peers."""
+        """The rank's own pieces, and the others' into all slots, piece by piece in step with the peers."""
         for index in range(max(len(self._to_publish), self._slots)):
             if index < len(self._to_publish):
                 self._publish(*self._to_publish[index])
@@ -123,11 +124,11 @@ class _Gather(Builder):
                 self._await()
                 self._fetch()
         if self._words and self._to_publish:
-            # A copy within a device may be a kernel, for which one that spins leaves no room: it goes first.
+            # A copy within a device may be a kernel, for which a spinning one leaves no room: it goes first.
             self.depend(COMPUTE, self.record(LOCAL))
 
     def publish(self) -> None:
-        """The own pieces alone."""
+        """The rank's own pieces alone."""
         for step, value in self._to_publish:
             self._publish(step, value)
 
@@ -156,7 +157,7 @@ class _Gather(Builder):
         """Consumes in order; each consumed piece makes room for a fetch.
 
         Args:
-            ahead: pieces of another shard, published as soon as no fetch is left whose wait would come behind it.
+            ahead: pieces of another shard, published as soon as no fetch is left whose wait would come after it.
             after_fetches: nothing is consumed before everything was fetched.
         """
         if after_fetches:

@@ -12,8 +12,8 @@ Three programs carry every operator, and a backward runs the first two in one ca
     every rank produces partial results for all others, its own last, and adds up what it is sent;
 ``exchange``
     every rank visits all others, its own last: it reads what they publish and makes something for them, and takes what
-    they make for it.  In ``exchange:given`` nothing is made, and the own rank comes first; in ``exchange:made`` nothing
-    is published.
+    they make for it.  In ``exchange:given`` nothing is made, and the rank itself comes first; in ``exchange:made``
+    nothing is published.
 
 Words.  A signal :class:`Word` has exactly one writer and only grows.  ``ready`` (written by the buffer's owner) counts
 what was published in a cell; ``done`` (written by one reader) says up to which count that reader has finished, which is
@@ -194,7 +194,7 @@ def _consume(world: int, rank: int, order: ChunkOrder, pieces: int, task: Task =
 def _scatter(
     world: int, rank: int, pieces: int, make: Task = Task.PRODUCE, take: Task = Task.ADD, *, given: bool = False
 ) -> Iterator[Step]:
-    """Partial results leave piece by piece; within a piece the ring is walked and the own part comes last.
+    """Partial results leave piece by piece; within a piece the ring is walked and the rank's own part comes last.
 
     A target adds what it is sent one send later than it was produced, so that in step with its peers it never waits.
     Pieces outside, targets inside: then the sum in progress is one piece, not a chunk.  With ``given`` what is made for

@@ -13,14 +13,14 @@ A rank has six streams, fewer than the hardware queues that a process has unless
 ``SIGNALS``
     signals that copies between ranks are done; no wait is in it.
 ``LOCAL``
-    what moves or adds data within the device, with its waits in front and its signals behind: publications, sums.
+    what moves or adds data within the device, with its waits before and its signals after it: publications, sums.
 
-Two rules keep every rank going, whatever a device makes of the streams:
+Two rules keep every rank going, however a device schedules the streams:
 
 * a step depends only on steps that were enqueued before it, on this rank and, through words, on all others.  So streams
   may share queues in any way, down to a single one in which steps run in the order of enqueueing;
 * a wait comes after all signals to peers that were enqueued before it, by edges and not only by order: a captured graph
-  keeps edges alone, and may run a branch to its end before it begins with the next.  :meth:`Builder.wait` adds what
+  keeps edges alone, and may run a branch to its end before it starts the next.  :meth:`Builder.wait` adds what
   edges are missing, so where a wait is enqueued decides what it costs.
 
 ``testing/happens_before.py`` and ``testing/replays.py`` prove both.
@@ -76,7 +76,7 @@ class Builder:
     # ---- streams and events ------------------------------------------------------------------------------------------
 
     def record(self, stream: str) -> int:
-        """An event behind everything that the stream has so far."""
+        """An event after everything that the stream has so far."""
         newest = self._newest.get(stream)
         if newest is not None and self._events[newest][1] == self._clocks[stream]:
             return newest
@@ -97,7 +97,7 @@ class Builder:
 
     def _follow(self, stream: str, event: int) -> None:
         if stream != COMPUTE:
-            self._forked[stream] = None  # every event comes after the begin
+            self._forked[stream] = None  # every event comes after the start
         self._append(Step(Kind.DEPEND, event=event, stream=stream))
         clock = self._clocks[stream]
         for other, position in self._events[event][1].items():
@@ -131,7 +131,7 @@ class Builder:
     # ---- steps with a word -------------------------------------------------------------------------------------------
 
     def wait(self, stream: str, word: Word, value: int, *, peer: int, piece: int = 0, inside: bool = False) -> None:
-        """Waits for a word, behind all own signals so far that peers may wait for.
+        """Waits for a word, after all own signals so far that peers may wait for.
 
         Replayed as a graph, the wait could otherwise run before such a signal, and a peer's wait before the signal
         that ends this one.

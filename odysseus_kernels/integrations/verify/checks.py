@@ -211,7 +211,7 @@ def gradients_check(trial: Trial) -> list[Finding]:
 
 
 def second_step_check(trial: Trial) -> list[Finding]:
-    """An optimizer's step on both, then everything once more: nothing of before the step may be used."""
+    """An optimizer's step on both, then everything once more: nothing from before the step may be used."""
     if trial.loss_found is None:
         return [Finding("after a step", "skipped", hint="the batch has no labels")]
     before: dict[str, torch.Tensor] = {}
@@ -247,7 +247,7 @@ def second_step_check(trial: Trial) -> list[Finding]:
 
 
 def _stale(trial: Trial, name: str, seen: torch.Tensor, before: dict[str, torch.Tensor]) -> str:
-    """Whether the part with its weights of before the step gives what was seen."""
+    """Whether the part, with its weights from before the step, gives what was seen."""
     assert trial.reference is not None
     own = {n: p for n, p in trial.reference.named_parameters() if bare(n).startswith(f"{name}.")}
     now = {n: p.detach().clone() for n, p in own.items()}
@@ -261,4 +261,4 @@ def _stale(trial: Trial, name: str, seen: torch.Tensor, before: dict[str, torch.
             for n, p in own.items():
                 p.copy_(now[n])
     same = closeness(seen[trial.counts], part[trial.counts])[0] <= trial.bound
-    return f"as if {name} still had its weights of before the step" if same else ""
+    return f"as if {name} still had its weights from before the step" if same else ""

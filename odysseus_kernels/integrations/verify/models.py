@@ -69,7 +69,7 @@ def dropout_of(model: nn.Module) -> dict[str, float]:
 
 @contextlib.contextmanager
 def without_dropout(*models: nn.Module) -> Iterator[None]:
-    """Within it nothing is random, also in training mode."""
+    """Within it nothing is random, even in training mode."""
     changed: list[tuple[nn.Module, str, float]] = []
     try:
         for model in models:
@@ -121,7 +121,7 @@ def forward(model: nn.Module, batch: Batch, names: list[str]) -> Pass:
 
 @contextlib.contextmanager
 def gradients_aside(model: nn.Module) -> Iterator[None]:
-    """Within it the model has no gradients; those that were there come back."""
+    """Within it the model has no gradients; earlier ones come back afterwards."""
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in kept:
         parameter.grad = None

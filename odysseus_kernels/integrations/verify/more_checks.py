@@ -36,7 +36,7 @@ _MOST_ERRORS, _MOST_SPREAD = 6.0, 6.0
 
 
 def leakage_check(trial: Trial) -> list[Finding]:
-    """No token changes what an earlier one, or another document, gives out."""
+    """No token changes the outputs of an earlier one, or of another document."""
     ids, length = trial.whole["input_ids"], trial.length
     documents = _documents(trial)
     routed = any(hasattr(trial.subject.config, name) for name in ("num_experts", "num_local_experts"))

@@ -1,4 +1,4 @@
-"""What a model's parts give out, put together from all ranks, and texts that ranks share."""
+"""Outputs of a model's parts, put together from all ranks, and texts that ranks share."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def part_names(model: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def observed(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Within it, what the named modules give out, by stock name in the order in which they ran; the last run counts."""
+    """Within it, outputs of the named modules are kept, by stock name in the order of running; the last run counts."""
     seen: dict[str, torch.Tensor] = {}
     handles = []
 

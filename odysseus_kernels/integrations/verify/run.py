@@ -55,11 +55,11 @@ def verify(
 ) -> Report:
     """Compares a parallelized model with the same model in one process, on your own batch; every rank calls it.
 
-    One optimizer step is run both ways, without dropout, and compared: the cut batch, the weights, what every layer
-    gives out, logits, loss, each gradient by name, the loss after the step, the bytes that were sent with the
-    formula, and a checkpoint's way through another process.  It is also tried that no token is seen by an earlier one
-    or by another document, that what is computed again in backward is what was computed before, and that dropout drops
-    as much as it should.  Where something differs, the first part that does is named, and what would explain it: see
+    One optimizer step is run both ways, without dropout, and compared: the cut batch, the weights, every layer's
+    output, logits, loss, each gradient by name, the loss after the step, the bytes that were sent (with the formula's),
+    and a checkpoint's way into another process. It is also checked that no token is seen by an earlier one or by
+    another document, that what is computed again in backward is what was computed before, and that dropout drops as
+    much as it should.  Where something differs, the first part that does is named, and what would explain it: see
     :mod:`odysseus_kernels.integrations.verify.asif`.
 
     Args:
@@ -84,6 +84,13 @@ def verify(
 
     Raises:
         ValueError: for arguments that do not fit, as the functions named above raise it.
+
+    Example:
+        >>> report = ody.verify(model, batch, mesh, "odysseus", layers=1, folder=folder)
+        >>> report.passed
+        True
+        >>> print(report.table().splitlines()[-1])
+        every check passed
     """
     group = get_strategy(strategy).group(SequenceGroup.of(mesh, config))
     if "input_ids" not in batch:

@@ -12,7 +12,7 @@ __all__ = ["expected_traffic", "is_beside"]
 
 
 def is_beside(operator: str) -> bool:
-    """Whether an operator is none that the formulas are about: positions and masks, and what is sent for comparing."""
+    """Whether the formulas leave an operator out: positions and masks, and what is sent to compare."""
     return operator == "verify" or (operator.startswith("sequence_") and operator != "sequence_loss")
 
 

@@ -35,7 +35,7 @@ class Trial:
         group: the ranks that share the sequence.
         strategy: name of the strategy.
         subject: the parallelized model.
-        reference: the single process's model; None but on the leader.
+        reference: the single process's model; None except on the leader.
         whole, part: the whole batch, and this rank's part.
         cut: turns a whole batch into this rank's part.
         names: of the parts that are observed.
