@@ -237,7 +237,7 @@ class GlobalMean(torch.autograd.Function):
         (grad,) = grad_outputs
         group = ctx.group
         if grad.device.type == "cpu":
-            # Gradients are added over the ranks: a loss that only one of them scales, or that belongs to another forward
+            # Gradients are added over the ranks: a loss that only one of them scales, or that is of another forward
             # pass than theirs, is the loss of none.
             groups = (group.everyone,) if group.tokens == "sharded" else (group.group, group.ring)
             group.announce(f"gradient {grad.item()!r} of the loss{ctx.of}", *(one for one in groups if one is not None))
