@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -156,3 +157,20 @@ def test_nothing_is_unpickled() -> None:
                 if given.get("weights_only") != "True":
                     offenders.append(f"{name}:{node.lineno} torch.load without weights_only=True")
     assert not offenders
+
+
+@pytest.mark.parametrize("document", ("README.md", "CONTRIBUTING.md"))
+def test_documents_name_files_that_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"`((?:[\w.-]+/)+(?:[\w.-]+\.\w+)?|[\w-]+\.(?:py|sh|md))`", text))
+    assert len(named) > 3
+    places = (
+        ROOT,
+        PACKAGE,
+        PACKAGE / "comm",
+        PACKAGE / "integrations",
+        PACKAGE / "planner",
+        ROOT / "tests/comm/schedules",
+    )
+    lost = {name for name in named if not any((place / name).exists() for place in places)}
+    assert not lost
