@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from odysseus_kernels.nn.clipping import clip_grad_norm_
     from odysseus_kernels.nn.gather import gather_sequence
     from odysseus_kernels.nn.items import num_items_in_batch
+    from odysseus_kernels.nn.logprobs import sequence_logprobs
     from odysseus_kernels.nn.loss import sequence_loss
     from odysseus_kernels.nn.master import MasterWeights
     from odysseus_kernels.nn.sequence import declare_cut, shard_sequence
@@ -79,6 +80,7 @@ __all__ = [
     "save_checkpoint",
     "save_pretrained",
     "selective_checkpoint",
+    "sequence_logprobs",
     "sequence_loss",
     "shard_sequence",
     "step",
@@ -101,6 +103,7 @@ _LAZY = {
     "save_checkpoint": "odysseus_kernels.integrations.checkpoint",
     "save_pretrained": "odysseus_kernels.integrations.pretrained",
     "selective_checkpoint": "odysseus_kernels.nn.checkpointing",
+    "sequence_logprobs": "odysseus_kernels.nn.logprobs",
     "sequence_loss": "odysseus_kernels.nn.loss",
     "shard_sequence": "odysseus_kernels.nn.sequence",
     "step": "odysseus_kernels.nn.step",

@@ -20,7 +20,7 @@ from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, token_count
 from odysseus_kernels.nn.step import Stepped
 
-__all__ = ["check_no_holes", "check_part", "opened", "targets_of"]
+__all__ = ["check_no_holes", "check_labels", "check_part", "each_token", "opened", "targets_of"]
 
 _DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 
@@ -36,6 +36,7 @@ def opened(
     targets: torch.Tensor | None = None,
     num_items: object = None,
     ignore_index: int = IGNORE_INDEX,
+    each: bool = False,
 ) -> Iterator[SequenceCut]:
     """A forward: how its batch was cut, checked, and told to the other ranks with the first calls within.
 
@@ -44,7 +45,7 @@ def opened(
         descriptor: ``sequence_cut`` of the batch, None without; or the cut itself where a forward is open already.
         tokens: ids [B, s] or embeddings [B, s, d].
         position_ids, attention_mask, targets: of this rank's part, or None.
-        num_items, ignore_index: of the loss.
+        num_items, ignore_index, each: of the loss; whether that of each token is wanted.
 
     Raises:
         ValueError: for a part other than the one that this rank computes, or shapes that disagree.
@@ -81,7 +82,7 @@ def opened(
     known = any(cut.sums)
     batch = text = f"batch{f' {digest(cut.sums)}' if known else ''} of {expected[0]} x {cut.length} tokens"
     if targets is not None:
-        text += f" with labels, ignore_index {ignore_index}"
+        text += f" with labels, ignore_index {ignore_index}{', the loss of each token' if each else ''}"
         if num_items is not None:
             text += f", num_items_in_batch {token_count(num_items)!r}"
     text += _way(model)
@@ -126,6 +127,38 @@ def _way(model: nn.Module) -> str:
     if not model.training and any(getattr(config, name, 0) for name in _DROPOUTS):
         said.append("without dropout")
     return "".join(f", {one}" for one in said)
+
+
+def check_labels(labels: torch.Tensor | None, shifted: torch.Tensor | None) -> None:
+    """Raises ValueError for labels that are not shifted, or that somebody has taken out of a batch that is cut."""
+    if labels is not None and shifted is None:
+        raise ValueError(
+            "labels: expected shift_labels beside them: labels must be shifted before the sequence is cut; pass "
+            "the whole batch through shard_sequence on every rank"
+        )
+    if labels is None and shifted is not None:
+        raise ValueError(
+            "labels: expected them beside shift_labels, got shift_labels alone: code that takes labels out of a "
+            "cut batch (Trainer with label_smoothing_factor or compute_loss_func does) would shift labels "
+            "again and take the mean of this rank's tokens only. For your own loss take out shift_labels, too, "
+            "and give the logits to sequence_loss, or make them whole with gather_sequence"
+        )
+
+
+def each_token(reduction: str, targets: torch.Tensor | None, num_items: object) -> bool:
+    """Whether the loss of each token is wanted instead of the mean.
+
+    Raises:
+        ValueError: if ``reduction`` is neither ``"mean"`` nor ``"none"``, or does not go with the other arguments.
+    """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction: expected "mean" or "none", got {reduction!r}')
+    if reduction == "none" and (targets is None or num_items is not None):
+        got = "no labels" if targets is None else "num_items_in_batch"
+        raise ValueError(
+            f'reduction: expected labels and nothing to divide by beside "none", the loss of each token, got {got}'
+        )
+    return reduction == "none"
 
 
 def refuse_uses(config: Any, past_key_values: object, given: Mapping[str, Any]) -> None:

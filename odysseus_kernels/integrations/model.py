@@ -17,13 +17,21 @@ from transformers.utils import can_return_tuple
 from odysseus_kernels.attention import layout
 from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.comm.functional import all_gather
-from odysseus_kernels.integrations.inputs import check_no_holes, check_part, opened, refuse_uses, targets_of
+from odysseus_kernels.integrations.inputs import (
+    check_labels,
+    check_no_holes,
+    check_part,
+    each_token,
+    opened,
+    refuse_uses,
+    targets_of,
+)
 from odysseus_kernels.integrations.intact import check_intact, check_loss
 from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
 from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut
 from odysseus_kernels.nn.group import SequenceGroup
-from odysseus_kernels.nn.loss import IGNORE_INDEX, DistributedHead, sequence_loss
+from odysseus_kernels.nn.loss import IGNORE_INDEX, DistributedHead, sequence_loss, token_losses
 from odysseus_kernels.nn.moe import load_balancing_loss
 from odysseus_kernels.nn.parameters import token_parameter
 from odysseus_kernels.nn.step import Stepped
@@ -279,18 +287,7 @@ class SequenceCausalLM(Stepped):
                 the base model does.
             RankMismatchError: if ranks were given different batches or divisors of the loss, or compute in other ways.
         """
-        if labels is not None and kwargs.get("shift_labels") is None:
-            raise ValueError(
-                "labels: expected shift_labels beside them: labels must be shifted before the sequence is cut; pass "
-                "the whole batch through shard_sequence on every rank"
-            )
-        if labels is None and kwargs.get("shift_labels") is not None:
-            raise ValueError(
-                "labels: expected them beside shift_labels, got shift_labels alone: code that takes labels out of a "
-                "cut batch (Trainer with label_smoothing_factor or compute_loss_func does) would shift labels "
-                "again and take the mean of this rank's tokens only. For your own loss take out shift_labels, too, "
-                "and give the logits to sequence_loss, or make them whole with gather_sequence"
-            )
+        check_labels(labels, kwargs.get("shift_labels"))
         if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
             raise ValueError("logits_to_keep: expected 0: the last tokens of the sequence are on the last rank only")
         check_intact(self, self.sequence_group)
@@ -298,6 +295,7 @@ class SequenceCausalLM(Stepped):
             check_loss(self)
         descriptor, targets = kwargs.pop("sequence_cut", None), kwargs.pop("shift_labels", None)
         num_items, ignore_index = kwargs.pop("num_items_in_batch", None), kwargs.pop("ignore_index", IGNORE_INDEX)
+        each = each_token(kwargs.pop("reduction", "mean"), targets, num_items)
         with opened(
             self,
             descriptor,
@@ -307,11 +305,12 @@ class SequenceCausalLM(Stepped):
             targets=targets,
             num_items=num_items,
             ignore_index=ignore_index,
+            each=each,
         ) as cut:
             return self._outputs(
                 cut,
                 None if targets is None else targets_of(cut, targets, ignore_index),
-                {"num_items": num_items, "ignore_index": ignore_index},
+                {"num_items": num_items, "ignore_index": ignore_index, "each": each},
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -350,20 +349,22 @@ class SequenceCausalLM(Stepped):
                 attention_mask=counted,
                 config=group.config,
             )
-            if loss is not None:
+            if loss is not None and not loss_settings["each"]:
                 loss = loss + self.router_aux_loss_coef * aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss, aux_loss=aux_loss, logits=logits, router_logits=outputs.router_logits, **rest
         )
 
-    def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, **settings: Any) -> torch.Tensor:
-        """Mean over all ranks' tokens, without their logits."""
+    def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, *, each: bool, **settings: Any) -> torch.Tensor:
+        """Mean over all ranks' tokens, or of each of this rank's [B, s], without logits."""
         group, head = self.sequence_group, self.get_output_embeddings()
         if not isinstance(head, DistributedHead):
             # Once for all chunks: the gradient is added over the ranks once, too.
             weight: Any = token_parameter(head.weight, group)
             bias = token_parameter(head.bias, group)
             head = functools.partial(nn.functional.linear, weight=weight, bias=bias)
+        if each:
+            return token_losses(hidden, targets, head, settings["ignore_index"])
         return sequence_loss(
             hidden, targets, group.mesh, head=head, tokens=group.tokens, config=group.config, **settings
         )

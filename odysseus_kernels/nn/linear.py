@@ -42,10 +42,18 @@ class Zero3Linear(nn.Module):
         group = self.sequence_group
         return ops.zero3_linear(input, weight, bias, group=group.everyone, config=group.config)
 
-    def cross_entropy_sum(
-        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int, chunk_rows: int
+    def cross_entropy(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        ignore_index: int,
+        chunk_rows: int,
+        reduction: Literal["sum", "none"] = "sum",
     ) -> torch.Tensor:
-        """Sum of the cross-entropy of this rank's tokens, hidden [R, K] and targets [R]; logits never exist whole."""
+        """Cross-entropy of this rank's tokens, each [R] or added; logits never exist whole.
+
+        hidden [R, K] and targets [R].
+        """
         group = self.sequence_group
         return ops.zero3_linear_cross_entropy(
             hidden,
@@ -55,6 +63,7 @@ class Zero3Linear(nn.Module):
             group=group.everyone,
             ignore_index=ignore_index,
             chunk_rows=chunk_rows,
+            reduction=reduction,
             config=group.config,
         )
 
@@ -89,10 +98,15 @@ class VocabParallelLinear(nn.Module):
         logits = F.linear(SummedGradient.apply(input, group), weight, bias)
         return GatheredVocabulary.apply(logits, group)  # type: ignore[no-any-return]
 
-    def cross_entropy_sum(
-        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int, chunk_rows: int
+    def cross_entropy(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        ignore_index: int,
+        chunk_rows: int,
+        reduction: Literal["sum", "none"] = "sum",
     ) -> torch.Tensor:
-        """Sum of the cross-entropy of this rank's tokens, or of all where they are replicated.
+        """Cross-entropy of this rank's tokens, or of all where they are replicated, each [R] or added.
 
         hidden [R, K] and targets [R]; logits never exist whole.
         """
@@ -108,6 +122,7 @@ class VocabParallelLinear(nn.Module):
             tokens=self.tokens,
             ignore_index=ignore_index,
             chunk_rows=chunk_rows,
+            reduction=reduction,
             config=group.config,
         )
 

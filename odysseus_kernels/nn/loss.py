@@ -24,7 +24,7 @@ from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.nn.derivatives import first_derivative
 from odysseus_kernels.nn.group import SequenceGroup
 
-__all__ = ["IGNORE_INDEX", "DistributedHead", "sequence_loss", "token_count"]
+__all__ = ["IGNORE_INDEX", "DistributedHead", "sequence_loss", "token_count", "token_losses"]
 
 IGNORE_INDEX = -100
 
@@ -41,10 +41,15 @@ class DistributedHead(Protocol):
 
     tokens: Tokens
 
-    def cross_entropy_sum(
-        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int, chunk_rows: int
+    def cross_entropy(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        ignore_index: int,
+        chunk_rows: int,
+        reduction: Literal["sum", "none"] = "sum",
     ) -> torch.Tensor:
-        """Sum of the cross-entropy over valid rows: hidden [R, d], targets [R]."""
+        """Cross-entropy of rows, 0 where they are not valid, each [R] or added: hidden [R, d], targets [R]."""
         ...
 
 
@@ -117,7 +122,7 @@ def sequence_loss(
         if head is None:
             total = ChunkedCrossEntropy.apply(rows, targets, ignore_index, chunk_rows)
         elif isinstance(head, DistributedHead):
-            total = head.cross_entropy_sum(rows, targets, ignore_index, chunk_rows)
+            total = head.cross_entropy(rows, targets, ignore_index, chunk_rows)
         else:
             total = _cross_entropy_through_head(rows, targets, head, ignore_index, chunk_rows)
         count = (targets != ignore_index).sum()
@@ -143,6 +148,39 @@ def token_count(num_items: object) -> float | None:
     if not 0 <= values[0] < math.inf:
         raise ValueError(f"num_items: expected a number of tokens, got {values[0]!r}")
     return float(values[0])
+
+
+def token_losses(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor] | DistributedHead,
+    ignore_index: int = IGNORE_INDEX,
+    chunk_rows: int = 1024,
+) -> torch.Tensor:
+    """Cross-entropy of each of this rank's tokens, without their logits: minus the log-probability of its target.
+
+    Args:
+        hidden: [..., d].
+        targets: [...], shifted already.
+        head: as in :func:`sequence_loss`.
+        ignore_index: target of tokens that do not count.
+        chunk_rows: tokens whose logits are held at a time.
+
+    Returns:
+        [...] in fp32 (fp64 for fp64), 0 where a token does not count.
+    """
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
+    if isinstance(head, DistributedHead):
+        losses = head.cross_entropy(rows, labels, ignore_index, chunk_rows, "none")
+    else:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+        def of_chunk(chunk: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(head(chunk).to(wide), target, ignore_index=ignore_index, reduction="none")
+
+        parts = zip(rows.split(chunk_rows), labels.split(chunk_rows), strict=True)
+        losses = torch.cat([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts])
+    return losses.view(targets.shape)
 
 
 def _cross_entropy_through_head(

@@ -25,11 +25,12 @@ __all__ = [
     "LossGradients",
     "add_statistics",
     "check_loss_input",
+    "check_reduction",
     "check_targets",
     "loss_config",
     "loss_phase",
     "new_statistics",
-    "sum_of_losses",
+    "reduce_losses",
 ]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -126,17 +127,24 @@ def add_statistics(
         found.copy_(torch.where(mine, logits.gather(1, index[:, None])[:, 0], found))
 
 
-def sum_of_losses(log_sums: Tensor, found: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Sum of -log p over valid rows, a scalar in the statistics' type that was added in fp64."""
+def reduce_losses(log_sums: Tensor, found: Tensor, targets: Tensor, ignore_index: int, *, each: bool) -> Tensor:
+    """-log p of each row, 0 where it does not count, in the statistics' type; or their sum, added in fp64."""
     losses = (log_sums - found).masked_fill(targets == ignore_index, 0.0)
-    return losses.sum(dtype=torch.float64).to(log_sums.dtype)
+    return losses if each else losses.sum(dtype=torch.float64).to(log_sums.dtype)
+
+
+def check_reduction(operator: str, reduction: str) -> bool:
+    """Whether each row's loss is wanted; ValueError for what is neither ``"sum"`` nor ``"none"``."""
+    if reduction not in ("sum", "none"):
+        raise ValueError(f'{operator}: expected reduction "sum" or "none", got {reduction!r}')
+    return reduction == "none"
 
 
 class LossGradients:
-    """Gradients of the sum of losses, one part of the vocabulary and one set of rows at a time.
+    """Gradients of the losses, one part of the vocabulary and one set of rows at a time.
 
-    dlogits = (softmax(logits) - onehot(target)) * grad on valid rows, zero elsewhere, from recomputed logits; it is
-    held for one chunk, and rounded to the products' type.
+    dlogits = (softmax(logits) - onehot(target)) * grad on valid rows, zero elsewhere, from recomputed logits; grad is
+    one number for the sum of losses, or one for each row.  It is held for one chunk, and rounded to the products' type.
     """
 
     def __init__(self, ignore_index: int, chunk_rows: int) -> None:
@@ -159,10 +167,11 @@ class LossGradients:
     ) -> None:
         """Adds to those gradients that are given; they are in ``hidden``'s type or the accumulator's.
 
-        hidden, dhidden [R, d]; targets, log_sums [R]; grad a scalar; weight, dweight [n, d]; bias, dbias [n].
+        hidden, dhidden [R, d]; targets, log_sums [R]; grad [1] or [R]; weight, dweight [n, d]; bias, dbias [n].
         """
         for part in _chunks(hidden.shape[0], self._chunk_rows):
-            dlogits = self._dlogits(hidden[part], targets[part], log_sums[part], grad, weight, bias, first)
+            scale = grad if grad.shape[0] == 1 else grad[part]
+            dlogits = self._dlogits(hidden[part], targets[part], log_sums[part], scale, weight, bias, first)
             if dbias is not None:
                 dbias += dlogits.sum(0)
             rounded = dlogits.to(hidden.dtype)
@@ -184,7 +193,7 @@ class LossGradients:
         out = _logits(hidden, weight, bias).sub_(log_sums[:, None]).exp_()
         index, mine = _local(targets, first, weight.shape[0])
         out.scatter_add_(1, index[:, None], mine[:, None].to(out.dtype).neg_())
-        return out.mul_(grad).masked_fill_((targets == self._ignore_index)[:, None], 0.0)
+        return out.mul_(grad[:, None]).masked_fill_((targets == self._ignore_index)[:, None], 0.0)
 
 
 def _chunks(rows: int, chunk_rows: int) -> Iterator[slice]:

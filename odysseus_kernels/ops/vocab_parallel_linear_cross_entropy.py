@@ -29,11 +29,12 @@ from odysseus_kernels.ops._cross_entropy import (
     LossGradients,
     add_statistics,
     check_loss_input,
+    check_reduction,
     check_targets,
     loss_config,
     loss_phase,
     new_statistics,
-    sum_of_losses,
+    reduce_losses,
 )
 from odysseus_kernels.ops._exchange import execute_exchange
 from odysseus_kernels.ops._validate import group_by_name
@@ -56,6 +57,7 @@ def vocab_parallel_linear_cross_entropy(
     vocabulary_rows: Sequence[int] | None = None,
     ignore_index: int = -100,
     chunk_rows: int = 1024,
+    reduction: Literal["sum", "none"] = "sum",
     config: OverlapConfig | None = None,
 ) -> Tensor:
     """Sum of -log softmax(logits)[target] over valid rows, with logits over the vocabulary's rows of all ranks.
@@ -83,10 +85,12 @@ def vocab_parallel_linear_cross_entropy(
             vocabulary of 9 on two ranks.  None: every rank has as many as this one.
         ignore_index: target of rows that do not count.
         chunk_rows: rows whose logits are held at a time.
+        reduction: ``"sum"``, or ``"none"`` for the loss of each row, minus the log-probability of its target.
         config: mode, transport, pieces, time limit; mode ``"tiles"`` means ``"fused"`` here.
 
     Returns:
-        A scalar in fp32 (fp64 for fp64): the sum over the tokens in ``hidden``, zero without valid ones.
+        In fp32 (fp64 for fp64), a scalar: the sum over the tokens in ``hidden``, zero without valid ones; or [...], of
+        each token, zero where it does not count.
 
     Raises:
         ValueError: bad input, before anything is sent; targets outside of the vocabulary are found on the CPU and
@@ -104,10 +108,21 @@ def vocab_parallel_linear_cross_entropy(
     resolved = resolve_group(group)
     counts = _vocabulary_rows(vocabulary_rows, weight.shape[0], resolved.rank(), resolved.size())
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
-    total, _, _ = torch.ops.odysseus.vocab_parallel_linear_cross_entropy(
-        rows, labels, weight, bias, counts, tokens == "sharded", resolved.group_name, key, ignore_index, chunk_rows
+    each = check_reduction(_NAME, reduction)
+    losses, _, _ = torch.ops.odysseus.vocab_parallel_linear_cross_entropy(
+        rows,
+        labels,
+        weight,
+        bias,
+        counts,
+        tokens == "sharded",
+        resolved.group_name,
+        key,
+        ignore_index,
+        chunk_rows,
+        each,
     )
-    return total  # type: ignore[no-any-return]
+    return losses.view(targets.shape) if each else losses  # type: ignore[no-any-return]
 
 
 def _vocabulary_rows(given: Sequence[int] | None, own: int, rank: int, world: int) -> list[int]:
@@ -139,8 +154,9 @@ def _forward(
     config_key: str,
     ignore_index: int,
     chunk_rows: int,
+    each: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of losses, logsumexp of each row, targets of all ranks [N, R], empty where tokens are replicated)."""
+    """(losses, each [R] or added; logsumexp of each row; targets of all ranks [N, R], empty with replicated tokens)."""
     group, config = group_by_name(group_name), loss_config(config_key)
     world = group.size()
     check_targets(_NAME, targets, sum(vocabulary_rows), ignore_index)
@@ -168,7 +184,7 @@ def _forward(
         statistics = functional.all_gather(own[None], group, operator=_NAME, config=config, shapes=shapes)
     parts = statistics.view(world, -1, 2)
     log_sums, found = torch.logsumexp(parts[..., 0], 0), parts[..., 1].amax(0)
-    return sum_of_losses(log_sums, found, targets, ignore_index), log_sums, everyone
+    return reduce_losses(log_sums, found, targets, ignore_index, each=each), log_sums, everyone
 
 
 def _shapes(vocabulary_rows: Sequence[int], ignore_index: int) -> str:
@@ -188,11 +204,12 @@ def _(
     config_key: str,
     ignore_index: int,
     chunk_rows: int,
+    each: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = accumulator_dtype(hidden.dtype)
     everyone = (group_by_name(group_name).size(), targets.shape[0]) if sharded else (0,)
     return (
-        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape[:1] if each else (), dtype=wide),
         hidden.new_empty(hidden.shape[:1], dtype=wide),
         targets.new_empty(everyone),
     )
@@ -213,6 +230,7 @@ def _backward(
     config_key: str,
     ignore_index: int,
     chunk_rows: int,
+    each: bool,
     hidden_needed: bool,
     weight_needed: bool,
     bias_needed: bool,
@@ -241,13 +259,14 @@ def _backward(
         )
 
     if sharded:
-        # Each token's logsumexp and, after them, the gradient of the rank's value.
-        shared = (hidden.contiguous(), torch.cat((log_sums, grad.reshape(1))))
+        # Each token's logsumexp and, after them, the gradient of the rank's value, or of each token's.
+        count = hidden.shape[0]
+        shared = (hidden.contiguous(), torch.cat((log_sums, grad.reshape(-1))))
         sums = (dhidden,) if hidden_needed else ()
 
         def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
             rows, numbers = given
-            add(rows, everyone[rank], numbers[:-1], numbers[-1], made[0] if made else None)
+            add(rows, everyone[rank], numbers[:count], numbers[count:], made[0] if made else None)
 
         def run(transport: Transport, settled: OverlapConfig) -> None:
             dweight.zero_()
@@ -262,7 +281,7 @@ def _backward(
         dweight.zero_()
         dbias.zero_()
         with torch.autocast(hidden.device.type, enabled=False):
-            add(hidden, targets, log_sums, grad, dhidden if hidden_needed else None)
+            add(hidden, targets, log_sums, grad.reshape(-1), dhidden if hidden_needed else None)
         if hidden_needed:
             dhidden = functional.all_reduce(
                 dhidden, group, operator=_NAME, phase="backward", config=config, shapes=shapes
@@ -286,6 +305,7 @@ def _(
     config_key: str,
     ignore_index: int,
     chunk_rows: int,
+    each: bool,
     hidden_needed: bool,
     weight_needed: bool,
     bias_needed: bool,

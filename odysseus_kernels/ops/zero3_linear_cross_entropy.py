@@ -8,7 +8,7 @@ leave while the next part is multiplied.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,12 @@ from odysseus_kernels.ops._cross_entropy import (
     LossGradients,
     add_statistics,
     check_loss_input,
+    check_reduction,
     check_targets,
     loss_config,
     loss_phase,
     new_statistics,
-    sum_of_losses,
+    reduce_losses,
 )
 from odysseus_kernels.ops._exchange import execute_exchange
 from odysseus_kernels.ops._validate import group_by_name
@@ -48,6 +49,7 @@ def zero3_linear_cross_entropy(
     group: dist.ProcessGroup | DeviceMesh | None,
     ignore_index: int = -100,
     chunk_rows: int = 1024,
+    reduction: Literal["sum", "none"] = "sum",
     config: OverlapConfig | None = None,
 ) -> Tensor:
     """Sum of -log softmax(hidden @ all_gather(weight_shard).T + all_gather(bias_shard))[target] over valid rows.
@@ -69,10 +71,12 @@ def zero3_linear_cross_entropy(
         group: the ranks; None is the default group.
         ignore_index: target of rows that do not count.
         chunk_rows: rows whose logits are held at a time.
+        reduction: ``"sum"``, or ``"none"`` for the loss of each row, minus the log-probability of its target.
         config: mode, transport, pieces, time limit; mode ``"tiles"`` means ``"fused"`` here.
 
     Returns:
-        A scalar in fp32 (fp64 for fp64): the sum over this rank's rows, zero without valid ones.
+        In fp32 (fp64 for fp64), a scalar: the sum over this rank's rows, zero without valid ones; or [...], of each
+        row, zero where it does not count.
 
     Raises:
         ValueError: bad input, before anything is sent; targets outside of the vocabulary are found on the CPU and
@@ -94,10 +98,11 @@ def zero3_linear_cross_entropy(
     )
     resolved = resolve_group(group)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    total, _ = torch.ops.odysseus.zero3_linear_cross_entropy(
-        rows, targets.reshape(-1).long(), weight_shard, bias_shard, resolved.group_name, key, ignore_index, chunk_rows
+    each, labels = check_reduction(_NAME, reduction), targets.reshape(-1).long()
+    losses, _ = torch.ops.odysseus.zero3_linear_cross_entropy(
+        rows, labels, weight_shard, bias_shard, resolved.group_name, key, ignore_index, chunk_rows, each
     )
-    return total  # type: ignore[no-any-return]
+    return losses.view(targets.shape) if each else losses  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("odysseus::zero3_linear_cross_entropy", mutates_args=())
@@ -110,8 +115,9 @@ def _forward(
     config_key: str,
     ignore_index: int,
     chunk_rows: int,
+    each: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of losses, logsumexp of each row)."""
+    """(sum of losses, or the loss of each row; logsumexp of each row)."""
     group, config = group_by_name(group_name), loss_config(config_key)
     count = weight_shard.shape[0]
     check_targets(_NAME, targets, count * group.size(), ignore_index)
@@ -129,7 +135,7 @@ def _forward(
     phase = loss_phase(_NAME, "forward", hidden.shape[0] * group.size(), weight_shard, weight_shard.nbytes, 0)
     dispatch(group, config, hidden.device, run, phase)
     log_sums, found = statistics.unbind(1)
-    return sum_of_losses(log_sums, found, targets, ignore_index), log_sums.contiguous()
+    return reduce_losses(log_sums, found, targets, ignore_index, each=each), log_sums.contiguous()
 
 
 def _shared(weight_shard: Tensor, bias_shard: Tensor | None) -> tuple[Tensor, ...]:
@@ -151,9 +157,10 @@ def _(
     config_key: str,
     ignore_index: int,
     chunk_rows: int,
+    each: bool,
 ) -> tuple[Tensor, Tensor]:
-    wide = accumulator_dtype(hidden.dtype)
-    return hidden.new_empty((), dtype=wide), hidden.new_empty(hidden.shape[:1], dtype=wide)
+    log_sums = hidden.new_empty(hidden.shape[:1], dtype=accumulator_dtype(hidden.dtype))
+    return log_sums.new_empty(log_sums.shape if each else ()), log_sums
 
 
 @torch.library.custom_op("odysseus::zero3_linear_cross_entropy_backward", mutates_args=())
@@ -168,6 +175,7 @@ def _backward(
     config_key: str,
     ignore_index: int,
     chunk_rows: int,
+    each: bool,
     hidden_needed: bool,
     weight_needed: bool,
     bias_needed: bool,
@@ -192,7 +200,7 @@ def _backward(
             hidden,
             targets,
             log_sums,
-            grad,
+            grad.reshape(-1),
             weight,
             bias,
             rank * count,
@@ -228,6 +236,7 @@ def _(
     config_key: str,
     ignore_index: int,
     chunk_rows: int,
+    each: bool,
     hidden_needed: bool,
     weight_needed: bool,
     bias_needed: bool,
@@ -248,7 +257,7 @@ def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor
     needed = [ctx.needs_input_grad[index] for index in (0, 2, 3)]
     results = torch.ops.odysseus.zero3_linear_cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.settings, *needed)
     dhidden, dweight, dbias = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
-    return dhidden, None, dweight, dbias, None, None, None, None
+    return dhidden, None, dweight, dbias, *[None] * len(ctx.settings)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

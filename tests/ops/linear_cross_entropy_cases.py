@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -250,12 +251,43 @@ def opcheck(rank: int, world: int) -> None:
     name, key = dist.group.WORLD.group_name, ody.OverlapConfig(timeout_s=30).key()
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     targets = torch.tensor([0, 4, IGNORE, 2, 1, 3])
-    for bias in (None, torch.randn(5, requires_grad=True)):
-        arguments: tuple[Any, ...] = (hidden, targets, weight, bias, name, key, IGNORE, 4)
+    for bias, each in itertools.product((None, torch.randn(5, requires_grad=True)), (False, True)):
+        arguments: tuple[Any, ...] = (hidden, targets, weight, bias, name, key, IGNORE, 4, each)
         torch.library.opcheck(torch.ops.odysseus.zero3_linear_cross_entropy.default, arguments)
         for sharded in (True, False):
-            arguments = (hidden, targets, weight, bias, [5] * world, sharded, name, key, IGNORE, 4)
+            arguments = (hidden, targets, weight, bias, [5] * world, sharded, name, key, IGNORE, 4, each)
             torch.library.opcheck(torch.ops.odysseus.vocab_parallel_linear_cross_entropy.default, arguments)
+
+
+def each_row(rank: int, world: int, kind: str, mode: str, transport: str) -> None:
+    """``reduction="none"``: a loss and a gradient of its own for each row, against fp64 in this process."""
+    problem, dtype = Problem(), torch.float64
+    data = make_data(problem, world, dtype)
+    scale = torch.rand(data.targets.shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    whole = {"hidden": leaf(data.hidden), "weight": leaf(data.weight)}
+    logits = F.linear(whole["hidden"], whole["weight"], data.bias)
+    losses = F.cross_entropy(logits, data.targets, reduction="none", ignore_index=problem.ignore_index)
+    (losses * scale).sum().backward()
+
+    part = own_part("hidden", torch.arange(len(data.targets)), kind, problem, rank)
+    mine = {name: leaf(own_part(name, tensor, kind, problem, rank).detach()) for name, tensor in whole.items()}
+    bias = None if data.bias is None else own_part("bias", data.bias, kind, problem, rank)
+    settings: dict[str, Any] = {"ignore_index": problem.ignore_index, "chunk_rows": 4, "reduction": "none"}
+    settings |= {"group": None, "config": ody.OverlapConfig(mode=mode, transport=transport, timeout_s=60)}
+    arguments = (mine["hidden"], data.targets[part], mine["weight"], bias)
+    poison_windows()
+    with nan_empty():
+        if kind == "zero3":
+            found = zero3_linear_cross_entropy(*arguments, **settings)
+        else:
+            found = vocab_parallel_linear_cross_entropy(*arguments, tokens=kind, **settings)
+        (found * scale[part]).sum().backward()
+    torch.testing.assert_close(found.detach(), losses[part].detach(), rtol=1e-13, atol=1e-13)
+    for name, tensor in mine.items():
+        expected = own_part(name, whole[name].grad, kind, problem, rank)
+        torch.testing.assert_close(tensor.grad, expected, rtol=1e-12, atol=1e-13)
+    with pytest.raises(ValueError, match='expected reduction "sum" or "none", got \'mean\''):
+        zero3_linear_cross_entropy(*arguments, **{**settings, "reduction": "mean"})
 
 
 def compiled(rank: int, world: int, kind: str, backend: str) -> None:

@@ -132,3 +132,10 @@ def test_refusals(ranks: RankPools) -> None:
 def test_different_numbers_of_sharded_tokens(ranks: RankPools) -> None:
     for message in ranks(3).run(cases.different_rows):
         assert "rank 1 differs" in message
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize(("mode", "transport"), (("fused", "symmetric"), ("unfused", "collective")))
+def test_losses_of_each_row(ranks, kind, mode, transport):
+    for world in (1, 2, 3):
+        ranks(world).run(cases.each_row, kind, mode, transport)
