@@ -17,7 +17,7 @@ from random_order_programs import PROGRAMS, Order, Side
 from odysseus_kernels.strategies import STRATEGIES
 from odysseus_kernels.testing.spawn import RankPools
 
-EXAMPLES = int(os.environ.get("ODYSSEUS_RANDOM_USES", "2"))
+EXAMPLES = int(os.environ.get("ODYSSEUS_RANDOM_USES", "1"))
 AT_ONCE = 8  # uses in one launch of the ranks
 MUST_WORK = (
     *("two_forwards", "backward_twice", "evaluation_between", "accumulates", "eval", "late_backward", "checkpoints"),
