@@ -12,24 +12,16 @@ ruff check .
 lint-imports --no-logo
 mypy
 
-# Two halves side by side: alone, either leaves cores idle half of the time.  Faults, whose times count, are in the first.
+# Long tests that start no ranks run beside all others: those leave one core idle half of the time.
 log=$(mktemp)
 # Without a cache: the two would write one file.
-{
-  half=0
-  trap 'kill $(jobs -p) 2>/dev/null || true; exit 1' TERM
-  for chosen in "-m without_ranks" "-m not\ without_ranks tests/ops"; do
-    eval "nice python -m pytest -p no:cacheprovider $chosen" &
-    wait "$!" || half=$?
-  done
-  exit "$half"
-} >"$log" 2>&1 &
+nice python -m pytest -p no:cacheprovider -m without_ranks >"$log" 2>&1 &
 beside=$!
 trap 'kill "$beside" 2>/dev/null || true; rm -f "$log"' EXIT
 trap 'exit 130' INT  # pytest makes a summary of Ctrl-C; nobody wants to wait for the others then
 status=0
-python -m pytest -m "not without_ranks" --ignore=tests/ops || status=$?
+python -m pytest -m "not without_ranks" || status=$?
 wait "$beside" || status=$?
-echo "The other half: long tests without ranks, and those of operators"
+echo "Beside them: tests that start no ranks"
 cat "$log"
 exit "$status"
