@@ -30,7 +30,7 @@ def saved_for_backward(forward: Callable[[], Any], excluded: Iterable[Tensor]) -
         address = local.untyped_storage().data_ptr()
         if local.numel() and address not in parameters:
             kept[address] = local.detach()
-        return tensor
+        return tensor.detach()  # itself, it would hold the graph where a node saves its own output, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
