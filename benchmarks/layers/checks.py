@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.common.ranks import largest_over_ranks
 from benchmarks.layers.runnable import Runnable
 from odysseus_kernels.integrations.inputs import opened
+from odysseus_kernels.integrations.intact import check_intact
 from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums
 
 __all__ = ["measure_checks"]
@@ -38,6 +39,9 @@ def measure_checks(whole: dict[str, Tensor], runnable: Runnable) -> dict[str, fl
     def describe() -> None:
         SequenceCut.of(group, length, length).tensor(checksums(whole, whole["input_ids"].shape[0]))
 
+    def look() -> None:
+        check_intact(model, group)
+
     def compare() -> None:
         labels = part.get("shift_labels")
         with opened(model, part[KEY], part["input_ids"], position_ids=None, attention_mask=None, targets=labels):
@@ -47,7 +51,7 @@ def measure_checks(whole: dict[str, Tensor], runnable: Runnable) -> dict[str, fl
         with group.steps.step():
             pass
 
-    parts = {"descriptor": describe, "comparison": compare, "step": scope}
+    parts = {"descriptor": describe, "model": look, "comparison": compare, "step": scope}
     return largest_over_ranks({name: _median(call) for name, call in parts.items()})
 
 

@@ -20,7 +20,7 @@ from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, token_count
 from odysseus_kernels.nn.step import Stepped
 
-__all__ = ["check_no_holes", "check_labels", "check_part", "each_token", "opened", "targets_of"]
+__all__ = ["check_labels", "check_no_holes", "check_part", "each_token", "opened", "refuse_uses", "targets_of"]
 
 _DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 

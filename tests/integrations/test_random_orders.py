@@ -77,7 +77,7 @@ def truth(use: Order, sort: str = "") -> tuple[float, float]:
         loss.backward()
     else:
         side = Side(use, model, lambda batch: {**batch, "use_cache": False})
-        loss = PROGRAMS[sort or use.sort](side) if (sort or use.sort) in PROGRAMS else PROGRAMS["right"](side)
+        loss = PROGRAMS.get(sort or use.sort, PROGRAMS["right"])(side)
     return loss.item(), norm_of(model)
 
 

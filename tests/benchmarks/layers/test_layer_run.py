@@ -34,7 +34,7 @@ def _check_row(row: dict[str, Any]) -> None:
             assert abs(entry["saved"] - formula) <= 0.01 * formula, (name, entry)
     assert row["checks"].keys() == row["bytes"].keys()
     for parts in row["checks"].values():
-        assert parts.keys() == {"descriptor", "comparison", "step"}
+        assert parts.keys() == {"descriptor", "model", "comparison", "step"}
         assert all(seconds > 0 for seconds in parts.values())
     assert all(len(values) == 1 and values[0] > 0 for values in row["samples_s"].values())
 
