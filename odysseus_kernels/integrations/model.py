@@ -277,8 +277,11 @@ class SequenceCausalLM(Stepped):
     ) -> Any:
         """Runs the stock model on what :func:`shard_sequence` returned; the arguments are those of the stock model.
 
+        ``reduction="none"`` beside labels asks for the loss of each token, without a router's.
+
         Returns:
-            The stock model's output. ``loss`` is the mean over all tokens of all ranks, the same on every rank;
+            The stock model's output. ``loss`` is the mean over all tokens of all ranks, the same on every rank, or with
+            ``reduction="none"`` [B, s], of each of this rank's tokens, 0 where it does not count;
             ``logits`` [B, s, V] are those of this rank's tokens, padding included (:func:`gather_sequence` makes them
             whole, without it), and None where there are labels.
 

@@ -56,7 +56,7 @@ def saved(rank: int, world: int) -> tuple[list[int], list[int]]:
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.data_ptr()] = tensor.numel()
-        return tensor
+        return tensor.detach()  # itself, it would hold the graph where a node saves its own output
 
     q, *_ = ody.linear_all_to_all(x, weights, group=None)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
