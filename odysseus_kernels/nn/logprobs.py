@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from odysseus_kernels.nn.gather import gather_sequence
-from odysseus_kernels.nn.step import Stepped
+from odysseus_kernels.nn.step import sequence_group_of
 
 __all__ = ["sequence_logprobs"]
 
@@ -46,10 +46,8 @@ def sequence_logprobs(
         torch.Size([2, 15])
         >>> (-logprobs.mean()).backward()
     """
-    groups = [module.sequence_group for module in model.modules() if isinstance(module, Stepped)]
-    if not groups:
-        raise ValueError(f"model: expected one that parallelize returned, got {type(model).__name__}")
+    group = sequence_group_of(model)
     logprobs: torch.Tensor = -model(**batch, reduction="none", **arguments).loss
     if not gather:
         return logprobs
-    return gather_sequence(logprobs, batch, groups[0].mesh, groups[0].config)[:, :-1]
+    return gather_sequence(logprobs, batch, group.mesh, group.config)[:, :-1]

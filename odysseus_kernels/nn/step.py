@@ -13,7 +13,7 @@ from torch.autograd import Variable
 from odysseus_kernels.comm.shared_step import StepGroups
 from odysseus_kernels.nn.group import SequenceGroup
 
-__all__ = ["Stepped", "step"]
+__all__ = ["Stepped", "sequence_group_of", "step"]
 
 
 @contextlib.contextmanager
@@ -44,11 +44,16 @@ def step(model: nn.Module) -> Iterator[None]:
         ...     loss.backward()
         ...     optimizer.step()
     """
-    groups = [module.sequence_group for module in model.modules() if isinstance(module, Stepped)]
-    if not groups:
-        raise ValueError(f"model: expected one that parallelize returned, got {type(model).__name__}")
-    with groups[0].steps.step():
+    with sequence_group_of(model).steps.step():
         yield
+
+
+def sequence_group_of(model: nn.Module) -> SequenceGroup:
+    """How ``model``, or what it wraps, is parallelized; ValueError if it is not."""
+    for module in model.modules():
+        if isinstance(module, Stepped):
+            return module.sequence_group
+    raise ValueError(f"model: expected one that parallelize returned, got {type(model).__name__}")
 
 
 class Stepped(nn.Module):

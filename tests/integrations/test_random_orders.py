@@ -11,10 +11,10 @@ from family_cases import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_cases import RIGHT, TIMEOUT_S
+from random_fields import FIELDS
 from random_order_cases import CHANGED, REPLICAS, SORTS, case_of, replica_batches, run
 from random_order_programs import PROGRAMS, Order, Side
 
-from odysseus_kernels.strategies import STRATEGIES
 from odysseus_kernels.testing.spawn import RankPools
 
 EXAMPLES = int(os.environ.get("ODYSSEUS_RANDOM_USES", "1"))
@@ -36,15 +36,7 @@ MUST_FAIL = (
 orders = st.builds(
     Order,
     sort=st.sampled_from(SORTS),
-    strategy=st.sampled_from(sorted(STRATEGIES)),
-    ring=st.sampled_from((1, 2)),
-    length=st.integers(4, 30),
-    rows=st.integers(1, 2),
-    mask=st.sampled_from(("none", "none", "left", "right", "holes")),
-    packed=st.booleans(),
-    items=st.sampled_from(("none", "none", "int", "tensor", "vector")),
-    odd=st.integers(0, 3),
-    seed=st.integers(0, 10**6),
+    **FIELDS,
     variant=st.integers(0, 59),
     stepped=st.booleans(),
 )

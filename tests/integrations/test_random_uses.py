@@ -10,8 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_cases import RIGHT, SORTS, TIMEOUT_S, Use, run
-
-from odysseus_kernels.strategies import STRATEGIES
+from random_fields import FIELDS
 
 EXAMPLES = int(os.environ.get("ODYSSEUS_RANDOM_USES", "5"))
 AT_ONCE = 8  # uses in one launch of the ranks
@@ -21,15 +20,7 @@ MUST_FAIL = ("other_samples", "skips_a_step", "bad_token", "user_error", "labels
 uses = st.builds(
     Use,
     sort=st.sampled_from(SORTS),
-    strategy=st.sampled_from(sorted(STRATEGIES)),
-    ring=st.sampled_from((1, 2)),
-    length=st.integers(4, 30),
-    rows=st.integers(1, 2),
-    mask=st.sampled_from(("none", "none", "left", "right", "holes")),
-    packed=st.booleans(),
-    items=st.sampled_from(("none", "none", "int", "tensor", "vector")),
-    odd=st.integers(0, 3),
-    seed=st.integers(0, 10**6),
+    **FIELDS,
 )
 
 
