@@ -25,6 +25,7 @@ from torch import Tensor
 
 from odysseus_kernels.comm.announce import announced
 from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.pipeline import Pipeline
 from odysseus_kernels.comm.recorder import Traffic, record
 from odysseus_kernels.comm.schedules.steps import Program
 from odysseus_kernels.config import OverlapConfig
@@ -157,6 +158,7 @@ class Call:
         keeps_ahead: what was sent ahead stays for the call after this one; any other call takes it or drops it.
         collective: name to record instead of ``all_gather`` and ``reduce_scatter`` (``all_reduce`` is both).
         exchange: visits every rank; instead of ``gather`` and ``scatter``.
+        pipeline: gathers, computes and scatters piece by piece; likewise instead of them.
         continued: a further part of a collective that an earlier call has begun: bytes are counted, not a call.
     """
 
@@ -169,10 +171,13 @@ class Call:
     collective: str | None = None
     keeps_ahead: bool = False
     exchange: Exchange | None = None
+    pipeline: Pipeline | None = None
     continued: bool = False
 
     @property
     def program(self) -> Program:
+        if self.pipeline is not None:
+            return "pipeline:given" if self.pipeline.out is None else "pipeline"
         if self.exchange is not None:
             if self.exchange.gives and self.exchange.makes:
                 return "exchange"
@@ -202,6 +207,11 @@ class Call:
         if self.exchange is not None:
             for name in ("shared", "addressed", "sums", "received"):
                 parts += [f"{name} {_describe(tensor)}" for tensor in getattr(self.exchange, name)]
+        if self.pipeline is not None:
+            parts += [f"gathers {_describe(shard)}" for shard in self.pipeline.shards]
+            if self.pipeline.out is not None:
+                parts.append(f"scatters {_describe(self.pipeline.out)}")
+            parts.append(f"pieces that begin at {[start for start, _ in self.pipeline.spans]}")
         parts.append(f"{self.config.mode}, chunks_per_rank={self.config.chunks_per_rank}")
         if self.config.reduce_dtype != torch.float32:
             parts.append(f"reduce_dtype={self.config.reduce_dtype}")
@@ -214,6 +224,8 @@ class Call:
     @property
     def device(self) -> torch.device:
         """Where the tensors lie that are communicated."""
+        if self.pipeline is not None:
+            return self.pipeline.shards[0].device
         if self.exchange is not None:
             return (*self.exchange.own_given(0), *self.exchange.own_made(0))[0].device
         if self.gather is not None:
@@ -234,12 +246,14 @@ class Transport(abc.ABC):
         rank, world: this rank's index in the group and the number of ranks.
         serves_tiles: whether ``mode="tiles"`` can be had.
         serves_exchange: whether calls may have an ``exchange``.
+        serves_pipeline: whether calls may have a ``pipeline``.
         broken: why the transport can no longer be used, after an error between ranks.
     """
 
     name: str
     serves_tiles: bool = False
     serves_exchange: bool = True
+    serves_pipeline: bool = True
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank = rank
@@ -266,6 +280,10 @@ class Transport(abc.ABC):
             call.exchange.check(call.name, self.world)
             if not self.serves_exchange:
                 raise NotServedError(f"{call.name}: the {self.name} transport of this device serves no exchange")
+        if call.pipeline is not None:
+            call.pipeline.check(call.name)
+            if not self.serves_pipeline:
+                raise NotServedError(f"{call.name}: the {self.name} transport of this device serves no pipeline")
         with self._lock:
             self._execute(call)
         self._count(call)
@@ -334,6 +352,13 @@ class Transport(abc.ABC):
         peers, calls = self.world - 1, int(not call.continued)
         if call.exchange is not None and peers:
             self._count_exchange(call, call.exchange)
+        if call.pipeline is not None and peers:
+            travel = (("all_gather", call.pipeline.shards), ("reduce_scatter", (call.pipeline.out,)))
+            for collective, tensors in travel:
+                nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+                if nbytes:
+                    traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
+                    record(traffic, peers * nbytes, calls)
         for part, collective in ((call.gather, "all_gather"), (call.scatter, "reduce_scatter")):
             if part is None or peers == 0:
                 continue
@@ -373,6 +398,13 @@ class LocalTransport(Transport):
             call.gather.consume(0, 0, call.gather.shard.shape[1], call.gather.shard)
         if call.exchange is not None:
             call.exchange.visit(0, call.exchange.own_given(0), call.exchange.own_made(0))
+        if call.pipeline is not None:
+            pipeline = call.pipeline
+            for index in range(len(pipeline.spans)):
+                pipeline.consume(index, 0, pipeline.own(index))
+                pipeline.compute(index)
+                if pipeline.produce is not None:
+                    pipeline.produce(index, 0, pipeline.own_out(index))
 
 
 def row_pieces(chunks_per_rank: int | Literal["auto"], rows: int, *, auto: int) -> int:

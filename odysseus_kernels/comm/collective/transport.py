@@ -29,6 +29,7 @@ from odysseus_kernels.comm.bundles import as_bytes
 from odysseus_kernels.comm.collective.exchange import ExchangeRun
 from odysseus_kernels.comm.collective.handshakes import Handshakes
 from odysseus_kernels.comm.collective.lanes import Lane, make_lane
+from odysseus_kernels.comm.collective.pipeline import PipelineRun
 from odysseus_kernels.comm.collective.run import Ahead, CollectiveRun
 from odysseus_kernels.comm.meeting.backend import WaitTimeoutError, all_gather_single, reduce_scatter_single
 from odysseus_kernels.comm.meeting.membership import lost_members_soon
@@ -153,6 +154,10 @@ class CollectiveTransport(Transport):
                 lane = self._prepare(call)
                 exchange = ExchangeRun(call, call.exchange, lane, self.rank, self.world)
                 exchange.steps(lambda work: self._wait(call, work))
+                return
+            if call.pipeline is not None:
+                pipeline = PipelineRun(call, call.pipeline, self._prepare(call), self.rank, self.world)
+                pipeline.steps(lambda work: self._wait(call, work))
                 return
             run = CollectiveRun(call, self._begin(call), self.rank, self.world)
             self._handshake(call, ", prefetched" if run.adopt(self._take_ahead(call)) else "")

@@ -68,6 +68,7 @@ class SymmetricDeviceTransport(Transport):
     name = "symmetric"
     serves_tiles = True
     serves_exchange = False
+    serves_pipeline = False
 
     def __init__(self, device: Device, rank: int, world: int) -> None:
         super().__init__(rank, world)

@@ -24,6 +24,7 @@ from torch import Tensor
 from odysseus_kernels import _ext
 from odysseus_kernels.comm.host.exchange import HostExchange
 from odysseus_kernels.comm.host.peers import Peers
+from odysseus_kernels.comm.host.pipeline import HostPipeline
 from odysseus_kernels.comm.host.windows import BundleBuffer, PartialBuffer, ShardBuffer, Windows
 from odysseus_kernels.comm.mismatch import short_text
 from odysseus_kernels.comm.reduce import PieceSum
@@ -66,11 +67,14 @@ class _Buffers:
     partial: PartialBuffer | None = None
     ahead: ShardBuffer | None = None  # for the shard that the call sends ahead
     exchange: HostExchange | None = None  # instead of the others
+    pipeline: HostPipeline | None = None  # likewise
 
     def __getitem__(self, name: str) -> _Buffer:
         found: _Buffer | None
         if self.exchange is not None:
             found = self.exchange.given if name == SHARD else self.exchange.made
+        elif self.pipeline is not None:
+            found = self.pipeline.given if name == SHARD else self.pipeline.made
         else:
             found = self.shard if name == SHARD else self.partial
         assert found is not None
@@ -197,6 +201,8 @@ class SymmetricHostTransport(Transport):
                 self._wait(call, step, buffers)
             elif buffers.exchange is not None and step.kind in (Kind.COMPUTE, Kind.COPY):
                 self._exchange(call, step, buffers.exchange)
+            elif buffers.pipeline is not None and step.kind in (Kind.COMPUTE, Kind.COPY):
+                self._pipeline(call, step, buffers)
             elif step.kind is Kind.COMPUTE:
                 self._compute(call, step, buffers, sums)
             elif step.kind is Kind.COPY:
@@ -212,8 +218,9 @@ class SymmetricHostTransport(Transport):
         gather, scatter = call.gather, call.scatter
         buffers = _Buffers()
         new: list[_Buffer] = []
-        gather_pieces = self._gather_pieces(call, gather.shard) if gather else 1
-        scatter_pieces = self._scatter_pieces(call, scatter) if scatter else 1
+        spans = len(call.pipeline.spans) if call.pipeline else 1
+        gather_pieces = self._gather_pieces(call, gather.shard) if gather else spans
+        scatter_pieces = self._scatter_pieces(call, scatter) if scatter else spans
         taken = self._take_ahead(call, gather_pieces)
         schedule = symmetric_schedule(
             call.program,
@@ -236,6 +243,11 @@ class SymmetricHostTransport(Transport):
                 call.exchange, self.rank, self.world, call.config.reduce_dtype, self._leases, self._windows
             )
             new.extend(buffers.exchange.buffers)
+        if call.pipeline is not None:
+            buffers.pipeline = HostPipeline(
+                call.pipeline, self.rank, self.world, call.config.reduce_dtype, self._leases, self._windows
+            )
+            new.extend(buffers.pipeline.buffers)
         if gather and gather.prefetch is not None:
             pieces = self._gather_pieces(call, gather.prefetch)
             buffers.ahead = ShardBuffer.of(self._leases.lease(), gather.prefetch, pieces)
@@ -359,6 +371,15 @@ class SymmetricHostTransport(Transport):
             exchange.visit(step)
         else:
             exchange.take(step)
+
+    def _pipeline(self, call: Call, step: Step, buffers: _Buffers) -> None:
+        assert buffers.pipeline is not None
+        for region in step.writes:
+            self._collect(call, buffers[region.buffer])
+        if step.kind is Kind.COPY:
+            buffers.pipeline.publish(step.piece)
+        else:
+            buffers.pipeline.compute(step)
 
     def _collect(self, call: Call, buffer: _Buffer) -> None:
         """Before a leased window is first written: waits for those who read what its previous use left there."""

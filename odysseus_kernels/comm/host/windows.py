@@ -50,7 +50,8 @@ class ShardBuffer:
 class PartialBuffer:
     """Outgoing partial results, one piece in each cell, followed by the sum in progress, which only we touch.
 
-    ``cells`` is 2, or 1 where a call sends a single piece.
+    ``cells`` is 2, or 1 where a call sends a single piece.  ``spans`` are the rows of each piece where they are not cut
+    as evenly as they can.
     """
 
     lease: Lease
@@ -62,6 +63,7 @@ class PartialBuffer:
     cells: int
     held_bytes: int
     clean: bool = False
+    spans: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
     def of(lease: Lease, out: Tensor, pieces: int, world: int, reduce_dtype: torch.dtype) -> PartialBuffer:
@@ -72,7 +74,7 @@ class PartialBuffer:
 
     @property
     def cell_bytes(self) -> int:
-        largest = -(-self.rows // self.pieces)
+        largest = max((stop - start for start, stop in self.spans), default=-(-self.rows // self.pieces))
         size = self.batch * largest * self.width * self.dtype.itemsize
         return -(-size // _ALIGNMENT) * _ALIGNMENT
 
@@ -81,7 +83,7 @@ class PartialBuffer:
         return self.cells * self.cell_bytes + self.held_bytes
 
     def bounds(self, piece: int) -> tuple[int, int]:
-        return piece_bounds(self.rows, self.pieces, piece)
+        return self.spans[piece] if self.spans else piece_bounds(self.rows, self.pieces, piece)
 
 
 @dataclasses.dataclass

@@ -37,11 +37,13 @@ def collective_schedule(
     order: ChunkOrder = "ring",
     gather_pieces: int = 1,
     scatter_pieces: int = 1,
+    holds: bool = False,
 ) -> Schedule:
     """Steps of ``rank`` for ``program`` over asynchronous collectives of a process group.
 
     Piece k travels while piece k - 1 multiplies; at most two pieces are in flight.  Ranks issue the same collectives
-    in the same order, which is what a process group asks for.
+    in the same order, which is what a process group asks for.  With ``holds`` a pipeline's gathered piece is read until
+    it has been processed, else until it has been consumed.
     """
     if world < 2 or not 0 <= rank < world:
         raise ValueError(f"schedule: expected 0 <= rank < world and world >= 2, got rank {rank} of {world}")
@@ -88,7 +90,41 @@ def collective_schedule(
             if piece + IN_FLIGHT < gather_pieces:
                 yield gather_step(Kind.ISSUE, piece + IN_FLIGHT)
 
+    def pipeline(*, given: bool) -> Iterator[Step]:
+        def add(piece: int) -> Iterator[Step]:
+            yield scatter_step(Kind.FINISH, piece)
+            received = (Region(rank, _RECEIVED, piece % IN_FLIGHT),)
+            yield from (Step(Kind.COMPUTE, Task.ADD, peer, piece, reads=received) for peer in reversed(others))
+
+        for piece in range(gather_pieces):
+            held = (Region(rank, SHARD, piece % IN_FLIGHT),)
+            upcoming = [gather_step(Kind.ISSUE, piece + IN_FLIGHT)] if piece + IN_FLIGHT < gather_pieces else []
+            yield Step(Kind.COMPUTE, Task.CONSUME, rank, piece)
+            yield gather_step(Kind.FINISH, piece)
+            yield from (Step(Kind.COMPUTE, Task.CONSUME, peer, piece, reads=held) for peer in others)
+            if not holds:
+                yield from upcoming
+            yield Step(Kind.COMPUTE, Task.PROCESS, rank, piece, reads=held if holds else ())
+            if holds:
+                yield from upcoming
+            if given:
+                continue
+            if piece:
+                yield from add(piece - 1)
+            sent = (Region(rank, PARTIAL, piece % IN_FLIGHT),)
+            yield from (Step(Kind.COMPUTE, Task.PRODUCE, peer, piece, writes=sent) for peer in others)
+            yield scatter_step(Kind.ISSUE, piece)
+            yield Step(Kind.COMPUTE, Task.PRODUCE, rank, piece)
+        if not given:
+            yield from add(gather_pieces - 1)
+
     steps: list[Step] = []
+    if program.startswith("pipeline"):
+        if program == "pipeline" and gather_pieces != scatter_pieces:
+            raise ValueError(f"schedule: expected one number of pieces, got {gather_pieces} and {scatter_pieces}")
+        steps.extend(gather_step(Kind.ISSUE, piece) for piece in range(min(IN_FLIGHT, gather_pieces)))
+        steps.extend(pipeline(given=program == "pipeline:given"))
+        return Schedule(tuple(steps), {}, {})
     if program in ("gather", "gather+scatter"):
         steps.extend(gather_step(Kind.ISSUE, piece) for piece in range(min(IN_FLIGHT, gather_pieces)))
     if program in ("scatter", "gather+scatter"):

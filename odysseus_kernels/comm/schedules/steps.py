@@ -4,7 +4,7 @@ A schedule is the tuple of :class:`Step` that one rank runs for one call of an o
 of (program, ranks, rank, chunk order, pieces); a transport executes it, ``testing/happens_before.py`` proves that it
 is free of races and deadlocks for any number of calls back to back, and nothing else decides an order anywhere.
 
-Three programs carry every operator, and a backward runs the first two in one call:
+Four programs carry every operator, and a backward runs the first two in one call:
 
 ``gather``
     every rank publishes its shard and consumes all shards, its own first, straight from the owners' buffers;
@@ -13,7 +13,10 @@ Three programs carry every operator, and a backward runs the first two in one ca
 ``exchange``
     every rank visits all others, its own last: it reads what they publish and makes something for them, and takes what
     they make for it.  In ``exchange:given`` nothing is made, and the rank itself comes first; in ``exchange:made``
-    nothing is published.
+    nothing is published;
+``pipeline``
+    piece by piece, every rank consumes that piece of all shards, computes, and produces partial results for all others
+    as in ``scatter``.  In ``pipeline:given`` nothing is produced.
 
 Words.  A signal :class:`Word` has exactly one writer and only grows.  ``ready`` (written by the buffer's owner) counts
 what was published in a cell; ``done`` (written by one reader) says up to which count that reader has finished, which is
@@ -46,7 +49,9 @@ __all__ = [
 ]
 
 ChunkOrder = Literal["ring", "sequence"]
-Program = Literal["gather", "scatter", "gather+scatter", "exchange", "exchange:given", "exchange:made"]
+Program = Literal[
+    "gather", "scatter", "gather+scatter", "exchange", "exchange:given", "exchange:made", "pipeline", "pipeline:given"
+]
 
 SHARD = "shard"
 PARTIAL = "partial"
@@ -80,6 +85,7 @@ class Task(enum.Enum):
     ADD = "add"
     ALL_GATHER = "all_gather"
     ALL_TO_ALL = "all_to_all"
+    PROCESS = "process"
     VISIT = "visit"
     TAKE = "take"
     GIVEN = "given"
@@ -233,6 +239,52 @@ def _scatter(
             yield from add(index)
 
 
+def _pipeline(world: int, rank: int, pieces: int, *, given: bool) -> Iterator[Step]:
+    """Each piece is consumed, processed and produced; the last part of a piece is added while peers may still be at it.
+
+    It is added once the next piece has been processed, just before a partial result is produced again: a peer has had
+    all that time to send it, and one sum is in progress at any time.
+    """
+    others = chunk_order(world, rank)[1:]
+    sends = [(piece, hop) for piece in range(pieces) for hop in range(world - 1)]
+
+    def add(piece: int, hop: int) -> Iterator[Step]:
+        source, index = (rank - hop - 1) % world, piece * (world - 1) + hop
+        cell, value = index % PARTIAL_CELLS, index // PARTIAL_CELLS + 1
+        yield Step(Kind.WAIT, rank=source, piece=piece, word=Word(source, PARTIAL, cell, source), value=value)
+        yield Step(Kind.COMPUTE, Task.ADD, source, piece, reads=(Region(source, PARTIAL, cell),))
+        yield Step(Kind.RELEASE, rank=source, piece=piece, word=Word(source, PARTIAL, cell, rank), value=value)
+
+    yield from _publish(rank, pieces)
+    for piece in range(pieces):
+        yield Step(Kind.COMPUTE, Task.CONSUME, rank, piece)
+        for source in others:
+            yield Step(Kind.WAIT, rank=source, piece=piece, word=Word(source, SHARD, 0, source), value=piece + 1)
+            yield Step(Kind.COMPUTE, Task.CONSUME, source, piece, reads=(Region(source, SHARD, piece),))
+        yield Step(Kind.COMPUTE, Task.PROCESS, rank, piece, reads=tuple(Region(o, SHARD, piece) for o in others))
+        if piece == pieces - 1:
+            for source in others:
+                yield Step(Kind.RELEASE, rank=source, word=Word(source, SHARD, 0, rank), value=pieces)
+        if given:
+            continue
+        if piece:
+            yield from add(piece - 1, world - 2)
+        for hop in range(world - 1):
+            index, peer = piece * (world - 1) + hop, (rank + hop + 1) % world
+            cell, value = index % PARTIAL_CELLS, index // PARTIAL_CELLS + 1
+            if index >= PARTIAL_CELLS:
+                reader = (rank + sends[index - PARTIAL_CELLS][1] + 1) % world
+                credit = Word(rank, PARTIAL, cell, reader)
+                yield Step(Kind.WAIT, rank=reader, piece=piece, word=credit, value=value - 1)
+            yield Step(Kind.COMPUTE, Task.PRODUCE, peer, piece, writes=(Region(rank, PARTIAL, cell),))
+            yield Step(Kind.SIGNAL, rank=peer, piece=piece, word=Word(rank, PARTIAL, cell, rank), value=value)
+            if hop:
+                yield from add(piece, hop - 1)
+        yield Step(Kind.COMPUTE, Task.PRODUCE, rank, piece)
+    if not given:
+        yield from add(pieces - 1, world - 2)
+
+
 def _scatter_lease(world: int, rank: int, pieces: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     sends = pieces * (world - 1)
     counts, readers = [], []
@@ -258,7 +310,7 @@ def symmetric_schedule(
 
     ``gather+scatter`` publishes first, then scatters, then consumes: the shards arrive while the scattered product
     runs.  ``published`` leaves the publication out because a prefetch has already done it.  An exchange is in ring
-    order and in one piece.
+    order and in one piece; a pipeline has as many pieces to gather as to scatter.
 
     Raises:
         ValueError: fewer than two ranks, no such program, or a rank or a number of pieces out of range.
@@ -272,24 +324,29 @@ def symmetric_schedule(
     exchange = program.startswith("exchange")
     if exchange:
         gather_pieces = scatter_pieces = 1
+    pipeline = program.startswith("pipeline")
+    if pipeline and gather_pieces != scatter_pieces:
+        raise ValueError(f"schedule: expected one number of pieces, got {gather_pieces} and {scatter_pieces}")
     steps: list[Step] = []
     counts: dict[str, tuple[int, ...]] = {}
     readers: dict[str, tuple[tuple[int, ...], ...]] = {}
     if program not in ("scatter", "exchange:made"):
         counts[SHARD] = (gather_pieces,)
         readers[SHARD] = (tuple(peer for peer in range(world) if peer != rank),)
-        if not published:
+        if not (published or pipeline):
             steps.extend(_publish(rank, gather_pieces))
-    if program not in ("gather", "exchange:given"):
+    if program not in ("gather", "exchange:given", "pipeline:given"):
         counts[PARTIAL], readers[PARTIAL] = _scatter_lease(world, rank, scatter_pieces)
         if exchange:
             steps.extend(_scatter(world, rank, 1, Task.VISIT, Task.TAKE, given=program == "exchange"))
-        else:
+        elif not pipeline:
             steps.extend(_scatter(world, rank, scatter_pieces))
     if program in ("gather", "gather+scatter"):
         steps.extend(_consume(world, rank, order, gather_pieces))
     if program == "exchange:given":
         steps.extend(_consume(world, rank, "ring", 1, Task.VISIT))
+    if pipeline:
+        steps.extend(_pipeline(world, rank, gather_pieces, given=program == "pipeline:given"))
     return Schedule(tuple(steps), counts, readers)
 
 
