@@ -28,6 +28,7 @@ from odysseus_kernels.ops import (
     linear_all_reduce,
     linear_all_to_all,
     linear_reduce_scatter,
+    pipelined_attention,
     ulysses_attention,
     zero3_linear,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "load_pretrained",
     "num_items_in_batch",
     "parallelize",
+    "pipelined_attention",
     "ring_attention",
     "save_checkpoint",
     "save_pretrained",

@@ -28,8 +28,11 @@ __all__ = [
     "padding_multiple",
     "pieces",
     "positions",
+    "prefix_pieces",
     "sides",
+    "striped_positions",
     "visible",
+    "with_key_mask",
 ]
 
 Layout = Literal["zigzag", "contiguous"]
@@ -140,6 +143,14 @@ def sides(documents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return documents[0], documents[1]
 
 
+def with_key_mask(documents: Tensor | None, key_mask: Tensor | None) -> Tensor | None:
+    """``documents``, or [2, B, L]: ids that queries look for, and ids that keys have; masked keys have no query's."""
+    if key_mask is None:
+        return documents
+    queries = key_mask.new_zeros(key_mask.shape, dtype=torch.int64) if documents is None else documents.to(torch.int64)
+    return torch.stack((queries, torch.where(key_mask.bool(), queries, queries.min() - 1)))
+
+
 def pieces(
     rank: int,
     visited: int,
@@ -172,6 +183,45 @@ def pieces(
         for first, last, state in _runs(row, bounds):
             found.append(Piece(slice(start, stop), slice(first, last), "full" if state == _FULL else "masked"))
     return found
+
+
+def prefix_pieces(start: int, stop: int, *, window: int | None = None, documents: Tensor | None = None) -> list[Piece]:
+    """What causal queries ``start`` to ``stop`` of a sequence compute with its keys 0 to ``stop``: disjoint pieces.
+
+    Queries are counted from ``start``; ``window`` and ``documents`` are as in :func:`pieces`.  Keys that no query sees
+    are in no piece.
+    """
+    if documents is None and window is None:
+        own = Piece(slice(0, stop - start), slice(start, stop), "causal")
+        return [own, Piece(slice(0, stop - start), slice(0, start), "full")] if start else [own]
+    where = torch.arange(stop)
+    rows = [(first, min(first + _TILE, stop)) for first in range(start, stop, _TILE)]
+    columns = [(first, min(first + _TILE, stop)) for first in range(0, stop, _TILE)]
+    queries, keys = (
+        _Tiles.of(bounds, where, ids) for bounds, ids in zip((rows, columns), sides(documents), strict=True)
+    )
+    found = []
+    for (first, last), row in zip(rows, _tile_states(queries, keys, True, window).tolist(), strict=True):
+        for begin, end, state in _runs(row, columns):
+            kind: Kind = "full" if state == _FULL else "masked"
+            found.append(Piece(slice(first - start, last - start), slice(begin, end), kind))
+    return found
+
+
+def striped_positions(
+    rank: int, world: int, start: int, length: int, pieces: int, device: torch.device | None = None
+) -> Tensor:
+    """int64 [length / world]: where the tokens of ``rank`` lie, of ``length`` tokens from ``start`` that are striped.
+
+    They are cut into ``pieces``, and each piece into ``world`` stripes, of which rank r holds the r-th: a piece is a
+    part of every rank's tokens, in the order of the ranks.  One piece is a contiguous cut.
+
+    Raises:
+        ValueError: ``length`` does not divide by ``world * pieces``.
+    """
+    if length % (world * pieces):
+        raise ValueError(f"expected a length that divides by {world} ranks x {pieces} pieces, got {length}")
+    return torch.arange(start, start + length, device=device).view(pieces, world, -1)[:, rank].reshape(-1)
 
 
 def _joined(rank: int, visited: int, world: int, rows: int, layout: str, causal: bool) -> list[Piece]:

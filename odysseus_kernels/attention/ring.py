@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from odysseus_kernels.attention._ring_validate import check_ring_attention
-from odysseus_kernels.attention.layout import Layout
+from odysseus_kernels.attention.checks import check_ring_attention
+from odysseus_kernels.attention.layout import Layout, with_key_mask
 from odysseus_kernels.attention.visits import Visits
 from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from odysseus_kernels.comm.choice.selection import Phase
@@ -116,7 +116,7 @@ def ring_attention(
         q,
         k,
         v,
-        _with_key_mask(documents, key_mask),
+        with_key_mask(documents, key_mask),
         resolved.group_name,
         settled.key(),
         causal,
@@ -129,14 +129,6 @@ def ring_attention(
         kernel,
     )
     return cast(Tensor, out)
-
-
-def _with_key_mask(documents: Tensor | None, key_mask: Tensor | None) -> Tensor | None:
-    """``documents``, or [2, B, L]: ids that queries look for, and ids that keys have; masked keys have no query's."""
-    if key_mask is None:
-        return documents
-    queries = key_mask.new_zeros(key_mask.shape, dtype=torch.int64) if documents is None else documents.to(torch.int64)
-    return torch.stack((queries, torch.where(key_mask.bool(), queries, queries.min() - 1)))
 
 
 def _group_by_name(name: str) -> dist.ProcessGroup:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -16,7 +17,10 @@ from odysseus_kernels.attention.dropout import Dropout
 from odysseus_kernels.attention.layout import Piece, pieces, positions, sides, visible
 from odysseus_kernels.attention.local import attend, attend_backward
 
-__all__ = ["Visits"]
+__all__ = ["Visits", "Where", "merge_parts"]
+
+# Positions of queries and of keys in the whole sequence, made where a mask or dropout needs them.
+Where = Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +55,7 @@ class Visits:
 
         At first ``out`` is 0 and ``lse`` is -inf.
         """
-        for piece in self._pieces(rank, visited, world, q):
-            rows, keys = piece.queries, piece.keys
-            mask, dropout = self._mask_and_dropout(piece, rank, visited, world, q)
-            part, part_lse = attend(
-                q[:, :, rows],
-                k[:, :, keys],
-                v[:, :, keys],
-                scale=self.scale,
-                causal=piece.kind == "causal",
-                mask=mask,
-                dropout=dropout,
-                kernel=self.kernel,
-            )
-            _merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
+        self.merge(self._pieces(rank, visited, world, q), self._where(rank, visited, world, q), q, k, v, out, lse)
 
     def backward(
         self,
@@ -83,18 +74,63 @@ class Visits:
     ) -> None:
         """Adds to ``dq`` (wide) and writes all of ``dk`` and ``dv``: what this rank's queries make for ``visited``."""
         planned = self._pieces(rank, visited, world, q)
-        if self.documents is not None:
-            # A query that sees nothing at all: exp(-inf - 0) is 0, exp(-inf + inf) would not be a number.
-            lse = lse.masked_fill(lse == -math.inf, 0)
+        where = self._where(rank, visited, world, q)
         # Pieces that share keys are added in the accumulator's type and rounded once.
         alone = len(planned) == 1
         totals = [x if alone or x.dtype == dq.dtype else torch.empty_like(x, dtype=dq.dtype) for x in (dk, dv)]
         if not (alone and planned[0].keys == slice(0, k.shape[2])):
             for total in totals:
                 total.zero_()
+        self.differentiate(planned, where, grad, q, k, v, out, lse, dq, *totals, fresh=alone)
+        for total, result in zip(totals, (dk, dv), strict=True):
+            if total is not result:
+                result.copy_(total)
+
+    def merge(
+        self, planned: Sequence[Piece], where: Where, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        """Merges attention of ``planned`` pieces of q [B, Hq, S, D] to keys and values [B, Hkv, T, D] into out and lse.
+
+        ``where`` gives the positions of queries [S] and of keys [T].
+        """
         for piece in planned:
             rows, keys = piece.queries, piece.keys
-            mask, dropout = self._mask_and_dropout(piece, rank, visited, world, q)
+            mask, dropout = self._mask_and_dropout(piece, where)
+            part, part_lse = attend(
+                q[:, :, rows],
+                k[:, :, keys],
+                v[:, :, keys],
+                scale=self.scale,
+                causal=piece.kind == "causal",
+                mask=mask,
+                dropout=dropout,
+                kernel=self.kernel,
+            )
+            merge_parts(out[:, :, rows], lse[:, :, rows], part, part_lse)
+
+    def differentiate(
+        self,
+        planned: Sequence[Piece],
+        where: Where,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        *,
+        fresh: bool = False,
+    ) -> None:
+        """Adds the shares of ``planned`` pieces to ``dq``, ``dk`` and ``dv``; with ``fresh`` dk and dv are written."""
+        if self.documents is not None:
+            # A query that sees nothing at all: exp(-inf - 0) is 0, exp(-inf + inf) would not be a number.
+            lse = lse.masked_fill(lse == -math.inf, 0)
+        for piece in planned:
+            rows, keys = piece.queries, piece.keys
+            mask, dropout = self._mask_and_dropout(piece, where)
             shares = attend_backward(
                 grad[:, :, rows],
                 q[:, :, rows],
@@ -109,14 +145,11 @@ class Visits:
                 kernel=self.kernel,
             )
             dq[:, :, rows] += shares[0]
-            for total, share in zip(totals, shares[1:], strict=True):
-                if alone:
+            for total, share in zip((dk, dv), shares[1:], strict=True):
+                if fresh:
                     total[:, :, keys].copy_(share)
                 else:
                     total[:, :, keys] += share
-        for total, result in zip(totals, (dk, dv), strict=True):
-            if total is not result:
-                result.copy_(total)
 
     def _pieces(self, rank: int, visited: int, world: int, q: Tensor) -> list[Piece]:
         return pieces(
@@ -130,19 +163,27 @@ class Visits:
             documents=self.host_documents,
         )
 
-    def _mask_and_dropout(
-        self, piece: Piece, rank: int, visited: int, world: int, q: Tensor
-    ) -> tuple[Tensor | None, Dropout | None]:
+    def _where(self, rank: int, visited: int, world: int, q: Tensor) -> Where:
+        length = q.shape[2] * world
+
+        def where() -> tuple[Tensor, Tensor]:
+            return (
+                positions(rank, world, length, self.layout, q.device),
+                positions(visited, world, length, self.layout, q.device),
+            )
+
+        return where
+
+    def _mask_and_dropout(self, piece: Piece, where: Where) -> tuple[Tensor | None, Dropout | None]:
         if piece.kind != "masked" and not self.dropout:
             return None, None
-        length = q.shape[2] * world
-        queries = positions(rank, world, length, self.layout, q.device)[piece.queries]
-        keys = positions(visited, world, length, self.layout, q.device)[piece.keys]
+        queries, keys = where()
+        queries, keys = queries[piece.queries], keys[piece.keys]
         mask = dropout = None
         if piece.kind == "masked":
             ids = [
-                None if side is None else side[:, where]
-                for side, where in zip(sides(self.documents), (queries, keys), strict=True)
+                None if side is None else side[:, at]
+                for side, at in zip(sides(self.documents), (queries, keys), strict=True)
             ]
             mask = visible(queries, keys, *ids, causal=self.causal, window=self.window)
         if self.dropout:
@@ -150,7 +191,7 @@ class Visits:
         return mask, dropout
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def merge_parts(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """``out`` and ``lse`` over some keys become those over these and other keys.
 
     Rows that see nothing yet have log-sum-exp -inf and output 0, and weigh nothing.

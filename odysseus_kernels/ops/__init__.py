@@ -11,6 +11,7 @@ from odysseus_kernels.ops.column_parallel_linear import column_parallel_linear
 from odysseus_kernels.ops.linear_all_reduce import linear_all_reduce
 from odysseus_kernels.ops.linear_all_to_all import linear_all_to_all
 from odysseus_kernels.ops.linear_reduce_scatter import linear_reduce_scatter
+from odysseus_kernels.ops.pipelined_attention import pipelined_attention
 from odysseus_kernels.ops.ulysses_attention import ulysses_attention
 from odysseus_kernels.ops.vocab_parallel_linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from odysseus_kernels.ops.zero3_experts import zero3_experts
@@ -24,6 +25,7 @@ __all__ = [
     "linear_all_reduce",
     "linear_all_to_all",
     "linear_reduce_scatter",
+    "pipelined_attention",
     "ulysses_attention",
     "vocab_parallel_linear_cross_entropy",
     "zero3_experts",

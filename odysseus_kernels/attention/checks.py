@@ -1,4 +1,4 @@
-"""What :func:`~odysseus_kernels.ring_attention` checks before anything is sent."""
+"""What operators with attention inside check before anything is sent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from odysseus_kernels.attention.layout import block_count, check_layout
 from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.config import OverlapConfig
 
-__all__ = ["check_ring_attention"]
+__all__ = ["check_ids", "check_ring_attention", "check_scores"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -44,35 +44,51 @@ def check_ring_attention(
             f"{2 * world} blocks), got {rows}; pad the sequence to a multiple of {2 * world}"
         )
     if documents is not None:
-        _check_ids("documents", documents, _INTEGERS, q, [batch, rows * world])
+        check_ids(_NAME, "documents", documents, _INTEGERS, q, [batch, rows * world])
     if key_mask is not None:
-        _check_ids("key_mask", key_mask, (torch.bool, *_INTEGERS), q, [batch, rows * world])
+        check_ids(_NAME, "key_mask", key_mask, (torch.bool, *_INTEGERS), q, [batch, rows * world])
+    check_scores(_NAME, q, window, causal, scale, dropout, dropout_seed, first_head, kernel, config)
+
+
+def check_scores(
+    name: str,
+    x: Tensor,
+    window: int | None,
+    causal: bool,
+    scale: float | None,
+    dropout: float,
+    dropout_seed: int | None,
+    first_head: int,
+    kernel: str,
+    config: OverlapConfig,
+) -> None:
+    """Raises ValueError for settings of operator ``name`` that no attention on ``x``'s device has."""
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 1:
-            raise ValueError(f"{_NAME}: expected window to be a whole number of tokens of at least 1, got {window!r}")
+            raise ValueError(f"{name}: expected window to be a whole number of tokens of at least 1, got {window!r}")
         if not causal:
             raise ValueError(
-                f"{_NAME}: expected causal=True with window={window}: a window looks back, got causal=False"
+                f"{name}: expected causal=True with window={window}: a window looks back, got causal=False"
             )
     if scale is not None and not scale > 0:
-        raise ValueError(f"{_NAME}: expected scale above 0, got {scale!r}")
+        raise ValueError(f"{name}: expected scale above 0, got {scale!r}")
     if not 0 <= dropout < 1:
-        raise ValueError(f"{_NAME}: expected dropout from 0 to below 1, got {dropout!r}")
+        raise ValueError(f"{name}: expected dropout from 0 to below 1, got {dropout!r}")
     if dropout and dropout_seed is None:
         raise ValueError(
-            f"{_NAME}: expected dropout_seed with dropout={dropout}, the same whole number on all ranks, got None: "
+            f"{name}: expected dropout_seed with dropout={dropout}, the same whole number on all ranks, got None: "
             f"what is dropped must not depend on which rank computes it"
         )
     if dropout_seed is not None and not -(1 << 63) <= dropout_seed < 1 << 63:
-        raise ValueError(f"{_NAME}: expected dropout_seed to fit 64 bits, got {dropout_seed}")
+        raise ValueError(f"{name}: expected dropout_seed to fit 64 bits, got {dropout_seed}")
     if first_head < 0:
-        raise ValueError(f"{_NAME}: expected first_head of at least 0, got {first_head}")
+        raise ValueError(f"{name}: expected first_head of at least 0, got {first_head}")
     check_attention_kernel(kernel)
-    if kernel == "flash_attention_2" and not q.is_cuda:
-        raise ValueError(f'{_NAME}: kernel="flash_attention_2" expects CUDA tensors, got {q.device}; use "sdpa"')
+    if kernel == "flash_attention_2" and not x.is_cuda:
+        raise ValueError(f'{name}: kernel="flash_attention_2" expects CUDA tensors, got {x.device}; use "sdpa"')
     if config.mode == "tiles":
         raise ValueError(
-            f'{_NAME}: expected mode "auto", "fused" or "unfused", got "tiles": no tile kernel does attention'
+            f'{name}: expected mode "auto", "fused" or "unfused", got "tiles": no tile kernel does attention'
         )
 
 
@@ -106,15 +122,18 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_ids(name: str, ids: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor, shape: list[int]) -> None:
+def check_ids(
+    operator: str, name: str, ids: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor, shape: list[int]
+) -> None:
+    """Raises ValueError unless ``ids`` are integers of ``dtypes`` and ``shape`` on the device of ``like``."""
     if not isinstance(ids, Tensor) or ids.dtype not in dtypes:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         wanted = "booleans or integers" if torch.bool in dtypes else "integers"
-        raise ValueError(f"{_NAME}: expected {name} to be a tensor of {wanted}, got {got}")
+        raise ValueError(f"{operator}: expected {name} to be a tensor of {wanted}, got {got}")
     if list(ids.shape) != shape:
         raise ValueError(
-            f"{_NAME}: expected {name} [batch, whole length] = {shape}: those of the whole sequence on every rank, "
+            f"{operator}: expected {name} [batch, whole length] = {shape}: those of the whole sequence on every rank, "
             f"got {list(ids.shape)}"
         )
-    if ids.device != q.device:
-        raise ValueError(f"{_NAME}: expected {name} on q's device {q.device}, got {ids.device}")
+    if ids.device != like.device:
+        raise ValueError(f"{operator}: expected {name} on the device of the tokens, {like.device}, got {ids.device}")

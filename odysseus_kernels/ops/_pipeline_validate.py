@@ -1,0 +1,119 @@
+"""What :func:`~odysseus_kernels.pipelined_attention` checks before anything is sent."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from odysseus_kernels.attention.checks import check_ids, check_scores
+from odysseus_kernels.comm.arguments import check_tensors, under_autocast
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._attention_pieces import Settings
+from odysseus_kernels.ops._validate import check_bias, check_linear, check_several
+
+__all__ = ["check_pipelined_attention", "piece_edges"]
+
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+def piece_edges(name: str, x: Tensor, pieces: int | Sequence[int]) -> tuple[int, ...]:
+    """Rows of x [B, s, d] at which pieces begin, and last their number.
+
+    Raises:
+        ValueError: ``pieces`` is no number of equal pieces, and no list of numbers of rows that are all rows.
+    """
+    check_tensors(name, x=x)
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"{name}: expected x [batch, tokens, width] without empty dimensions, got {list(x.shape)}")
+    rows = x.shape[1]
+    if isinstance(pieces, int) and not isinstance(pieces, bool):
+        if pieces < 1 or rows % pieces:
+            raise ValueError(
+                f"{name}: expected pieces to divide this rank's {rows} tokens, got {pieces}; shard_sequence pads a "
+                f"batch so that it does"
+            )
+        return tuple(range(0, rows + 1, rows // pieces))
+    try:
+        sizes = [int(size) for size in pieces]  # type: ignore[union-attr]
+    except TypeError:
+        raise ValueError(f"{name}: expected pieces to be a whole number or numbers of rows, got {pieces!r}") from None
+    if not sizes or min(sizes) < 1 or sum(sizes) != rows:
+        raise ValueError(f"{name}: expected numbers of rows that are {rows} together, each at least 1, got {sizes}")
+    return tuple(itertools.accumulate(sizes, initial=0))
+
+
+def check_pipelined_attention(
+    name: str,
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    output_weight: Tensor,
+    bias: Sequence[Tensor | None] | None,
+    output_bias: Tensor | None,
+    world: int,
+    settings: Settings,
+    rotation: tuple[Tensor, Tensor] | None,
+    head_norms: tuple[Tensor, Tensor] | None,
+    documents: Tensor | None,
+    key_mask: Tensor | None,
+    dropout_seed: int | None,
+    config: OverlapConfig,
+) -> tuple[Tensor, list[Tensor], list[Tensor | None], Tensor, Tensor | None]:
+    """x, weights, biases, output weight and bias as autocast has them.
+
+    Raises:
+        ValueError: naming what was expected and given.
+    """
+    if isinstance(weight, Tensor) or len(weight) != 3:
+        got = "a tensor" if isinstance(weight, Tensor) else f"{len(weight)}"
+        raise ValueError(f"{name}: expected weight to be those of queries, keys and values, got {got}")
+    x, weights, biases = check_several(name, x, weight, bias)
+    check_tensors(name, output_weight=output_weight, bias=output_bias)
+    output_weight, output_bias = under_autocast(x.device, output_weight, output_bias)
+    queries, keys, values = (one.shape[0] for one in weights)
+    width = settings.head_dim
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1 or queries % width or keys % width:
+        raise ValueError(f"{name}: expected head_dim to divide {queries} query and {keys} key features, got {width!r}")
+    if values != keys or queries % keys:
+        raise ValueError(
+            f"{name}: expected as many value as key features, and query heads that divide by key/value heads, got "
+            f"{queries}, {keys} and {values} features of heads {width} wide"
+        )
+    if output_weight.ndim != 2 or output_weight.shape[1] != queries:
+        raise ValueError(
+            f"{name}: expected output_weight [out_features, {queries}] for {queries} query features, got "
+            f"{list(output_weight.shape)}"
+        )
+    check_linear(name, x.new_empty((1, queries)), output_weight, "output_weight")
+    check_bias(name, x, output_weight, output_bias, "output_bias")
+    batch, rows, _ = x.shape
+    length = rows * world
+    for what, table in zip(("cos", "sin"), rotation or (), strict=False):
+        check_tensors(name, **{what: table})
+        if table.ndim != 3 or table.shape[0] not in (1, batch) or table.shape[1:] != (length, width):
+            raise ValueError(
+                f"{name}: expected {what} [1 or {batch}, {length}, {width}], of the whole sequence, got "
+                f"{list(table.shape)}"
+            )
+        if table.requires_grad:
+            raise ValueError(f"{name}: expected {what} without gradients: a rotation is not trained")
+    if rotation is not None and width % 2:
+        raise ValueError(f"{name}: expected an even head_dim to rotate halves of heads, got {width}")
+    for what, norm in zip(("query", "key"), head_norms or (), strict=False):
+        check_tensors(name, **{f"{what} norm": norm})
+        if norm.shape != (width,):
+            raise ValueError(f"{name}: expected the {what} norm's weight [{width}], got {list(norm.shape)}")
+    if not settings.eps >= 0:
+        raise ValueError(f"{name}: expected norm_eps of at least 0, got {settings.eps!r}")
+    like = x.new_empty((batch, 0))
+    if documents is not None:
+        check_ids(name, "documents", documents, _INTEGERS, like, [batch, length])
+    if key_mask is not None:
+        check_ids(name, "key_mask", key_mask, (torch.bool, *_INTEGERS), like, [batch, length])
+    check_scores(
+        name, x, settings.window, True, settings.scale, settings.dropout, dropout_seed, settings.first_head,
+        settings.kernel, config,
+    )  # fmt: skip
+    return x, weights, biases, output_weight, output_bias

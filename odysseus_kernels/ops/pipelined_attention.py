@@ -1,0 +1,293 @@
+"""A whole attention block, piece by piece of the sequence, from this rank's tokens to this rank's tokens.
+
+Under a causal mask the queries of a piece need the keys of that piece and those before it.  So forward gathers one
+piece after another, projects it, attends and sends the output's partial sums back; backward goes from the last piece to
+the first, so that the gradients of a piece's keys and values are complete when its turn comes.  While a piece is
+computed, attention included, the next one arrives and the last one's results leave.  Buffers, streams and who may run
+beside the operator are the transport's contract (``comm/pipeline.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from odysseus_kernels.attention.layout import with_key_mask
+from odysseus_kernels.comm.arguments import check_config, refuse_second_derivative
+from odysseus_kernels.comm.groups import resolve_group
+from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._attention_pieces import Block, Settings
+from odysseus_kernels.ops._pipeline_validate import check_pipelined_attention, piece_edges
+from odysseus_kernels.ops._validate import group_by_name
+
+__all__ = ["pipelined_attention"]
+
+_NAME = "pipelined_attention"
+
+
+def pipelined_attention(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    output_weight: Tensor,
+    bias: Sequence[Tensor | None] | None = None,
+    output_bias: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None,
+    head_dim: int,
+    pieces: int | Sequence[int] = 8,
+    rotation: tuple[Tensor, Tensor] | None = None,
+    head_norms: tuple[Tensor, Tensor] | None = None,
+    norm_eps: float = 1e-6,
+    documents: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | None = None,
+    first_head: int = 0,
+    kernel: str = "sdpa",
+    config: OverlapConfig | None = None,
+) -> Tensor:
+    """Causal self-attention of a sequence that is cut over N ranks, with its projections, differentiable.
+
+    B sequences of L tokens, L/N of them here; hidden size d; Hq query and Hkv key/value heads of this rank, D wide.
+
+    forward:          q, k, v = AG(x) @ weights.T + biases, normalized and rotated; o = attention(q, k, v);
+                      y [B, L/N, d] = RS(o @ output_weight.T) + output_bias, added in fp32
+    input gradient:   dx [B, L/N, d], through all of it, its partial sums added in fp32
+    weight gradients: of all weights, biases and norms of this rank; AG(dy) and AG(x) arrive together, piece by piece
+
+    Tokens are *striped*: the sequence is cut into pieces, and each piece into N stripes, of which rank r holds the
+    r-th (:func:`shard_sequence` with ``pieces``).  So a piece is gathered from all ranks alike, and its tokens are in
+    their natural order.  Elements sent by each rank: (N-1) * L/N * d twice forward, three times backward (twice with
+    ``config.gathered="save"``).
+
+    Args:
+        x: [B, L/N, d], this rank's tokens, striped.
+        weight: query, key and value weights [Hq*D, d], [Hkv*D, d], [Hkv*D, d]: this rank's heads.
+        output_weight: [d, Hq*D], this rank's columns.
+        bias: of the three projections, or None.
+        output_bias: [d], the same on all ranks; added once.
+        group: the ranks; None is the default group.
+        head_dim: D.
+        pieces: into how many pieces the sequence is cut, or how many rows of x each piece has.
+        rotation: cos and sin, [1 or B, L, D], of the whole sequence in its natural order; None: no rotation.
+        head_norms: weights [D] of RMS norms of query and key heads, the same on all ranks; their gradients are those of
+            this rank's heads.
+        norm_eps: of these norms.
+        documents, key_mask, window, scale, dropout, dropout_seed, first_head, kernel: as in :func:`ring_attention`.
+        config: mode, transport, what is kept for backward, time limit.
+
+    Returns:
+        [B, L/N, d], striped as x is.
+
+    Raises:
+        ValueError: bad input, before anything is sent.
+        CommunicationError: ranks differ in what they call (pieces, documents, dropout and seed included), or a peer is
+            lost or silent.
+
+    Example:
+        >>> x, wq, wk = torch.ones(1, 8, 16), torch.ones(8, 16), torch.ones(4, 16)  # 8 of 16 tokens
+        >>> y = ody.pipelined_attention(x, (wq, wk, wk), torch.ones(16, 8), group=group, head_dim=4, pieces=2)
+        >>> y.shape
+        torch.Size([1, 8, 16])
+    """
+    settled, resolved = check_config(config), resolve_group(group)
+    edges = piece_edges(_NAME, x, pieces)
+    settings = Settings(
+        head_dim=head_dim,
+        edges=edges,
+        eps=norm_eps,
+        window=window,
+        scale=head_dim**-0.5 if scale is None else scale,
+        dropout=dropout,
+        seed=0 if dropout_seed is None else dropout_seed,
+        first_head=first_head,
+        kernel=kernel,
+    )
+    x, weights, biases, output_weight, output_bias = check_pipelined_attention(
+        _NAME, x, weight, output_weight, bias, output_bias, resolved.size(), settings, rotation, head_norms, documents,
+        key_mask, dropout_seed, settled,
+    )  # fmt: skip
+    keep = (
+        settled.gathered == "save"
+        and resolved.size() > 1
+        and torch.is_grad_enabled()
+        and any(one.requires_grad for one in weights)
+    )
+    found = torch.ops.odysseus.pipelined_attention(
+        x,
+        weights,
+        [one for one in biases if one is not None],
+        [one is not None for one in biases],
+        output_weight,
+        output_bias,
+        list(rotation or ()),
+        list(head_norms or ()),
+        with_key_mask(documents, key_mask),
+        resolved.group_name,
+        settled.key(),
+        settings.key(),
+        keep,
+    )
+    return cast(Tensor, found[0])
+
+
+@torch.library.custom_op("odysseus::pipelined_attention", mutates_args=())
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    output_weight: Tensor,
+    output_bias: Tensor | None,
+    rotation: Sequence[Tensor],
+    head_norms: Sequence[Tensor],
+    documents: Tensor | None,
+    group_name: str,
+    config_key: str,
+    settings_key: str,
+    keep: bool,
+) -> list[Tensor]:
+    """[y, q, k, v, out, log-sum-exp, q and k before their norms, gathered x]; what is not kept is an empty tensor."""
+    group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
+    block = Block(x, weights, output_weight, rotation, head_norms, documents, group, config, Settings.of(settings_key))
+    remaining = iter(biases)
+    return block.forward([next(remaining) if present else None for present in has_bias], output_bias, keep=keep)
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    output_weight: Tensor,
+    output_bias: Tensor | None,
+    rotation: Sequence[Tensor],
+    head_norms: Sequence[Tensor],
+    documents: Tensor | None,
+    group_name: str,
+    config_key: str,
+    settings_key: str,
+    keep: bool,
+) -> list[Tensor]:
+    world = group_by_name(group_name).size()
+    settings = Settings.of(settings_key)
+    return Block.outputs(x, weights, output_weight, bool(head_norms), world, settings, keep=keep)
+
+
+@torch.library.custom_op("odysseus::pipelined_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    output_weight: Tensor,
+    rotation: Sequence[Tensor],
+    head_norms: Sequence[Tensor],
+    documents: Tensor | None,
+    saved: Sequence[Tensor],
+    group_name: str,
+    config_key: str,
+    settings_key: str,
+    input_needed: bool,
+    weights_needed: Sequence[bool],
+    biases_needed: Sequence[bool],
+    output_needed: Sequence[bool],
+    norms_needed: bool,
+) -> list[Tensor]:
+    """[dx, dweights..., dbiases..., doutput_weight, doutput_bias, dnorms...]; empty tensors where not needed."""
+    group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
+    block = Block(x, weights, output_weight, rotation, head_norms, documents, group, config, Settings.of(settings_key))
+    return block.backward(
+        grad.contiguous(), saved, input_needed, weights_needed, biases_needed, output_needed, norms_needed=norms_needed
+    )
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    output_weight: Tensor,
+    rotation: Sequence[Tensor],
+    head_norms: Sequence[Tensor],
+    documents: Tensor | None,
+    saved: Sequence[Tensor],
+    group_name: str,
+    config_key: str,
+    settings_key: str,
+    input_needed: bool,
+    weights_needed: Sequence[bool],
+    biases_needed: Sequence[bool],
+    output_needed: Sequence[bool],
+    norms_needed: bool,
+) -> list[Tensor]:
+    return [
+        x.new_empty(x.shape if input_needed else (0,)),
+        *(w.new_empty(w.shape if n else (0,)) for w, n in zip(weights, weights_needed, strict=True)),
+        *(w.new_empty(w.shape[:1] if n else (0,)) for w, n in zip(weights, biases_needed, strict=True)),
+        output_weight.new_empty(output_weight.shape if output_needed[0] else (0,)),
+        output_weight.new_empty(output_weight.shape[:1] if output_needed[1] else (0,)),
+        *(norm.new_empty(norm.shape if norms_needed else (0,)) for norm in head_norms),
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, biases, ctx.has_bias, output_weight, output_bias, rotation, norms, documents, *settings, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.settings = settings
+    ctx.counts = len(rotation), len(norms)
+    ctx.save_for_backward(x, *weights, output_weight, documents, *rotation, *norms, *output[1:])
+    ctx.weights_needed = [one.requires_grad for one in weights]
+    needed = iter([one.requires_grad for one in biases])
+    ctx.biases_needed = [present and next(needed) for present in ctx.has_bias]
+    ctx.output_needed = [output_weight.requires_grad, output_bias is not None and output_bias.requires_grad]
+    ctx.norms_needed = any(norm.requires_grad for norm in norms)
+
+
+def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    x, wq, wk, wv, output_weight, documents, *rest = ctx.saved_tensors
+    rotations, norms = ctx.counts
+    rotation, head_norms, saved = rest[:rotations], rest[rotations : rotations + norms], rest[rotations + norms :]
+    grad = x.new_zeros(x.shape) if grads[0] is None else grads[0]
+    dx, *found = torch.ops.odysseus.pipelined_attention_backward(
+        grad,
+        x,
+        [wq, wk, wv],
+        output_weight,
+        rotation,
+        head_norms,
+        documents,
+        saved,
+        *ctx.settings,
+        ctx.needs_input_grad[0],
+        ctx.weights_needed,
+        ctx.biases_needed,
+        ctx.output_needed,
+        ctx.norms_needed,
+    )
+    of_biases = zip(found[3:6], ctx.biases_needed, ctx.has_bias, strict=True)
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        [one if needed else None for one, needed in zip(found[:3], ctx.weights_needed, strict=True)],
+        [one if needed else None for one, needed, present in of_biases if present],
+        None,
+        *(one if needed else None for one, needed in zip(found[6:8], ctx.output_needed, strict=True)),
+        [None] * rotations,
+        [one if ctx.norms_needed else None for one in found[8:]],
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_backward, _NAME)

@@ -1,0 +1,194 @@
+"""What ranks run in the tests of the pipelined attention block: against the same block in fp64 on the whole sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import odysseus_kernels as ody
+from odysseus_kernels.attention.layout import striped_positions, visible
+from odysseus_kernels.testing.compare import assert_close_to_truth, nan_empty
+
+WIDTH, HEAD = 24, 8
+
+
+@dataclasses.dataclass
+class Problem:
+    """One case; ``rows`` is what each rank holds of the sequence."""
+
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 1
+    rows: int = 16
+    pieces: int | list[int] = 4
+    bias: bool = False
+    norms: bool = False
+    rotation: bool = True
+    documents: bool = False
+    key_mask: bool = False
+    window: int | None = None
+    gathered: str = "regather"
+    seed: int = 0
+
+    def tensors(self, world: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Of the whole sequence and all heads; ``heads`` of them are each rank's."""
+        generator = torch.Generator().manual_seed(self.seed + 100 * world)
+        queries, keys, length = self.heads * world * HEAD, self.kv_heads * world * HEAD, self.rows * world
+
+        def random(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+        found = {
+            "x": random(self.batch, length, WIDTH),
+            "wq": random(queries, WIDTH, scale=WIDTH**-0.5),
+            "wk": random(keys, WIDTH, scale=WIDTH**-0.5),
+            "wv": random(keys, WIDTH, scale=WIDTH**-0.5),
+            "wo": random(WIDTH, queries, scale=queries**-0.5),
+        }
+        if self.bias:
+            found |= {"bq": random(queries), "bk": random(keys), "bv": random(keys), "bo": random(WIDTH)}
+        if self.norms:
+            found |= {"nq": 1 + random(HEAD, scale=0.3), "nk": 1 + random(HEAD, scale=0.3)}
+        return found | {"grad": random(self.batch, length, WIDTH)}
+
+    def tables(self, world: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        if not self.rotation:
+            return None
+        angles = torch.arange(self.rows * world)[:, None] / 50 ** (torch.arange(HEAD // 2) / (HEAD // 2))
+        angles = torch.cat((angles, angles), dim=-1)[None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def ids(self, world: int) -> Tensor | None:
+        if not self.documents:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        return (torch.rand(self.batch, self.rows * world, generator=generator) < 0.1).cumsum(1)
+
+    def seen_keys(self, world: int) -> Tensor | None:
+        if not self.key_mask:
+            return None
+        length = self.rows * world
+        mask = torch.rand(self.batch, length, generator=torch.Generator().manual_seed(self.seed)) < 0.7
+        mask[0] = torch.arange(length) >= length // 3  # left padding: the first queries see nothing
+        return mask
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def whole(problem: Problem, world: int, dtype: torch.dtype, precision: torch.dtype) -> dict[str, Tensor]:
+    """y and all gradients of the block on the whole sequence, from inputs in ``dtype``, computed in ``precision``."""
+    t = {name: one.to(precision).requires_grad_() for name, one in problem.tensors(world, dtype).items()}
+    grad = t.pop("grad").detach()
+    q, k, v = (
+        F.linear(t["x"], t[f"w{n}"], t.get(f"b{n}")).unflatten(-1, (-1, HEAD)).transpose(1, 2) for n in "qkv"
+    )
+    if problem.norms:
+        q, k = normed(q, t["nq"]), normed(k, t["nk"])
+    tables = problem.tables(world, precision)
+    if tables is not None:
+        q, k = turned(q, *tables), turned(k, *tables)
+    where, ids, keys = torch.arange(problem.rows * world), problem.ids(world), problem.seen_keys(world)
+    seen = visible(where, where, ids, ids, causal=True, window=problem.window)
+    seen = (seen if keys is None else seen & keys[:, None])[:, None]
+    shared = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(shared, 1).mT / math.sqrt(HEAD)
+    probabilities = scores.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0)
+    out = (probabilities @ v.repeat_interleave(shared, 1)).transpose(1, 2).flatten(2)
+    y = F.linear(out, t["wo"], t.get("bo"))
+    return {"y": y.detach()} | dict(zip(t, torch.autograd.grad(y, list(t.values()), grad), strict=True))
+
+
+def part(name: str, tensor: Tensor, rank: int, world: int, where: Tensor) -> Tensor:
+    """What a rank has of a whole tensor, or of its gradient; norms' gradients are those of its heads."""
+    if name in ("x", "y", "grad"):
+        return tensor[:, where]
+    if name == "wo":
+        return tensor.chunk(world, 1)[rank]
+    return tensor if name in ("bo", "nq", "nk") else tensor.chunk(world, 0)[rank]
+
+
+def where_of(problem: Problem, rank: int, world: int) -> Tensor:
+    """Positions of a rank's tokens."""
+    if isinstance(problem.pieces, int):
+        return striped_positions(rank, world, 0, problem.rows * world, problem.pieces)
+    found, start = [], 0
+    for size in problem.pieces:
+        found.append(torch.arange(start + rank * size, start + (rank + 1) * size))
+        start += size * world
+    return torch.cat(found)
+
+
+def block(problem: Problem, rank: int, world: int, dtype: torch.dtype, config: ody.OverlapConfig) -> dict[str, Tensor]:
+    """This rank's y and gradients."""
+    where = where_of(problem, rank, world)
+    mine = {n: part(n, t, rank, world, where).clone() for n, t in problem.tensors(world, dtype).items()}
+    grad = mine.pop("grad")
+    for one in mine.values():
+        one.requires_grad_()
+    with nan_empty():
+        y = call(problem, mine, world, config)
+        return {"y": y.detach()} | dict(zip(mine, torch.autograd.grad(y, list(mine.values()), grad), strict=True))
+
+
+def call(problem: Problem, mine: dict[str, Tensor], world: int, config: ody.OverlapConfig, **more: Any) -> Tensor:
+    return ody.pipelined_attention(
+        mine["x"],
+        (mine["wq"], mine["wk"], mine["wv"]),
+        mine["wo"],
+        (mine["bq"], mine["bk"], mine["bv"]) if problem.bias else None,
+        mine.get("bo"),
+        group=None,
+        head_dim=HEAD,
+        pieces=problem.pieces,
+        rotation=problem.tables(world, mine["x"].dtype),
+        head_norms=(mine["nq"], mine["nk"]) if problem.norms else None,
+        documents=problem.ids(world),
+        key_mask=problem.seen_keys(world),
+        window=problem.window,
+        config=config,
+        **more,
+    )
+
+
+def check(rank: int, world: int, dtype: str, modes: tuple[tuple[str, str], ...], problems: list[dict[str, Any]]) -> None:
+    """Every problem in every (transport, mode); gradients of norms are added over the ranks first."""
+    kind = getattr(torch, dtype)
+    for case in (Problem(**problem) for problem in problems):
+        where = where_of(case, rank, world)
+        truth = whole(case, world, kind, torch.float64)
+        baseline = whole(case, world, kind, kind) if kind.itemsize == 2 else None
+        for transport, mode in modes:
+            config = ody.OverlapConfig(mode=mode, transport=transport, gathered=case.gathered, timeout_s=60)
+            found = block(case, rank, world, kind, config)
+            again = block(case, rank, world, kind, config)
+            for name, tensor in found.items():
+                assert torch.equal(tensor, again[name]), f"{name} differs from run to run"
+                if name in ("nq", "nk"):
+                    torch.distributed.all_reduce(tensor)
+                wanted = part(name, truth[name], rank, world, where)
+                usual = None if baseline is None else part(name, baseline[name], rank, world, where)
+                # Sums of at most L terms, several in a row.  16 bits: projections, norm, rotation, attention's output
+                # and the partial sums are rounded on the way there, and as many gradients on the way back: 12.  What an
+                # unsharded run in that type loses says more, where there are enough elements for a ratio of errors.
+                assert_close_to_truth(
+                    tensor,
+                    wanted,
+                    dtype=kind,
+                    terms=16 * max(64, case.rows * world),
+                    roundings=12,
+                    baseline=usual if tensor.numel() >= 256 else None,
+                    name=f"{name} of {case}, {transport}, {mode}, rank {rank}",
+                )
