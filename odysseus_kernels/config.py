@@ -20,6 +20,7 @@ from typing import Literal, cast, get_args
 import torch
 
 __all__ = [
+    "MOST_PIECES",
     "Gathered",
     "Mode",
     "OverlapConfig",
@@ -35,6 +36,9 @@ Mode = Literal["auto", "fused", "tiles", "unfused"]
 TransportName = Literal["auto", "symmetric", "collective"]
 Gathered = Literal["regather", "save"]
 Tune = Literal["auto", "measure", "model"]
+
+MOST_PIECES = 64
+"""Pieces into which a pipelined attention block may cut a sequence."""
 
 _REDUCE_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
 
@@ -71,6 +75,10 @@ class OverlapConfig:
         tune: how ``mode="auto"`` chooses: ``"measure"`` times all modes at the first call of each shape and remembers
             the fastest for this machine, ``"model"`` computes; ``"auto"`` measures on CUDA and computes on the CPU.
         tile_bytes: most bytes that ``mode="tiles"`` may hold for chunks that arrive.
+        pipeline: pieces of the sequence in which a model's attention block is gathered, computed and scattered
+            (:func:`pipelined_attention`; strategies ``"odysseus"`` and ``"tp_sp"``); ``"auto"``: as many as
+            :func:`shard_sequence` cut the batch into, which asks the cost model; None: its operators are fused one by
+            one.
 
     Example:
         >>> config = ody.OverlapConfig(mode="fused", gathered="save", timeout_s=60)
@@ -89,6 +97,7 @@ class OverlapConfig:
     timeout_s: float = 600.0
     tune: Tune = "auto"
     tile_bytes: int = 1 << 30
+    pipeline: int | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in (("mode", Mode), ("transport", TransportName), ("gathered", Gathered), ("tune", Tune)):
@@ -103,6 +112,13 @@ class OverlapConfig:
             raise ValueError(f"timeout_s: expected seconds above 0, got {self.timeout_s!r}")
         if isinstance(self.tile_bytes, bool) or not isinstance(self.tile_bytes, int) or self.tile_bytes < 0:
             raise ValueError(f"tile_bytes: expected a whole number of bytes, got {self.tile_bytes!r}")
+        pieces = self.pipeline
+        if pieces not in ("auto", None) and (
+            isinstance(pieces, bool) or not isinstance(pieces, int) or not 1 <= pieces <= MOST_PIECES
+        ):
+            raise ValueError(
+                f'pipeline: expected "auto", None or a whole number from 1 to {MOST_PIECES}, got {pieces!r}'
+            )
 
     def key(self) -> str:
         """This configuration as a string: what a custom operator takes, since it cannot take a dataclass."""
@@ -113,7 +129,7 @@ class OverlapConfig:
     @functools.lru_cache(maxsize=256)
     def from_key(key: str) -> OverlapConfig:
         """The configuration that :meth:`key` turned into ``key``."""
-        mode, transport, chunks, gathered, reduce_dtype, timeout_s, tune, tile_bytes = key.split("|")
+        mode, transport, chunks, gathered, reduce_dtype, timeout_s, tune, tile_bytes, pipeline = key.split("|")
         return OverlapConfig(
             mode=cast(Mode, mode),
             transport=cast(TransportName, transport),
@@ -123,6 +139,7 @@ class OverlapConfig:
             timeout_s=float(timeout_s),
             tune=cast(Tune, tune),
             tile_bytes=int(tile_bytes),
+            pipeline="auto" if pipeline == "auto" else None if pipeline == "None" else int(pipeline),
         )
 
 

@@ -208,10 +208,8 @@ def prefix_pieces(start: int, stop: int, *, window: int | None = None, documents
     return found
 
 
-def striped_positions(
-    rank: int, world: int, start: int, length: int, pieces: int, device: torch.device | None = None
-) -> Tensor:
-    """int64 [length / world]: where the tokens of ``rank`` lie, of ``length`` tokens from ``start`` that are striped.
+def striped_positions(rank: int, world: int, length: int, pieces: int, device: torch.device | None = None) -> Tensor:
+    """int64 [length / world]: where the tokens of ``rank`` lie, of ``length`` tokens that are striped.
 
     They are cut into ``pieces``, and each piece into ``world`` stripes, of which rank r holds the r-th: a piece is a
     part of every rank's tokens, in the order of the ranks.  One piece is a contiguous cut.
@@ -221,7 +219,7 @@ def striped_positions(
     """
     if length % (world * pieces):
         raise ValueError(f"expected a length that divides by {world} ranks x {pieces} pieces, got {length}")
-    return torch.arange(start, start + length, device=device).view(pieces, world, -1)[:, rank].reshape(-1)
+    return torch.arange(length, device=device).view(pieces, world, -1)[:, rank].reshape(-1)
 
 
 def _joined(rank: int, visited: int, world: int, rows: int, layout: str, causal: bool) -> list[Piece]:

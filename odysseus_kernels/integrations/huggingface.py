@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -16,6 +17,7 @@ from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.families import FAMILIES, Family
 from odysseus_kernels.integrations.model import SequenceCausalLM, SequenceModel
+from odysseus_kernels.integrations.pipelining import why_whole_only
 from odysseus_kernels.integrations.wrappers import refuse_replicating_wrappers
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
@@ -171,6 +173,7 @@ def _plain(role: Any, module: nn.Module) -> Part:
 
 def _attention_parts(attention: nn.Module, family: Family, modeling: Any, spec: AttentionSpec) -> list[Part]:
     _expect(attention, getattr(modeling, family.attention_class))
+    spec = dataclasses.replace(spec, whole_only=why_whole_only(spec, attention))
     projections: dict[Any, nn.Module] = {
         role: getattr(attention, getattr(spec, role)) for role in ("query", "key", "value", "output")
     }

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from odysseus_kernels.comm.announce import speaking_of
+from odysseus_kernels.integrations.pipelining import check_pieces
 from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums, digest
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, token_count
@@ -79,6 +80,7 @@ def opened(
             raise ValueError(
                 f"input_ids: expected shape [{len(cut.sums)}, {local}], as {KEY} beside them says, got {list(expected)}"
             )
+    check_pieces(model, cut)
     known = any(cut.sums)
     batch = text = f"batch{f' {digest(cut.sums)}' if known else ''} of {expected[0]} x {cut.length} tokens"
     if targets is not None:
@@ -212,7 +214,9 @@ def _by_positions(group: SequenceGroup, tokens: torch.Tensor, position_ids: torc
     """The cut of a batch that does not say how it was cut, which its positions must show."""
     slices = group.size if group.tokens == "sharded" else 1
     padded = tokens.shape[1] * slices * group.ring_size
-    cut = SequenceCut.of(group, padded, padded, declared=True)
+    pipeline = group.config.pipeline
+    pieces = pipeline if isinstance(pipeline, int) and tokens.shape[1] % pipeline == 0 else 1
+    cut = SequenceCut.of(group, padded, padded, pieces=pieces, declared=True)
     if slices * group.ring_size == 1:
         return cut
     if position_ids is None:

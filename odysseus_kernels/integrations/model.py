@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -27,14 +28,14 @@ from odysseus_kernels.integrations.inputs import (
     targets_of,
 )
 from odysseus_kernels.integrations.intact import check_intact, check_loss
+from odysseus_kernels.integrations.pipelining import Pipelined
 from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
-from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut
+from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut, natural_order
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, DistributedHead, sequence_loss, token_losses
 from odysseus_kernels.nn.moe import load_balancing_loss
 from odysseus_kernels.nn.parameters import token_parameter
-from odysseus_kernels.nn.step import Stepped
 
 __all__ = ["SequenceCausalLM", "SequenceModel"]
 
@@ -42,7 +43,7 @@ __all__ = ["SequenceCausalLM", "SequenceModel"]
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-class SequenceModel(Stepped):
+class SequenceModel(Pipelined):
     """A base model whose tokens are cut over the ranks and whose attention sees the whole sequence.
 
     Embedding, norms and feed-forward networks see [B, s] tokens of this rank, attention the T = L/R of its ring rank.
@@ -116,7 +117,7 @@ class SequenceModel(Stepped):
         group = self.sequence_group
         whole_mask = natural = None
         if attention_mask is not None:
-            _, whole_mask = self._gather("attention_mask", attention_mask.ne(0), (batch, local), tokens.device)
+            _, whole_mask = self._gather("attention_mask", attention_mask.ne(0), (batch, local), tokens.device, cut)
         if position_ids is None:
             whole = local * cut.slices * group.ring_size
             positions = layout.positions(group.ring_rank, group.ring_size, whole, RING_LAYOUT, tokens.device)[None]
@@ -124,10 +125,11 @@ class SequenceModel(Stepped):
             if position_ids.ndim == 1:
                 position_ids = position_ids[None]
             expected = (1 if position_ids.shape[0] == 1 else batch, local)
-            positions, natural = self._gather("position_ids", position_ids, expected, tokens.device)
+            positions, natural = self._gather("position_ids", position_ids, expected, tokens.device, cut)
         real = cut.length if cut.padding else None
-        if group.ring_size > 1:
-            return self._ring_mask(batch, positions, natural, whole_mask, real)
+        if group.ring_size > 1 or cut.pieces > 1:
+            mask, positions = self._ring_mask(batch, positions, natural, whole_mask, real)
+            return dataclasses.replace(mask, pieces=cut.pieces), positions
         dtype = self.get_input_embeddings().weight.dtype if tokens.ndim == 2 else tokens.dtype
         # Stands for the embeddings of the whole sequence: only its shape, dtype and device are read.
         outline = torch.empty(1, dtype=dtype, device=tokens.device).expand(batch, positions.shape[1], 1)
@@ -229,7 +231,7 @@ class SequenceModel(Stepped):
         return positions.shape[1] * self.sequence_group.ring_size
 
     def _gather(
-        self, name: str, tensor: torch.Tensor, expected: tuple[int, int], device: torch.device
+        self, name: str, tensor: torch.Tensor, expected: tuple[int, int], device: torch.device, cut: SequenceCut
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A tensor [B, s] of every rank: [B, T] of this ring rank, and [B, L] in the order of the sequence."""
         check_part(name, tensor, expected)
@@ -241,6 +243,7 @@ class SequenceModel(Stepped):
             # Each rank of seq sends a slice of what all of them have, so that all ranks meet in one call.
             parts = nn.functional.pad(parts, (0, -local % group.size)).chunk(group.size, dim=1)[group.rank]
         parts = all_gather(parts.contiguous(), group.everyone, operator=f"sequence_{name}", dim=1, config=group.config)
+        parts = natural_order(parts, cut.ring, cut.slices, cut.pieces)
         if group.ring_size == 1:
             return parts, parts
         if group.tokens == "replicated":
@@ -249,7 +252,7 @@ class SequenceModel(Stepped):
         return parts.chunk(group.ring_size, dim=1)[group.ring_rank], parts[:, order]
 
 
-class SequenceCausalLM(Stepped):
+class SequenceCausalLM(Pipelined):
     """A model with a language head on this rank's tokens: logits [B, s, V], or the loss over the tokens of all ranks.
 
     With labels the logits are never made whole, and the output has none: call without labels for logits.

@@ -45,6 +45,7 @@ class AttentionSpec:
         window: which layers have the configuration's sliding window: none, all (where it is set), or those that its
             ``layer_types`` name.
         output_dropout: attribute with the probability of a dropout after the output projection, or None.
+        whole_only: why the block cannot be pipelined; empty if it can.
     """
 
     query: str
@@ -60,6 +61,7 @@ class AttentionSpec:
     key_norm: str | None = None
     window: Literal["none", "config", "layer_types"] = "none"
     output_dropout: str | None = None
+    whole_only: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +70,17 @@ class SequenceMask:
 
     Attributes:
         masks: by kind of layer (``"full_attention"``, ``"sliding_attention"``), the mask in whatever form the attention
-            function takes; None is plain causal where the function says so.  Not used by Ring attention.
+            function takes; None is plain causal where the function says so.  Not used by Ring and pipelined attention.
         documents: [B, L] number of the document that each token belongs to, in the sequence's natural order, or None
-            where there is one document.  Used by Ring attention.
-        keys: bool [B, L], in the same order: which tokens are seen at all, or None for all.  Used by Ring attention.
+            where there is one document.  Used by these two.
+        keys: bool [B, L], in the same order: which tokens are seen at all, or None for all.  Used by these two.
+        pieces: in which attention is to be pipelined; 1: it is not.
     """
 
     masks: Mapping[str, Any]
     documents: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    pieces: int = 1
 
 
 def local_heads(heads: int, kv_heads: int, rank: int, size: int) -> tuple[int, int, int]:
@@ -195,20 +199,25 @@ class _SequenceAttention(nn.Module):
         query, key = spec.rotary(query, key, cos, sin)
         out, weights = self._attend(query, key, value, sequence_mask, kwargs)
         result = self._output(out.reshape(batch, tokens * parts, -1))
-        if spec.output_dropout is not None:
-            result = nn.functional.dropout(result, getattr(self, spec.output_dropout), self.training)
-        return result, weights
+        return self._dropped(result), weights
+
+    def _dropped(self, result: torch.Tensor) -> torch.Tensor:
+        name = self.attention_spec.output_dropout
+        return result if name is None else nn.functional.dropout(result, getattr(self, name), self.training)
+
+    def _seeded_dropout(self) -> tuple[float, int]:
+        """Probability and seed.  Drawn where activation checkpointing restores the generator: recomputed alike."""
+        dropout = self.attention_dropout if self.training else 0.0
+        return dropout, int(torch.randint(_SEEDS, ())) if dropout else 0
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SequenceMask, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output [B, T, heads, head_dim] and weights."""
         spec, group = self.attention_spec, self.sequence_group
-        dropout = self.attention_dropout if self.training else 0.0
         if group.ring is not None and group.ring_size > 1:
             first = group.rank * query.shape[1]
-            # Drawn where activation checkpointing restores the generator, so that a recomputation drops the same.
-            seed = int(torch.randint(_SEEDS, ())) if dropout else 0
+            dropout, seed = self._seeded_dropout()
             out = ring_attention(
                 query,
                 key,
@@ -228,6 +237,7 @@ class _SequenceAttention(nn.Module):
             return out.transpose(1, 2), None
         if spec.window != "none":
             kwargs = {**kwargs, "sliding_window": self._passed_window()}
+        dropout = self.attention_dropout if self.training else 0.0
         chosen = mask.masks[self.mask_kind]
         return spec.attend(self, query, key, value, chosen, dropout=dropout, scaling=self.scaling, **kwargs)
 
@@ -258,8 +268,61 @@ class HeadParallelAttention(_SequenceAttention):
     """Tokens cut over the ranks outside, heads inside, between an all-gather and a reduce-scatter (TP-SP, Odysseus).
 
     Input and output [B, s, d] with s = T/N. Query, key and value weights are column-parallel (rows over seq), the
-    output weight is row-parallel (columns over seq).
+    output weight is row-parallel (columns over seq).  Where the batch was cut into pieces, the block is pipelined.
     """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: object | None = None,
+        sequence_mask: SequenceMask | None = _NOT_PASSED,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As :meth:`_SequenceAttention.forward`."""
+        if sequence_mask is None or sequence_mask.pieces == 1 or past_key_values is not None:
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, sequence_mask, **kwargs
+            )
+        spec, group = self.attention_spec, self.sequence_group
+        output = getattr(self, spec.output)
+        output_weight, output_bias = sharded_parameter(output.weight, group), sharded_parameter(output.bias, group)
+        assert output_weight is not None
+        weights, biases = self._head_sharded()
+        norms, eps = None, 0.0
+        if spec.query_norm is not None and spec.key_norm is not None:
+            modules: list[Any] = [getattr(self, spec.query_norm), getattr(self, spec.key_norm)]
+            query, key = (head_parameter(module.weight, group) for module in modules)
+            assert query is not None and key is not None
+            norms, eps = (query, key), modules[0].variance_epsilon
+        # One more position may follow the rank's own, for rotations that depend on the last of all.
+        cos, sin = position_embeddings
+        length = hidden_states.shape[1] * group.size
+        dropout, seed = self._seeded_dropout()
+        result = ops.pipelined_attention(
+            hidden_states,
+            weights,
+            output_weight,
+            biases,
+            output_bias,
+            group=group.group,
+            head_dim=spec.head_dim,
+            pieces=sequence_mask.pieces,
+            rotation=(cos[..., :length, :], sin[..., :length, :]),
+            head_norms=norms,
+            norm_eps=eps,
+            documents=sequence_mask.documents,
+            key_mask=sequence_mask.keys,
+            window=self.window,
+            scale=self.scaling,
+            dropout=dropout,
+            dropout_seed=seed,
+            first_head=group.rank * (weights[0].shape[0] // spec.head_dim),
+            kernel=self.config._attn_implementation,
+            config=group.config,
+        )
+        return self._dropped(result), None
 
     def _project(self, hidden_states: torch.Tensor) -> Heads:
         group = self.sequence_group

@@ -1,6 +1,6 @@
 """How a batch was cut: a small tensor that travels with it, and what a model makes of it.
 
-``shard_sequence`` puts it into the batch as ``sequence_cut``, int64 [B, 8], a row for each sequence.  It is moved,
+``shard_sequence`` puts it into the batch as ``sequence_cut``, int64 [B, 9], a row for each sequence.  It is moved,
 copied, pickled, split and joined like every other tensor of the batch, and any of its rows describe the same rows of
 the batch.  Its columns:
 
@@ -12,7 +12,8 @@ the batch.  Its columns:
 4     which part this is: ring rank * slices + slice
 5     L, tokens of the sequence before padding
 6     tokens with padding
-7     checksum of the sequence's row of the whole batch, before it was cut; 0 where it is not known
+7     pieces that a ring rank's part is striped in (``attention/layout.py``); 1: slices are contiguous
+8     checksum of the sequence's row of the whole batch, before it was cut; 0 where it is not known
 ====  =================================================================================================================
 """
 
@@ -28,13 +29,13 @@ from torch import Tensor
 from odysseus_kernels.attention import layout
 from odysseus_kernels.nn.group import SequenceGroup
 
-__all__ = ["KEY", "RING_LAYOUT", "SequenceCut", "checksums", "digest", "part_positions"]
+__all__ = ["KEY", "RING_LAYOUT", "SequenceCut", "checksums", "digest", "natural_order", "part_positions"]
 
 KEY = "sequence_cut"
 # Balanced causal work: every ring rank has an early and a late block.
 RING_LAYOUT: layout.Layout = "zigzag"
 _BY_SHARDING, _DECLARED = 1, 2
-_COLUMNS = 8
+_COLUMNS = 9
 # Odd 64-bit numbers, for sums that are meant to overflow.
 _STEP, _FACTOR = -7046029254386353131, -4658895280553007687
 
@@ -50,6 +51,7 @@ class SequenceCut:
         part: which part these tokens are, in the order of ring rank * slices + slice.
         length: tokens of each sequence before padding.
         padded: with padding.
+        pieces: that a ring rank's tokens are cut into before each is cut into slices.
         declared: by the user, who has cut by hand.
         sums: checksum of each row of the whole batch; 0 where it is not known.
     """
@@ -60,15 +62,16 @@ class SequenceCut:
     part: int
     length: int
     padded: int
+    pieces: int = 1
     declared: bool = False
     sums: tuple[int, ...] = ()
 
     @staticmethod
-    def of(group: SequenceGroup, length: int, padded: int, *, declared: bool = False) -> SequenceCut:
+    def of(group: SequenceGroup, length: int, padded: int, *, pieces: int = 1, declared: bool = False) -> SequenceCut:
         """This rank's part of sequences of ``padded`` tokens."""
         sharded = group.tokens == "sharded"
         part = group.every_rank if sharded else group.ring_rank
-        return SequenceCut(group.ring_size, group.size, sharded, part, length, padded, declared)
+        return SequenceCut(group.ring_size, group.size, sharded, part, length, padded, pieces, declared)
 
     @property
     def slices(self) -> int:
@@ -81,15 +84,15 @@ class SequenceCut:
         return self.padded - self.length
 
     def tensor(self, sums: Tensor) -> Tensor:
-        """The descriptor [B, 8] of rows with these checksums [B], on their device."""
+        """The descriptor [B, 9] of rows with these checksums [B], on their device."""
         kind = _DECLARED if self.declared else _BY_SHARDING
-        numbers = [kind, self.ring, self.size, int(self.sharded), self.part, self.length, self.padded]
+        numbers = [kind, self.ring, self.size, int(self.sharded), self.part, self.length, self.padded, self.pieces]
         fixed = torch.tensor(numbers, dtype=torch.int64).to(sums.device)
         return torch.cat((fixed.expand(sums.shape[0], -1), sums[:, None]), dim=1)
 
     @staticmethod
     def read(descriptor: Tensor) -> SequenceCut:
-        """The cut that a descriptor [B, 8] describes; waits for the tensor's device.
+        """The cut that a descriptor [B, 9] describes; waits for the tensor's device.
 
         Raises:
             ValueError: if it is no such descriptor, or its rows were cut in different ways.
@@ -103,7 +106,7 @@ class SequenceCut:
             )
             raise ValueError(f"{KEY}: expected what shard_sequence returned, int64 [B, {_COLUMNS}], got {got}")
         rows = descriptor.tolist()
-        kind, ring, size, sharded, part, length, padded, _ = rows[0]
+        kind, ring, size, sharded, part, length, padded, pieces, _ = rows[0]
         if any(row[:-1] != rows[0][:-1] for row in rows):
             raise ValueError(
                 f"{KEY}: expected sequences that were cut alike, got {len(rows)} of several lengths, cuts or ranks "
@@ -112,11 +115,11 @@ class SequenceCut:
         if kind not in (_BY_SHARDING, _DECLARED):
             raise ValueError(f"{KEY}: expected what shard_sequence returned, got the numbers {rows[0]}")
         sums = tuple(row[-1] for row in rows)
-        return SequenceCut(ring, size, bool(sharded), part, length, padded, kind == _DECLARED, sums)
+        return SequenceCut(ring, size, bool(sharded), part, length, padded, pieces, kind == _DECLARED, sums)
 
     def positions(self, device: torch.device | None = None) -> Tensor:
         """int64 [s]: where in the padded sequences the tokens of this part lie."""
-        return part_positions(self.ring, self.slices, self.part, self.padded, device)
+        return part_positions(self.ring, self.slices, self.part, self.padded, self.pieces, device)
 
     def check(self, group: SequenceGroup) -> None:
         """Raises ValueError unless this is the part that the ranks of ``group`` have this rank compute."""
@@ -138,13 +141,26 @@ class SequenceCut:
         whole = 'which each rank of "seq" holds whole (as "tp" has it)'
         cut = f'cut over {self.size} ranks of "seq" (as "tp_sp", "ulysses" and "odysseus" have it)'
         parts = f'into parts for {self.ring} ranks of "ring", each ' if self.ring > 1 else "into one part, "
-        return parts + (cut if self.sharded else whole)
+        striped = f", striped in {self.pieces} pieces" if self.pieces > 1 else ""
+        return parts + (cut if self.sharded else whole) + striped
 
 
-def part_positions(ring: int, slices: int, part: int, padded: int, device: torch.device | None = None) -> Tensor:
+def part_positions(
+    ring: int, slices: int, part: int, padded: int, pieces: int = 1, device: torch.device | None = None
+) -> Tensor:
     """int64 [padded / (ring * slices)]: where in the padded sequence the tokens of a part lie."""
     ring_rank, slice_ = divmod(part, slices)
-    return layout.positions(ring_rank, ring, padded, RING_LAYOUT, device).chunk(slices)[slice_]
+    own = layout.positions(ring_rank, ring, padded, RING_LAYOUT, device)
+    return own[layout.striped_positions(slice_, slices, own.shape[0], pieces, device)]
+
+
+def natural_order(parts: Tensor, ring: int, slices: int, pieces: int) -> Tensor:
+    """[B, padded, ...], each ring rank's tokens in their order, from all ranks' slices one after another."""
+    if pieces == 1:
+        return parts
+    rows = parts.shape[1] // (ring * slices * pieces)
+    split = parts.unflatten(1, (ring, slices, pieces, rows))
+    return split.transpose(2, 3).flatten(1, 4)
 
 
 def checksums(tensors: Mapping[str, Tensor], rows: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from odysseus_kernels.attention import layout
 from odysseus_kernels.comm.functional import all_gather
 from odysseus_kernels.config import OverlapConfig
-from odysseus_kernels.nn.cut import KEY, RING_LAYOUT, SequenceCut, digest
+from odysseus_kernels.nn.cut import KEY, RING_LAYOUT, SequenceCut, digest, natural_order
 from odysseus_kernels.nn.group import SequenceGroup
 
 __all__ = ["gather_sequence"]
@@ -79,6 +79,7 @@ class GatheredSequence(torch.autograd.Function):
         if group.token_group is not None and group.token_group.size() > 1:
             group.announce(f"of batch {digest(cut.sums)}", group.token_group)
             whole = all_gather(part, group.token_group, operator="gather_sequence", dim=1, config=group.config)
+        whole = natural_order(whole, cut.ring, cut.slices, cut.pieces)
         if cut.ring > 1:
             whole = whole[:, layout.inverse(cut.ring, cut.padded, RING_LAYOUT, part.device)[: cut.length]]
         return whole[:, : cut.length].clone() if whole is part else whole[:, : cut.length].contiguous()

@@ -9,11 +9,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from odysseus_kernels.config import MOST_PIECES
 from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX
+from odysseus_kernels.nn.step import stepped
 
 __all__ = ["declare_cut", "shard_sequence"]
 
@@ -29,33 +32,41 @@ _KEYS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 def shard_sequence(
-    batch: Mapping[str, torch.Tensor], mesh: DeviceMesh, strategy: str = "odysseus"
+    batch: Mapping[str, torch.Tensor],
+    mesh: DeviceMesh | nn.Module,
+    strategy: str | None = None,
+    *,
+    pieces: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """This rank's part of a batch that every rank has, ready for ``model(**batch)`` of a parallelized model.
 
     The sequence is padded at its end. With a ring it is cut into two blocks for each ring rank: ring rank i gets the
     i-th from the front and the i-th from the end. What a ring rank has is cut into N slices, and rank r of seq gets the
-    r-th; under ``"tp"``, whose ranks of seq hold the same tokens, there is no such second cut. Labels are shifted by
-    one *before* cutting, so that the last token of a slice predicts the first of the next one.
+    r-th; under ``"tp"``, whose ranks of seq hold the same tokens, there is no such second cut. With ``pieces`` above 1
+    what a ring rank has is cut into these first and each piece into N slices: every rank then holds a part of each
+    piece, which :func:`pipelined_attention` gathers one by one. Labels are shifted by one *before* cutting, so that
+    they stay beside the tokens that predict them.
 
     Args:
         batch: ``input_ids`` [B, L] and, if wanted, ``labels`` [B, L] (not shifted, as a stock model takes them),
             ``attention_mask`` [B, L] (1 for tokens, 0 for padding) and ``position_ids`` [B, L] or [1, L]; identical on
             every rank that shares the sequence.
-        mesh: device mesh with the dimension ``"seq"``, optionally ``"ring"`` and ``"dp"``.
-        strategy: the strategy that the model was parallelized with.
+        mesh: device mesh with the dimension ``"seq"``, optionally ``"ring"`` and ``"dp"``; or the parallelized model
+            itself, which knows its mesh, its strategy and, by ``config.pipeline``, the number of pieces.
+        strategy: the strategy that the model was parallelized with; None: ``"odysseus"``, or the model's.
+        pieces: see above; None: 1, or what the model's configuration says.
 
     Returns:
         ``input_ids``, ``position_ids`` and, where they were given, ``attention_mask``, ``labels``, ``shift_labels``,
         all [B, s]. ``labels`` is the same tensor as ``shift_labels``: shifted already, and required by stock models
         for computing a loss at all. Where the sequence was padded, also ``counted_tokens``, 0 for padding, which losses
-        over all tokens leave out (that of a mixture's router). ``sequence_cut`` [B, 8] says how the batch was cut,
+        over all tokens leave out (that of a mixture's router). ``sequence_cut`` [B, 9] says how the batch was cut,
         and how long it was before padding; the model compares it with how it is parallelized, and ranks compare what
         they cut (see ``nn/cut.py``). All have a row for each sequence, so that a selection of rows, the same from each,
         is a batch, too.
 
     Raises:
-        ValueError: for missing or unknown keys, wrong shapes or dtypes.
+        ValueError: for missing or unknown keys, wrong shapes or dtypes, or pieces that the model cannot have.
 
     Example:
         >>> part = ody.shard_sequence(batch, mesh)
@@ -64,12 +75,12 @@ def shard_sequence(
         >>> torch.equal(part["shift_labels"][:, :7], batch["labels"][:, 8 * rank + 1 : 8 * rank + 8])
         True
     """
-    group = _group(mesh, strategy)
     batch_size, length = _check(batch)
-    parts = group.size if group.tokens == "sharded" else 1
+    group, count = _group_and_pieces(mesh, strategy, pieces, length)
+    parts = (group.size if group.tokens == "sharded" else 1) * count
     multiple = parts if group.ring_size == 1 else math.lcm(2 * group.ring_size, group.ring_size * parts)
     padding = -length % multiple
-    description = SequenceCut.of(group, length, length + padding)
+    description = SequenceCut.of(group, length, length + padding, pieces=count)
     own = description.positions().to(batch["input_ids"].device)
 
     def cut(tensor: torch.Tensor, fill: int) -> torch.Tensor:
@@ -149,6 +160,26 @@ def _group(mesh: DeviceMesh, strategy: str) -> SequenceGroup:
     if strategy not in _TOKENS:
         raise ValueError(f"strategy: expected one of {sorted(_TOKENS)}, got {strategy!r}")
     return dataclasses.replace(SequenceGroup.of(mesh), tokens=_TOKENS[strategy])
+
+
+def _group_and_pieces(
+    mesh: DeviceMesh | nn.Module, strategy: str | None, pieces: int | None, length: int
+) -> tuple[SequenceGroup, int]:
+    if pieces is not None and (
+        isinstance(pieces, bool) or not isinstance(pieces, int) or not 1 <= pieces <= MOST_PIECES
+    ):
+        raise ValueError(f"pieces: expected a whole number from 1 to {MOST_PIECES}, got {pieces!r}")
+    if not isinstance(mesh, nn.Module):
+        group = _group(mesh, "odysseus" if strategy is None else strategy)
+        if pieces not in (None, 1) and group.tokens == "replicated":
+            raise ValueError(
+                f"pieces: expected 1 with strategy {strategy!r}, whose ranks hold the same tokens, got {pieces}"
+            )
+        return group, pieces or 1
+    model = stepped(mesh)
+    if strategy is not None and _TOKENS.get(strategy) != model.sequence_group.tokens:
+        raise ValueError(f"strategy: expected that of the model or None, got {strategy!r}")
+    return model.sequence_group, model.pieces_for(length) if pieces is None else pieces
 
 
 def _check(batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:

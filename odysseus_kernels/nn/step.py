@@ -13,7 +13,7 @@ from torch.autograd import Variable
 from odysseus_kernels.comm.shared_step import StepGroups
 from odysseus_kernels.nn.group import SequenceGroup
 
-__all__ = ["Stepped", "sequence_group_of", "step"]
+__all__ = ["Stepped", "sequence_group_of", "step", "stepped"]
 
 
 @contextlib.contextmanager
@@ -50,9 +50,14 @@ def step(model: nn.Module) -> Iterator[None]:
 
 def sequence_group_of(model: nn.Module) -> SequenceGroup:
     """How ``model``, or what it wraps, is parallelized; ValueError if it is not."""
+    return stepped(model).sequence_group
+
+
+def stepped(model: nn.Module) -> Stepped:
+    """``model``, or the one that it wraps, that ``parallelize`` returned; ValueError if there is none."""
     for module in model.modules():
         if isinstance(module, Stepped):
-            return module.sequence_group
+            return module
     raise ValueError(f"model: expected one that parallelize returned, got {type(model).__name__}")
 
 
@@ -60,6 +65,10 @@ class Stepped(nn.Module):
     """A model whose call (hooks included), together with the backward pass of what it returns, is a step."""
 
     sequence_group: SequenceGroup
+
+    def pieces_for(self, length: int) -> int:
+        """Pieces in which its attention gathers sequences of ``length`` tokens; 1: in one."""
+        return 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stock model's call."""

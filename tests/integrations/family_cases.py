@@ -167,7 +167,7 @@ def parallel_step(
     """The same of the parallelized model: logits and natural positions of this rank's tokens, gradients on rank 0."""
     mesh = make_mesh(world_size, ring)
     model = parallel_model(case, strategy, mesh, **(settings or {}))
-    batch = shard_sequence(case.whole_batch(), mesh, strategy)
+    batch = shard_sequence(case.whole_batch(), model)
     with CommRecorder() as record:
         with case.autocast():
             loss = model(**batch).loss
@@ -183,7 +183,7 @@ def parallel_step(
     return {
         "loss": loss.item(),
         "logits": own_logits(model, batch, case),
-        "where": own_positions(case, mesh, strategy),
+        "where": own_positions(case, model),
         "gradients": gradients,
         "traffic": record.rows(),
     }
@@ -196,18 +196,25 @@ def own_logits(model: Any, batch: dict[str, torch.Tensor], case: Case) -> torch.
         return model(**without_labels(batch)).logits
 
 
-def own_positions(case: Case, mesh: DeviceMesh, strategy: str) -> torch.Tensor:
+def own_positions(case: Case, model: Any) -> torch.Tensor:
     """Where this rank's tokens lie in the padded sequence."""
     counts = torch.arange(case.length)[None]
-    return shard_sequence({"input_ids": counts, "position_ids": counts}, mesh, strategy)["position_ids"][0]
+    return shard_sequence({"input_ids": counts, "position_ids": counts}, model)["position_ids"][0]
 
 
-def logits_pair(rank: int, world_size: int, case: Case, other: Case, strategy: str, ring: int) -> dict[str, Any]:
+def logits_pair(
+    rank: int,
+    world_size: int,
+    case: Case,
+    other: Case,
+    strategy: str,
+    ring: int,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Logits of one model on two batches."""
-    mesh = make_mesh(world_size, ring)
-    model = parallel_model(case, strategy, mesh)
-    found = [own_logits(model, shard_sequence(one.whole_batch(), mesh, strategy), one) for one in (case, other)]
-    return {"where": own_positions(case, mesh, strategy), "first": found[0], "second": found[1]}
+    model = parallel_model(case, strategy, make_mesh(world_size, ring), **(settings or {}))
+    found = [own_logits(model, shard_sequence(one.whole_batch(), model), one) for one in (case, other)]
+    return {"where": own_positions(case, model), "first": found[0], "second": found[1]}
 
 
 def assemble(results: list[dict[str, Any]], name: str, length: int) -> torch.Tensor:

@@ -50,6 +50,8 @@ def check(ranks, case, strategy, world_size, ring, settings=None):
     for name, gradient in expected["gradients"].items():
         error = (gradients[name] - gradient).norm() / gradient.norm()
         assert error <= GRADIENT_TOLERANCE, f"{where}, {name}: {error:.1e}"
+    pipelined = any(row["operator"] == "pipelined_attention" for row in results[0]["traffic"])
+    assert pipelined == bool(settings and settings.get("pipeline")), where
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

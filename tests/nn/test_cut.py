@@ -9,7 +9,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import odysseus_kernels as ody
-from odysseus_kernels.nn.cut import KEY, RING_LAYOUT, SequenceCut, checksums, part_positions
+from odysseus_kernels.attention import layout
+from odysseus_kernels.nn.cut import KEY, RING_LAYOUT, SequenceCut, checksums, natural_order, part_positions
 from odysseus_kernels.nn.loss import token_count
 
 
@@ -21,24 +22,40 @@ def test_descriptors_come_back():
     assert (again.slices, again.padding) == (3, 1)
     declared = SequenceCut(2, 3, False, 1, 24, 24, declared=True)
     assert SequenceCut.read(declared.tensor(sums[:1])).declared
+    striped = SequenceCut(2, 2, True, 3, 23, 24, pieces=3)
+    assert SequenceCut.read(striped.tensor(sums)).pieces == 3
+    assert "striped in 3 pieces" in striped.describe() and "striped" not in cut.describe()
     assert RING_LAYOUT == "zigzag"
 
 
 @pytest.mark.parametrize(
     "descriptor",
-    [None, "cut", torch.zeros(2, 7, dtype=torch.int64), torch.zeros(2, 8), torch.zeros(0, 8, dtype=torch.int64)],
+    [None, "cut", torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 9), torch.zeros(0, 9, dtype=torch.int64)],
 )
 def test_no_descriptors(descriptor):
-    with pytest.raises(ValueError, match=r"expected what shard_sequence returned, int64 \[B, 8\], got"):
+    with pytest.raises(ValueError, match=r"expected what shard_sequence returned, int64 \[B, 9\], got"):
         SequenceCut.read(descriptor)
     with pytest.raises(ValueError, match="got the numbers"):
-        SequenceCut.read(torch.zeros(1, 8, dtype=torch.int64))
+        SequenceCut.read(torch.zeros(1, 9, dtype=torch.int64))
 
 
 def test_parts_cover_the_sequence_once():
     for ring, slices in ((1, 1), (1, 3), (2, 1), (2, 3), (3, 2)):
         parts = [part_positions(ring, slices, part, 24) for part in range(ring * slices)]
         assert torch.cat(parts).sort().values.tolist() == list(range(24)), (ring, slices)
+
+
+def test_stripes_cover_each_piece_in_the_order_of_the_ranks():
+    for ring, slices, pieces in ((1, 3, 2), (2, 2, 3), (1, 2, 12)):
+        parts = [part_positions(ring, slices, part, 24, pieces) for part in range(ring * slices)]
+        whole = natural_order(torch.cat(parts)[None], ring, slices, pieces)[0]
+        assert torch.equal(whole, torch.cat([layout.positions(rank, ring, 24, RING_LAYOUT) for rank in range(ring)]))
+        rows = 24 // (ring * slices * pieces)
+        for part in parts:  # a rank has as much of every piece
+            assert (part.view(pieces, rows).diff(dim=1) == 1).all() and (part.view(pieces, rows)[:, 0].diff() > 0).all()
+    # Features stay beside their tokens.
+    parts = [part_positions(1, 2, part, 8, 2) for part in range(2)]
+    assert natural_order(torch.cat(parts)[None, :, None].expand(1, 8, 3), 1, 2, 2)[0, :, 2].tolist() == list(range(8))
 
 
 def test_checksums_tell_batches_apart():

@@ -1,4 +1,4 @@
-"""What ranks run in the tests of the pipelined attention block: against the same block in fp64 on the whole sequence."""
+"""What ranks run in the tests of the pipelined attention block: against the same block in fp64, unsharded."""
 
 from __future__ import annotations
 
@@ -92,9 +92,7 @@ def whole(problem: Problem, world: int, dtype: torch.dtype, precision: torch.dty
     """y and all gradients of the block on the whole sequence, from inputs in ``dtype``, computed in ``precision``."""
     t = {name: one.to(precision).requires_grad_() for name, one in problem.tensors(world, dtype).items()}
     grad = t.pop("grad").detach()
-    q, k, v = (
-        F.linear(t["x"], t[f"w{n}"], t.get(f"b{n}")).unflatten(-1, (-1, HEAD)).transpose(1, 2) for n in "qkv"
-    )
+    q, k, v = (F.linear(t["x"], t[f"w{n}"], t.get(f"b{n}")).unflatten(-1, (-1, HEAD)).transpose(1, 2) for n in "qkv")
     if problem.norms:
         q, k = normed(q, t["nq"]), normed(k, t["nk"])
     tables = problem.tables(world, precision)
@@ -123,7 +121,7 @@ def part(name: str, tensor: Tensor, rank: int, world: int, where: Tensor) -> Ten
 def where_of(problem: Problem, rank: int, world: int) -> Tensor:
     """Positions of a rank's tokens."""
     if isinstance(problem.pieces, int):
-        return striped_positions(rank, world, 0, problem.rows * world, problem.pieces)
+        return striped_positions(rank, world, problem.rows * world, problem.pieces)
     found, start = [], 0
     for size in problem.pieces:
         found.append(torch.arange(start + rank * size, start + (rank + 1) * size))
@@ -163,7 +161,9 @@ def call(problem: Problem, mine: dict[str, Tensor], world: int, config: ody.Over
     )
 
 
-def check(rank: int, world: int, dtype: str, modes: tuple[tuple[str, str], ...], problems: list[dict[str, Any]]) -> None:
+def check(
+    rank: int, world: int, dtype: str, modes: tuple[tuple[str, str], ...], problems: list[dict[str, Any]]
+) -> None:
     """Every problem in every (transport, mode); gradients of norms are added over the ranks first."""
     kind = getattr(torch, dtype)
     for case in (Problem(**problem) for problem in problems):

@@ -1,0 +1,113 @@
+"""Whether a model's attention can be pipelined, and in how many pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from odysseus_kernels.attention.local import check_attention_kernel
+from odysseus_kernels.nn.attention import AttentionSpec, HeadParallelAttention
+from odysseus_kernels.nn.cut import KEY, SequenceCut
+from odysseus_kernels.nn.step import Stepped
+from odysseus_kernels.ops._rotation import HeadNorm, rotate
+from odysseus_kernels.planner.pipeline import pick_pieces
+
+__all__ = ["Pipelined", "check_pieces", "why_whole_only"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def why_whole_only(spec: AttentionSpec, attention: nn.Module) -> str:
+    """Why a stock attention cannot be pipelined, found by trying what the block computes itself; empty if it can."""
+    generator = torch.Generator().manual_seed(0)
+    width = spec.head_dim
+    x, y = (torch.randn(1, 2, 3, width, generator=generator) for _ in range(2))
+    tables = torch.randn(2, 1, 3, width, generator=generator)
+    try:
+        rotated = spec.rotary(x, y, *tables)
+    except (RuntimeError, TypeError, ValueError):
+        return "its rotation takes other arguments than cos and sin of whole heads"
+    for before, after in zip((x, y), rotated, strict=True):
+        if not torch.allclose(after, rotate(before.transpose(1, 2), *tables).transpose(1, 2), rtol=1e-5, atol=1e-5):
+            return "its rotation is not that of halves of heads against each other"
+    for name in (spec.query_norm, spec.key_norm):
+        if name is None:
+            continue
+        norm: Any = getattr(attention, name)
+        eps = getattr(norm, "variance_epsilon", None)
+        if eps is None or norm.weight.shape != (width,):
+            return f"{name} is no RMS norm of a head"
+        with torch.no_grad():
+            sample = x.to(norm.weight)
+            if not torch.allclose(norm(sample), HeadNorm(norm.weight, eps).forward(sample), rtol=1e-2, atol=1e-2):
+                return f"{name} is no RMS norm of a head"
+    return ""
+
+
+class Pipelined(Stepped):
+    """A parallelized model that says in how many pieces its attention takes a sequence."""
+
+    def pieces_for(self, length: int) -> int:
+        """Pieces in which its attention gathers sequences of ``length`` tokens.
+
+        Raises:
+            ValueError: its configuration names a number, and its attention cannot be pipelined.
+        """
+        group = self.sequence_group
+        wanted = group.config.pipeline
+        if wanted is None or wanted == 1 or group.size == 1:
+            return 1
+        reason = _why_not(self)
+        if reason:
+            if wanted == "auto":
+                return 1
+            raise ValueError(f"pipeline={wanted}: attention cannot be pipelined: {reason}; use pipeline=None")
+        return pick_pieces(length // group.ring_size) if wanted == "auto" else wanted
+
+
+def check_pieces(model: Any, cut: SequenceCut) -> None:
+    """Raises ValueError if ``model`` does not run batches that are striped as ``cut`` says."""
+    config = model.sequence_group.config
+    wanted = config.pipeline
+    allowed = wanted == "auto" or cut.pieces == (1 if wanted is None else wanted)
+    if not allowed and model.sequence_group.size > 1:
+        raise ValueError(
+            f"{KEY}: this batch was cut in {cut.pieces} pieces, and the model is parallelized with "
+            f"pipeline={wanted!r}: call shard_sequence(batch, model), which cuts as the model runs"
+        )
+    if cut.pieces == 1:
+        return
+    reason = _why_not(model)
+    if reason:
+        raise ValueError(
+            f"{KEY}: this batch was cut in {cut.pieces} pieces, but attention cannot be pipelined: {reason}; cut "
+            f"it with shard_sequence(batch, model), or with pieces=1"
+        )
+
+
+def _attentions(model: Any) -> list[Any]:
+    return [module for module in model.modules() if "attention_spec" in vars(module)]
+
+
+def _why_not(model: Any) -> str:
+    """Why attention cannot be pipelined as the model is now; empty if it can."""
+    group = model.sequence_group
+    if group.ring_size > 1:
+        return "it is crossed with Ring attention"
+    for attention in _attentions(model):
+        if not isinstance(attention, HeadParallelAttention):
+            return "only strategies 'odysseus' and 'tp_sp' gather tokens for it"
+        spec = attention.attention_spec
+        if spec.whole_only:
+            return spec.whole_only
+        for name in (spec.query_norm, spec.key_norm):
+            norm: Any = None if name is None else getattr(attention, name)
+            if norm is not None and ("forward" in vars(norm) or any(getattr(norm, hooks) for hooks in _HOOKS)):
+                return f"{name} has hooks or a forward of its own, and would not be called"
+    try:
+        check_attention_kernel(model.config._attn_implementation)
+    except ValueError as error:
+        return str(error)
+    return ""
