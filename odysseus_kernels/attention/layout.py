@@ -185,16 +185,21 @@ def pieces(
     return found
 
 
-def prefix_pieces(start: int, stop: int, *, window: int | None = None, documents: Tensor | None = None) -> list[Piece]:
-    """What causal queries ``start`` to ``stop`` of a sequence compute with its keys 0 to ``stop``: disjoint pieces.
+def prefix_pieces(
+    start: int, stop: int, where: Tensor, *, window: int | None = None, documents: Tensor | None = None
+) -> list[Piece]:
+    """What causal queries ``start`` to ``stop`` of some tokens compute with keys 0 to ``stop``: disjoint pieces.
 
-    Queries are counted from ``start``; ``window`` and ``documents`` are as in :func:`pieces`.  Keys that no query sees
-    are in no piece.
+    Queries are counted from ``start``.  Keys that no query sees are in no piece.
+
+    Args:
+        start, stop: of the queries among the tokens.
+        where: int64 [at least stop], ascending: where in the sequence the tokens lie; on the host.
+        window, documents: as in :func:`pieces`.
     """
     if documents is None and window is None:
         own = Piece(slice(0, stop - start), slice(start, stop), "causal")
         return [own, Piece(slice(0, stop - start), slice(0, start), "full")] if start else [own]
-    where = torch.arange(stop)
     rows = [(first, min(first + _TILE, stop)) for first in range(start, stop, _TILE)]
     columns = [(first, min(first + _TILE, stop)) for first in range(0, stop, _TILE)]
     queries, keys = (

@@ -21,14 +21,15 @@ __all__ = ["PrefixAttention"]
 
 
 class PrefixAttention:
-    """Attention of B sequences of L tokens with the given settings, piece by piece.
+    """Attention of B times T tokens among themselves with the given settings, piece by piece.
 
-    All tensors are those of the whole sequence: q [B, Hq, L, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv], out
-    [B, Hq, L, Dv], lse [B, Hq, L] wide, and their gradients; a piece is rows ``start`` to ``stop`` of them.
+    All tensors are those of all tokens: q [B, Hq, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], out [B, Hq, T, Dv],
+    lse [B, Hq, T] wide, and their gradients; a piece is rows ``start`` to ``stop`` of them.  ``where`` [T] says where
+    in the sequence the tokens lie, in ascending order; on the host.
     """
 
-    def __init__(self, settings: Visits) -> None:
-        self._settings = settings
+    def __init__(self, settings: Visits, where: Tensor) -> None:
+        self._settings, self._positions = settings, where
 
     def forward(self, start: int, stop: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Writes rows ``start`` to ``stop`` of ``out`` and ``lse``; keys and values are there up to ``stop``."""
@@ -87,8 +88,9 @@ class PrefixAttention:
 
     def _planned(self, rows: slice) -> Sequence[Piece]:
         settings = self._settings
-        return prefix_pieces(rows.start, rows.stop, window=settings.window, documents=settings.host_documents)
+        window, documents = settings.window, settings.host_documents
+        return prefix_pieces(rows.start, rows.stop, self._positions, window=window, documents=documents)
 
     def _where(self, rows: slice, q: Tensor) -> tuple[Tensor, Tensor]:
-        where = torch.arange(q.shape[2], device=q.device)
+        where = self._positions.to(q.device)
         return where[rows], where

@@ -93,9 +93,6 @@ def _attentions(model: Any) -> list[Any]:
 
 def _why_not(model: Any) -> str:
     """Why attention cannot be pipelined as the model is now; empty if it can."""
-    group = model.sequence_group
-    if group.ring_size > 1:
-        return "it is crossed with Ring attention"
     for attention in _attentions(model):
         if not isinstance(attention, HeadParallelAttention):
             return "only strategies 'odysseus' and 'tp_sp' gather tokens for it"

@@ -307,6 +307,7 @@ class HeadParallelAttention(_SequenceAttention):
             biases,
             output_bias,
             group=group.group,
+            ring=group.ring,
             head_dim=spec.head_dim,
             pieces=sequence_mask.pieces,
             rotation=(cos[..., :length, :], sin[..., :length, :]),

@@ -1,36 +1,29 @@
-"""What a pipelined attention block computes for each piece of the sequence, forward and backward.
+"""What an attention block computes for each piece of its tokens, forward and backward.
 
-Nothing here decides an order: a :class:`~odysseus_kernels.comm.pipeline.Pipeline` calls back.  Tensors as long as the
-sequence are those of this rank's heads only; of what is as wide as the hidden state there is a piece at most.
+Nothing here communicates or decides an order: ``ops/_attention_block.py`` does.  Tensors as long as the sequence are
+those of this rank's heads only; of what is as wide as the hidden state there is a piece at most.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from odysseus_kernels.attention.layout import positions
 from odysseus_kernels.attention.prefix import PrefixAttention
 from odysseus_kernels.attention.visits import Visits
-from odysseus_kernels.comm.choice.selection import Phase
-from odysseus_kernels.comm.groups import dispatch
-from odysseus_kernels.comm.pipeline import Pipeline
 from odysseus_kernels.comm.reduce import accumulator_dtype
-from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
-from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops._products import CommonBiasGradient, WeightGradient, multiply, project
 from odysseus_kernels.ops._rotation import HeadNorm, rotate, rotate_backward
 
-__all__ = ["Block", "Settings"]
+__all__ = ["BackwardPieces", "ForwardPieces", "Pieces", "Settings"]
 
-_NAME = "pipelined_attention"
+_LAYOUT = "zigzag"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +61,160 @@ class Settings:
         """Rows of a shard of each piece, in the order of the sequence."""
         return tuple(zip(self.edges, self.edges[1:], strict=False))
 
+    def visits(self, documents: Tensor | None) -> Visits:
+        """The same for attention itself."""
+        return Visits(
+            documents, True, _LAYOUT, self.window, self.scale, self.dropout, self.seed, self.first_head, self.kernel
+        )
 
-class Block:
-    """One call on one rank: x [B, s, d] of L = N * s tokens, weights and settings."""
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """Which of a ring rank's T tokens a piece and a stripe are; N ranks hold a stripe of each piece.
+
+    Attributes:
+        settings: of the block.
+        world: ranks N.
+        ring, ring_rank: ring ranks, and which this is; T tokens are its part of the sequence.
+    """
+
+    settings: Settings
+    world: int
+    ring: int = 1
+    ring_rank: int = 0
+
+    def tokens(self, piece: int) -> slice:
+        """A piece's tokens."""
+        start, stop = self.settings.spans[piece]
+        return slice(start * self.world, stop * self.world)
+
+    def stripe(self, piece: int, rank: int) -> slice:
+        """Those of them that ``rank`` holds."""
+        start, stop = self.settings.spans[piece]
+        first = start * self.world + rank * (stop - start)
+        return slice(first, first + stop - start)
+
+    def ranges(self, rank: int, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+        """(tokens, rows from ``start``) of rows ``start`` to ``stop`` of ``rank``'s shard, whole pieces or not."""
+        for piece, (first, last) in enumerate(self.settings.spans):
+            begin, end = max(start, first), min(stop, last)
+            if begin < end:
+                token = self.stripe(piece, rank).start + begin - first
+                yield slice(token, token + end - begin), slice(begin - start, end - start)
+
+    def part(self, piece: int, rank: int) -> slice:
+        """The same within the piece."""
+        start, stop = self.settings.spans[piece]
+        return slice(rank * (stop - start), (rank + 1) * (stop - start))
+
+    def where(self, tokens: int) -> Tensor:
+        """int64 [T]: where in the sequence the tokens lie."""
+        return positions(self.ring_rank, self.ring, tokens * self.ring, _LAYOUT)
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """[B, n, H * D] as [B, n, H, D]."""
+        return tensor.unflatten(2, (-1, self.settings.head_dim))
+
+    def heads(self, tensor: Tensor) -> Tensor:
+        """[B, n, H * D] as [B, H, n, D]."""
+        return self.split(tensor).transpose(1, 2)
+
+
+class ForwardPieces:
+    """Forward of one block on one rank.
+
+    Attributes:
+        q, k, v, out: [B, T, H * D] of this rank's heads, queries and keys normalized and rotated.
+        lse: [B, H, T], log-sum-exp of the scores, wide.
+        raw: queries and keys before their norms, or two empty tensors.
+        gathered: all ranks' x [B, T, d] if that is kept, else empty.
+        y: [B, s, d].
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        output_weight: Tensor,
+        normed: bool,
+        pieces: Pieces,
+        *,
+        keep: bool,
+    ) -> None:
+        batch, rows, width = x.shape
+        length, wide = rows * pieces.world, accumulator_dtype(x.dtype)
+        queries, keys, values = (weight.shape[0] for weight in weights)
+        self.y = x.new_empty((batch, rows, output_weight.shape[0]))
+        self.q, self.k, self.v = (x.new_empty((batch, length, n)) for n in (queries, keys, values))
+        self.out = x.new_empty((batch, length, queries))
+        self.lse = x.new_empty((batch, queries // pieces.settings.head_dim, length), dtype=wide)
+        self.raw = [x.new_empty((batch, length, n) if normed else (0,)) for n in (queries, keys)]
+        self.gathered = x.new_empty((batch, length, width) if keep else (0,))
+
+    @property
+    def results(self) -> list[Tensor]:
+        """y, and what backward needs."""
+        return [self.y, self.q, self.k, self.v, self.out, self.lse, *self.raw, self.gathered]
+
+    def prepare(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        output_weight: Tensor,
+        output_bias: Tensor | None,
+        rotation: Sequence[Tensor],
+        norms: Sequence[HeadNorm],
+        documents: Tensor | None,
+        pieces: Pieces,
+        rank: int,
+    ) -> None:
+        """What the methods below compute with."""
+        self._weights, self._biases = weights, biases
+        self._output_weight, self._output_bias = output_weight, output_bias
+        self._rotation, self._norms, self._pieces, self._rank = rotation, norms, pieces, rank
+        self._attention = PrefixAttention(pieces.settings.visits(documents), pieces.where(self.q.shape[1]))
+        # What is merged with other ring ranks' keys is rounded once, at the end.
+        self.attended = self.out if pieces.ring == 1 else self.out.new_empty(self.out.shape, dtype=self.lse.dtype)
+
+    def consume(self, piece: int, source: int, blocks: tuple[Tensor, ...]) -> None:
+        """Projects ``source``'s rows of x of a piece."""
+        rows = self._pieces.stripe(piece, source)
+        projected = (*self.raw, self.v) if self._norms else (self.q, self.k, self.v)
+        for target, weight, bias in zip(projected, self._weights, self._biases, strict=True):
+            project(target[:, rows], blocks[0], weight, bias)
+        if self.gathered.numel():
+            self.gathered[:, rows].copy_(blocks[0])
+
+    def compute(self, piece: int) -> None:
+        """Attention of a piece's queries to this ring rank's keys up to them."""
+        rows, pieces = self._pieces.tokens(piece), self._pieces
+        for index, done in enumerate((self.q, self.k)):
+            if not (self._norms or self._rotation):
+                break
+            heads = pieces.split((self.raw[index] if self._norms else done)[:, rows])
+            if self._norms:
+                heads = self._norms[index].forward(heads)
+            if self._rotation:
+                heads = rotate(heads, *(table[:, rows] for table in self._rotation))
+            done[:, rows] = heads.flatten(2)
+        q, k, v, out = map(pieces.heads, (self.q, self.k, self.v, self.attended))
+        self._attention.forward(rows.start, rows.stop, q, k, v, out, self.lse)
+
+    def produce(self, target: int, start: int, stop: int, block: Tensor) -> None:
+        """This rank's heads' share of rows ``start`` to ``stop`` of ``target``'s y."""
+        bias = self._output_bias if target == self._rank else None
+        for tokens, rows in self._pieces.ranges(target, start, stop):
+            project(block[:, rows], self.out[:, tokens], self._output_weight, bias)
+
+
+class BackwardPieces:
+    """Backward of one block on one rank; pieces are taken from last to first.
+
+    Attributes:
+        incoming: gradient of attention's output, of all T tokens with a ring, else of the piece at hand.
+        dq: gradient of queries by other ring ranks' keys [B, H, T, D], wide; None without a ring.
+        dk, dv: of keys and values [B, Hkv, T, D], wide, added up.
+    """
 
     def __init__(
         self,
@@ -78,281 +222,108 @@ class Block:
         weights: Sequence[Tensor],
         output_weight: Tensor,
         rotation: Sequence[Tensor],
-        head_norms: Sequence[Tensor],
+        norms: Sequence[HeadNorm],
         documents: Tensor | None,
-        group: dist.ProcessGroup,
-        config: OverlapConfig,
-        settings: Settings,
-    ) -> None:
-        self._x, self._weights, self._output_weight = x.contiguous(), weights, output_weight
-        self._rotation = tuple(rotation)
-        self._norms = [HeadNorm(weight, settings.eps) for weight in head_norms]
-        self._group, self._config, self._settings = group, config, settings
-        self._world, self._rank = group.size(), group.rank()
-        self._visits = Visits(
-            documents, True, "contiguous", settings.window, settings.scale, settings.dropout, settings.seed,
-            settings.first_head, settings.kernel,
-        )  # fmt: skip
-        self._attention = PrefixAttention(self._visits)
-
-    # ---- forward -----------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def outputs(
-        x: Tensor,
-        weights: Sequence[Tensor],
-        output_weight: Tensor,
-        normed: bool,
-        world: int,
-        settings: Settings,
-        *,
-        keep: bool,
-    ) -> list[Tensor]:
-        """Empty tensors for what forward returns."""
-        batch, rows, width = x.shape
-        length = rows * world
-        queries, keys, values = (weight.shape[0] for weight in weights)
-        wide = accumulator_dtype(x.dtype)
-        return [
-            x.new_empty((batch, rows, output_weight.shape[0])),
-            *(x.new_empty((batch, length, n)) for n in (queries, keys, values)),
-            x.new_empty((batch, length, queries)),
-            x.new_empty((batch, queries // settings.head_dim, length), dtype=wide),
-            *(x.new_empty((batch, length, n) if normed else (0,)) for n in (queries, keys)),
-            x.new_empty((batch, length, width) if keep else (0,)),
-        ]
-
-    def forward(self, biases: Sequence[Tensor | None], output_bias: Tensor | None, *, keep: bool) -> list[Tensor]:
-        """y and what backward needs, as :meth:`outputs` makes them."""
-        made = self.outputs(
-            self._x, self._weights, self._output_weight, bool(self._norms), self._world, self._settings, keep=keep
-        )
-        y, q, k, v, out, lse, raw_q, raw_k, gathered = made
-        normed = bool(self._norms)
-        projected = (raw_q, raw_k, v) if normed else (q, k, v)
-
-        def consume(piece: int, source: int, blocks: tuple[Tensor, ...]) -> None:
-            rows = self._stripe(piece, source)
-            for target, weight, bias in zip(projected, self._weights, biases, strict=True):
-                project(target[:, rows], blocks[0], weight, bias)
-            if keep:
-                gathered[:, rows].copy_(blocks[0])
-
-        def compute(piece: int) -> None:
-            rows = self._tokens(piece)
-            for index, (raw, done) in enumerate(((projected[0], q), (projected[1], k))):
-                if not (normed or self._rotation):
-                    break
-                heads = self._split(raw[:, rows])
-                if normed:
-                    heads = self._norms[index].forward(heads)
-                if self._rotation:
-                    heads = rotate(heads, *(table[:, rows] for table in self._rotation))
-                done[:, rows] = heads.flatten(2)
-            queries, keys, values, outs = map(self._heads, (q, k, v, out))
-            self._attention.forward(rows.start, rows.stop, queries, keys, values, outs, lse)
-
-        def produce(piece: int, target: int, block: Tensor) -> None:
-            bias = output_bias if target == self._rank else None
-            project(block, out[:, self._stripe(piece, target)], self._output_weight, bias)
-
-        def run(transport: Transport, settled: OverlapConfig) -> None:
-            pipeline = Pipeline((self._x,), self._settings.spans, consume, compute, y, produce)
-            self._run(transport, Call(_NAME, "forward", settled, pipeline=pipeline, shapes=self._shapes()))
-
-        products = self._x.numel() * self._world * sum(weight.shape[0] for weight in self._weights)
-        attended = y.shape[0] * (y.shape[1] * self._world) ** 2 * q.shape[2]  # two products, causal
-        output = self._x.shape[0] * self._x.shape[1] * self._world * self._output_weight.numel()
-        self._dispatch("forward", 2 * (products + attended + output), self._x.nbytes, y.nbytes, run)
-        return made
-
-    # ---- backward ----------------------------------------------------------------------------------------------------
-
-    def backward(
-        self,
-        grad: Tensor,
         saved: Sequence[Tensor],
-        input_needed: bool,
-        weights_needed: Sequence[bool],
-        biases_needed: Sequence[bool],
-        output_needed: Sequence[bool],
+        pieces: Pieces,
+        rank: int,
         *,
-        norms_needed: bool,
-    ) -> list[Tensor]:
-        """[dx, dweights..., dbiases..., doutput_weight, doutput_bias, dnorms...]; empty where not needed."""
-        x, world = self._x, self._world
-        q, k, v, out, lse, raw_q, raw_k, gathered = saved
+        regather: bool,
+    ) -> None:
+        self.q, self.k, self.v, self.out, self.lse, *self._raw, gathered = saved
+        self._weights, self._output_weight = weights, output_weight
+        self._rotation, self._norms, self._pieces, self._rank = rotation, norms, pieces, rank
+        self._kept = gathered if gathered.numel() else None
+        self._regather = regather
+        batch, length, queries = self.q.shape
         wide = accumulator_dtype(x.dtype)
-        kept = gathered if gathered.numel() else None
-        regather = any(weights_needed) and kept is None
-        dx = x.new_empty(x.shape if input_needed else (0,))
-        spans = self._settings.spans[::-1]
-        most = max(stop - start for start, stop in spans) * world
-        incoming = x.new_empty((x.shape[0], most, q.shape[2]))  # gradient of a piece's attention output
-        projected = [x.new_empty((x.shape[0], most, weight.shape[0])) for weight in self._weights]
-        dk, dv = (self._heads(torch.empty_like(t, dtype=wide)) for t in (k, v))
-        sums: list[WeightGradient] = []
-        output_sums: list[WeightGradient] = []
-        bias = CommonBiasGradient(self._output_weight, self._rank, world)
-        blocks_of: dict[int, Tensor] = {}  # rows of x of each rank, of the piece at hand
+        most = max(stop - start for start, stop in pieces.settings.spans) * pieces.world
+        self.incoming = x.new_empty((batch, length if pieces.ring > 1 else most, queries))
+        self._projected = [x.new_empty((batch, most, weight.shape[0])) for weight in weights]
+        self.dq: Tensor | None = None
+        if pieces.ring > 1:
+            self.dq = pieces.heads(torch.empty_like(self.q, dtype=wide))
+        # In [B, H, T, D]: others of the ring add to them as they are.
+        self.dk, self.dv = (
+            t.new_empty((batch, t.shape[2] // pieces.settings.head_dim, length, pieces.settings.head_dim), dtype=wide)
+            for t in (self.k, self.v)
+        )
+        self._attention = PrefixAttention(pieces.settings.visits(documents), pieces.where(length))
+        self._blocks: dict[int, Tensor] = {}  # each rank's rows of x, of the piece at hand
 
-        def piece_of(index: int) -> int:
-            return len(spans) - 1 - index
+    def restart(
+        self, weights_needed: Sequence[bool], biases_needed: Sequence[bool], output_needed: Sequence[bool]
+    ) -> None:
+        """Begins all sums."""
+        self._sums = [
+            WeightGradient(weight, weight_needed=needed, bias_needed=bias_needed)
+            for weight, needed, bias_needed in zip(self._weights, weights_needed, biases_needed, strict=True)
+        ]
+        self._output_sum = WeightGradient(self._output_weight, weight_needed=output_needed[0])
+        self._output_bias = (
+            CommonBiasGradient(self._output_weight, self._rank, self._pieces.world) if output_needed[1] else None
+        )
+        self._output_needed = output_needed[0]
+        for norm in self._norms:
+            norm.restart()
+        for total in (self.dq, self.dk, self.dv):
+            if total is not None:
+                total.zero_()
 
-        def consume(index: int, source: int, blocks: tuple[Tensor, ...]) -> None:
-            rows, part = self._stripe(piece_of(index), source), self._part(piece_of(index), source)
-            multiply(incoming[:, part], blocks[0], self._output_weight)
-            if output_needed[0]:
-                output_sums[0].add(blocks[0], out[:, rows])
-            if output_needed[1]:
-                bias.add(source, *spans[index], blocks[0])
-            if regather:
-                blocks_of[source] = blocks[1]
+    def consume_gradient(self, source: int, start: int, stop: int, block: Tensor) -> None:
+        """Rows ``start`` to ``stop`` of y's gradient on ``source``; without a ring they are those of one piece."""
+        first = 0 if self._pieces.ring > 1 else start * self._pieces.world
+        for tokens, rows in self._pieces.ranges(source, start, stop):
+            into = slice(tokens.start - first, tokens.stop - first)
+            multiply(self.incoming[:, into], block[:, rows], self._output_weight)
+            if self._output_needed:
+                self._output_sum.add(block[:, rows], self.out[:, tokens])
+        if self._output_bias is not None:
+            self._output_bias.add(source, start, stop, block)
 
-        def compute(index: int) -> None:
-            piece = piece_of(index)
-            rows = self._tokens(piece)
-            count = rows.stop - rows.start
-            queries, keys, values, outs = map(self._heads, (q, k, v, out))
-            arriving = self._heads(incoming[:, :count])
-            dq = self._attention.backward(rows.start, rows.stop, arriving, queries, keys, values, outs, lse, dk, dv)
-            grads = [dq, dk[:, :, rows], dv[:, :, rows]]
-            for number, (found, into) in enumerate(zip(grads, projected, strict=True)):
-                heads = found.transpose(1, 2)
-                if number < 2 and self._rotation:
-                    heads = rotate_backward(heads, *(table[:, rows] for table in self._rotation))
-                if number < 2 and self._norms:
-                    heads = self._norms[number].backward(heads, self._split((raw_q, raw_k)[number][:, rows]))
-                into[:, :count] = heads.flatten(2)
-            for total, made in zip(sums, projected, strict=True):
-                if kept is not None or not regather:
-                    total.add(made[:, :count], None if kept is None else kept[:, rows])
-                    continue
-                for source in range(world):
-                    total.add(made[:, self._part(piece, source)], blocks_of[source])
+    def consume_input(self, source: int, block: Tensor) -> None:
+        """``source``'s rows of x, of the piece that is computed next."""
+        self._blocks[source] = block
 
-        def produce(index: int, target: int, block: Tensor) -> None:
-            part = self._part(piece_of(index), target)
-            for number, (made, weight) in enumerate(zip(projected, self._weights, strict=True)):
-                multiply(block, made[:, part], weight, add=number > 0)
+    def compute(self, piece: int) -> None:
+        """Attention's, norms' and projections' gradients of a piece: all that see its keys have added theirs."""
+        pieces = self._pieces
+        rows = pieces.tokens(piece)
+        count = rows.stop - rows.start
+        q, k, v, out = map(pieces.heads, (self.q, self.k, self.v, self.out))
+        incoming = self.incoming[:, rows] if pieces.ring > 1 else self.incoming[:, :count]
+        dq = self._attention.backward(
+            rows.start, rows.stop, pieces.heads(incoming), q, k, v, out, self.lse, self.dk, self.dv
+        )
+        if self.dq is not None:
+            dq += self.dq[:, :, rows]
+        found = (dq, self.dk[:, :, rows], self.dv[:, :, rows])
+        for number, (grad, into) in enumerate(zip(found, self._projected, strict=True)):
+            heads = grad.transpose(1, 2)
+            if number < 2 and self._rotation:
+                heads = rotate_backward(heads, *(table[:, rows] for table in self._rotation))
+            if number < 2 and self._norms:
+                heads = self._norms[number].backward(heads, pieces.split(self._raw[number][:, rows]))
+            into[:, :count] = heads.flatten(2)
+        for total, made in zip(self._sums, self._projected, strict=True):
+            if not self._regather:
+                total.add(made[:, :count], None if self._kept is None else self._kept[:, rows])
+                continue
+            for source in range(pieces.world):
+                total.add(made[:, pieces.part(piece, source)], self._blocks[source])
 
-        def run(transport: Transport, settled: OverlapConfig) -> None:
-            nonlocal bias
-            sums[:] = [
-                WeightGradient(weight, weight_needed=needed, bias_needed=bias_needed)
-                for weight, needed, bias_needed in zip(self._weights, weights_needed, biases_needed, strict=True)
-            ]
-            output_sums[:] = [WeightGradient(self._output_weight, weight_needed=output_needed[0])]
-            bias = CommonBiasGradient(self._output_weight, self._rank, world)
-            for norm in self._norms:
-                norm.restart()
-            dk.zero_()
-            dv.zero_()
-            pipeline = Pipeline(
-                (grad, x) if regather else (grad,),
-                spans,
-                consume,
-                compute,
-                dx if input_needed else None,
-                produce if input_needed else None,
-                holds=regather,
-            )
-            self._run(transport, Call(_NAME, "backward", settled, pipeline=pipeline, shapes=self._shapes()))
+    def produce(self, piece: int, target: int, block: Tensor) -> None:
+        """This rank's heads' share of ``target``'s rows of dx of a piece."""
+        part = self._pieces.part(piece, target)
+        for number, (made, weight) in enumerate(zip(self._projected, self._weights, strict=True)):
+            multiply(block, made[:, part], weight, add=number > 0)
 
-        features = sum(weight.shape[0] for weight in self._weights)
-        products = x.numel() * world * features * (input_needed + any(weights_needed))
-        attended = 5 * x.shape[0] * (x.shape[1] * world) ** 2 * q.shape[2] // 2
-        output = 2 * x.shape[0] * x.shape[1] * world * self._output_weight.numel()
-        shards = grad.nbytes + (x.nbytes if regather else 0)
-        self._dispatch("backward", 2 * (products + attended + output), shards, dx.nbytes, run)
-        results = [
-            *(total.weight() for total in sums),
-            *(total.bias() for total in sums),
-            output_sums[0].weight(),
-            bias.total(grad) if output_needed[1] else None,
+    def gradients(self, grad: Tensor, *, norms_needed: bool) -> list[Tensor | None]:
+        """Of weights, biases, the output weight and bias, and norms; ``grad`` [B, s, d] is this rank's, of y."""
+        return [
+            *(total.weight() for total in self._sums),
+            *(total.bias() for total in self._sums),
+            self._output_sum.weight(),
+            None if self._output_bias is None else self._output_bias.total(grad),
             *(norm.weight_gradient() if norms_needed else None for norm in self._norms),
         ]
-        return [dx, *(x.new_empty(0) if result is None else result for result in results)]
-
-    # ---- both --------------------------------------------------------------------------------------------------------
-
-    def _dispatch(
-        self, phase: Literal["forward", "backward"], flops: int, gathered: int, scattered: int, run: Any
-    ) -> None:
-        settings = self._settings
-        about = Phase(
-            operator=_NAME,
-            phase=phase,
-            shapes=f"x {list(self._x.shape)}, {len(settings.spans)} pieces, window={settings.window}, {gathered} bytes",
-            own=str([weight.shape[0] for weight in self._weights]),
-            dtype=self._x.dtype,
-            flops=flops,
-            gathered_bytes=gathered,
-            scattered_bytes=scattered,
-        )
-        dispatch(self._group, self._config, self._x.device, run, about)
-
-    def _run(self, transport: Transport, call: Call) -> None:
-        """The call as a pipeline, or ``"unfused"``: everything gathered, all pieces, everything reduced."""
-        pipeline = call.pipeline
-        assert pipeline is not None
-        if call.config.mode != "unfused":
-            transport.execute(call)
-            return
-        everyone = []
-        for shard in pipeline.shards:
-            whole = shard.new_empty((self._world, *shard.shape))
-            one = dataclasses.replace(call, pipeline=None, gather=Gather(shard, _unused))
-            transport.all_gather(one, whole)
-            everyone.append(whole)
-        results = None if pipeline.out is None else pipeline.out.new_empty((self._world, *pipeline.out.shape))
-        for index, (start, stop) in enumerate(pipeline.spans):
-            for source in range(self._world):
-                pipeline.consume(index, source, tuple(whole[source][:, start:stop] for whole in everyone))
-            pipeline.compute(index)
-            if results is not None and pipeline.produce is not None:
-                for target in range(self._world):
-                    pipeline.produce(index, target, results[target][:, start:stop])
-        if pipeline.out is not None and results is not None:
-            one = dataclasses.replace(call, pipeline=None, scatter=Scatter(pipeline.out, _unused))
-            transport.reduce_scatter(one, results)
-
-    def _shapes(self) -> str:
-        """What must be equal on all ranks beside what is gathered and scattered."""
-        settings = self._settings
-        parts = [f"x {list(self._x.shape)}, window={settings.window}, scale={settings.scale:.6g}"]
-        parts.append(f"gathered={self._config.gathered!r}")
-        if settings.dropout:
-            parts.append(f"dropout {settings.dropout}, seed {settings.seed}")
-        if self._visits.host_documents is not None:
-            ids = self._visits.host_documents.contiguous().numpy().tobytes()
-            parts.append(f"documents {hashlib.blake2b(ids, digest_size=6).hexdigest()}")
-        return ", ".join(parts)
-
-    def _tokens(self, piece: int) -> slice:
-        """A piece's tokens in the sequence."""
-        start, stop = self._settings.spans[piece]
-        return slice(start * self._world, stop * self._world)
-
-    def _stripe(self, piece: int, rank: int) -> slice:
-        """Those that ``rank`` holds."""
-        start, stop = self._settings.spans[piece]
-        first = start * self._world + rank * (stop - start)
-        return slice(first, first + stop - start)
-
-    def _part(self, piece: int, rank: int) -> slice:
-        """The same within the piece."""
-        start, stop = self._settings.spans[piece]
-        return slice(rank * (stop - start), (rank + 1) * (stop - start))
-
-    def _split(self, tensor: Tensor) -> Tensor:
-        """[B, n, H * D] as [B, n, H, D]."""
-        return tensor.unflatten(2, (-1, self._settings.head_dim))
-
-    def _heads(self, tensor: Tensor) -> Tensor:
-        """[B, n, H * D] as [B, H, n, D]."""
-        return self._split(tensor).transpose(1, 2)
-
-
-def _unused(*_: object) -> None:
-    raise AssertionError("the transport's own copy replaces this callback")

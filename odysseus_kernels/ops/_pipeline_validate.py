@@ -53,6 +53,7 @@ def check_pipelined_attention(
     bias: Sequence[Tensor | None] | None,
     output_bias: Tensor | None,
     world: int,
+    ring: int,
     settings: Settings,
     rotation: tuple[Tensor, Tensor] | None,
     head_norms: tuple[Tensor, Tensor] | None,
@@ -94,8 +95,7 @@ def check_pipelined_attention(
         check_tensors(name, **{what: table})
         if table.ndim != 3 or table.shape[0] not in (1, batch) or table.shape[1:] != (length, width):
             raise ValueError(
-                f"{name}: expected {what} [1 or {batch}, {length}, {width}], of the whole sequence, got "
-                f"{list(table.shape)}"
+                f"{name}: expected {what} [1 or {batch}, {length}, {width}], of its T tokens, got {list(table.shape)}"
             )
         if table.requires_grad:
             raise ValueError(f"{name}: expected {what} without gradients: a rotation is not trained")
@@ -107,11 +107,13 @@ def check_pipelined_attention(
             raise ValueError(f"{name}: expected the {what} norm's weight [{width}], got {list(norm.shape)}")
     if not settings.eps >= 0:
         raise ValueError(f"{name}: expected norm_eps of at least 0, got {settings.eps!r}")
+    if ring > 1 and length % 2:
+        raise ValueError(f"{name}: expected an even number of tokens on each ring rank, got {length}")
     like = x.new_empty((batch, 0))
     if documents is not None:
-        check_ids(name, "documents", documents, _INTEGERS, like, [batch, length])
+        check_ids(name, "documents", documents, _INTEGERS, like, [batch, length * ring])
     if key_mask is not None:
-        check_ids(name, "key_mask", key_mask, (torch.bool, *_INTEGERS), like, [batch, length])
+        check_ids(name, "key_mask", key_mask, (torch.bool, *_INTEGERS), like, [batch, length * ring])
     check_scores(
         name, x, settings.window, True, settings.scale, settings.dropout, dropout_seed, settings.first_head,
         settings.kernel, config,

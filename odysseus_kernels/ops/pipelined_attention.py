@@ -21,7 +21,8 @@ from odysseus_kernels.attention.layout import with_key_mask
 from odysseus_kernels.comm.arguments import check_config, refuse_second_derivative
 from odysseus_kernels.comm.groups import resolve_group
 from odysseus_kernels.config import OverlapConfig
-from odysseus_kernels.ops._attention_pieces import Block, Settings
+from odysseus_kernels.ops._attention_block import Block
+from odysseus_kernels.ops._attention_pieces import ForwardPieces, Pieces, Settings
 from odysseus_kernels.ops._pipeline_validate import check_pipelined_attention, piece_edges
 from odysseus_kernels.ops._validate import group_by_name
 
@@ -38,6 +39,7 @@ def pipelined_attention(
     output_bias: Tensor | None = None,
     *,
     group: dist.ProcessGroup | DeviceMesh | None,
+    ring: dist.ProcessGroup | DeviceMesh | None = None,
     head_dim: int,
     pieces: int | Sequence[int] = 8,
     rotation: tuple[Tensor, Tensor] | None = None,
@@ -56,27 +58,31 @@ def pipelined_attention(
     """Causal self-attention of a sequence that is cut over N ranks, with its projections, differentiable.
 
     B sequences of L tokens, L/N of them here; hidden size d; Hq query and Hkv key/value heads of this rank, D wide.
+    With a ring of R, T = L/R of them are those of this ring rank, and T/N of these are here; else T = L.
 
     forward:          q, k, v = AG(x) @ weights.T + biases, normalized and rotated; o = attention(q, k, v);
-                      y [B, L/N, d] = RS(o @ output_weight.T) + output_bias, added in fp32
-    input gradient:   dx [B, L/N, d], through all of it, its partial sums added in fp32
+                      y [B, T/N, d] = RS(o @ output_weight.T) + output_bias, added in fp32
+    input gradient:   dx [B, T/N, d], through all of it, its partial sums added in fp32
     weight gradients: of all weights, biases and norms of this rank; AG(dy) and AG(x) arrive together, piece by piece
 
     Tokens are *striped*: the sequence is cut into pieces, and each piece into N stripes, of which rank r holds the
     r-th (:func:`shard_sequence` with ``pieces``).  So a piece is gathered from all ranks alike, and its tokens are in
-    their natural order.  Elements sent by each rank: (N-1) * L/N * d twice forward, three times backward (twice with
-    ``config.gathered="save"``).
+    their natural order; with a ring, in that of its part in :func:`ring_attention`'s zigzag layout.
+
+    Elements sent by each rank: (N-1) * T/N * d twice forward, three times backward (twice with
+    ``config.gathered="save"``); with a ring also what :func:`ring_attention` sends, under its name.
 
     Args:
-        x: [B, L/N, d], this rank's tokens, striped.
+        x: [B, T/N, d], this rank's tokens, striped.
         weight: query, key and value weights [Hq*D, d], [Hkv*D, d], [Hkv*D, d]: this rank's heads.
         output_weight: [d, Hq*D], this rank's columns.
         bias: of the three projections, or None.
         output_bias: [d], the same on all ranks; added once.
         group: the ranks; None is the default group.
+        ring: the ranks that hold the other parts of the sequence; None: there are none.
         head_dim: D.
         pieces: into how many pieces the sequence is cut, or how many rows of x each piece has.
-        rotation: cos and sin, [1 or B, L, D], of the whole sequence in its natural order; None: no rotation.
+        rotation: cos and sin, [1 or B, T, D], of these tokens in their order; None: no rotation.
         head_norms: weights [D] of RMS norms of query and key heads, the same on all ranks; their gradients are those of
             this rank's heads.
         norm_eps: of these norms.
@@ -84,7 +90,7 @@ def pipelined_attention(
         config: mode, transport, what is kept for backward, time limit.
 
     Returns:
-        [B, L/N, d], striped as x is.
+        [B, T/N, d], striped as x is.
 
     Raises:
         ValueError: bad input, before anything is sent.
@@ -98,6 +104,8 @@ def pipelined_attention(
         torch.Size([1, 8, 16])
     """
     settled, resolved = check_config(config), resolve_group(group)
+    around = None if ring is None else resolve_group(ring)
+    around = None if around is None or around.size() == 1 else around
     edges = piece_edges(_NAME, x, pieces)
     settings = Settings(
         head_dim=head_dim,
@@ -111,7 +119,8 @@ def pipelined_attention(
         kernel=kernel,
     )
     x, weights, biases, output_weight, output_bias = check_pipelined_attention(
-        _NAME, x, weight, output_weight, bias, output_bias, resolved.size(), settings, rotation, head_norms, documents,
+        _NAME, x, weight, output_weight, bias, output_bias, resolved.size(),
+        1 if around is None else around.size(), settings, rotation, head_norms, documents,
         key_mask, dropout_seed, settled,
     )  # fmt: skip
     keep = (
@@ -131,6 +140,7 @@ def pipelined_attention(
         list(head_norms or ()),
         with_key_mask(documents, key_mask),
         resolved.group_name,
+        "" if around is None else around.group_name,
         settled.key(),
         settings.key(),
         keep,
@@ -150,13 +160,17 @@ def _forward(
     head_norms: Sequence[Tensor],
     documents: Tensor | None,
     group_name: str,
+    ring_name: str,
     config_key: str,
     settings_key: str,
     keep: bool,
 ) -> list[Tensor]:
     """[y, q, k, v, out, log-sum-exp, q and k before their norms, gathered x]; what is not kept is an empty tensor."""
     group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
-    block = Block(x, weights, output_weight, rotation, head_norms, documents, group, config, Settings.of(settings_key))
+    ring = group_by_name(ring_name) if ring_name else None
+    block = Block(
+        x, weights, output_weight, rotation, head_norms, documents, group, ring, config, Settings.of(settings_key)
+    )
     remaining = iter(biases)
     return block.forward([next(remaining) if present else None for present in has_bias], output_bias, keep=keep)
 
@@ -173,13 +187,13 @@ def _(
     head_norms: Sequence[Tensor],
     documents: Tensor | None,
     group_name: str,
+    ring_name: str,
     config_key: str,
     settings_key: str,
     keep: bool,
 ) -> list[Tensor]:
-    world = group_by_name(group_name).size()
-    settings = Settings.of(settings_key)
-    return Block.outputs(x, weights, output_weight, bool(head_norms), world, settings, keep=keep)
+    pieces = Pieces(Settings.of(settings_key), group_by_name(group_name).size())
+    return ForwardPieces(x, weights, output_weight, bool(head_norms), pieces, keep=keep).results
 
 
 @torch.library.custom_op("odysseus::pipelined_attention_backward", mutates_args=())
@@ -193,6 +207,7 @@ def _backward(
     documents: Tensor | None,
     saved: Sequence[Tensor],
     group_name: str,
+    ring_name: str,
     config_key: str,
     settings_key: str,
     input_needed: bool,
@@ -203,7 +218,10 @@ def _backward(
 ) -> list[Tensor]:
     """[dx, dweights..., dbiases..., doutput_weight, doutput_bias, dnorms...]; empty tensors where not needed."""
     group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
-    block = Block(x, weights, output_weight, rotation, head_norms, documents, group, config, Settings.of(settings_key))
+    ring = group_by_name(ring_name) if ring_name else None
+    block = Block(
+        x, weights, output_weight, rotation, head_norms, documents, group, ring, config, Settings.of(settings_key)
+    )
     return block.backward(
         grad.contiguous(), saved, input_needed, weights_needed, biases_needed, output_needed, norms_needed=norms_needed
     )
@@ -220,6 +238,7 @@ def _(
     documents: Tensor | None,
     saved: Sequence[Tensor],
     group_name: str,
+    ring_name: str,
     config_key: str,
     settings_key: str,
     input_needed: bool,
@@ -281,11 +300,7 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         *(one if needed else None for one, needed in zip(found[6:8], ctx.output_needed, strict=True)),
         [None] * rotations,
         [one if ctx.norms_needed else None for one in found[8:]],
-        None,
-        None,
-        None,
-        None,
-        None,
+        *[None] * 6,
     )
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 import odysseus_kernels as ody
-from odysseus_kernels.attention.layout import striped_positions, visible
+from odysseus_kernels.attention.layout import positions, striped_positions, visible
 from odysseus_kernels.testing.compare import assert_close_to_truth, nan_empty
 
 WIDTH, HEAD = 24, 8
@@ -19,7 +21,7 @@ WIDTH, HEAD = 24, 8
 
 @dataclasses.dataclass
 class Problem:
-    """One case; ``rows`` is what each rank holds of the sequence."""
+    """One case; ``rows`` is what each of the ranks holds of the sequence, ``ring`` * N of them."""
 
     batch: int = 2
     heads: int = 2
@@ -33,12 +35,14 @@ class Problem:
     key_mask: bool = False
     window: int | None = None
     gathered: str = "regather"
+    ring: int = 1
     seed: int = 0
 
     def tensors(self, world: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Of the whole sequence and all heads; ``heads`` of them are each rank's."""
         generator = torch.Generator().manual_seed(self.seed + 100 * world)
-        queries, keys, length = self.heads * world * HEAD, self.kv_heads * world * HEAD, self.rows * world
+        size = world // self.ring
+        queries, keys, length = self.heads * size * HEAD, self.kv_heads * size * HEAD, self.rows * world
 
         def random(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
@@ -109,55 +113,80 @@ def whole(problem: Problem, world: int, dtype: torch.dtype, precision: torch.dty
     return {"y": y.detach()} | dict(zip(t, torch.autograd.grad(y, list(t.values()), grad), strict=True))
 
 
-def part(name: str, tensor: Tensor, rank: int, world: int, where: Tensor) -> Tensor:
+def part(name: str, tensor: Tensor, rank: int, world: int, where: Tensor, ring: int) -> Tensor:
     """What a rank has of a whole tensor, or of its gradient; norms' gradients are those of its heads."""
+    size = world // ring
     if name in ("x", "y", "grad"):
         return tensor[:, where]
     if name == "wo":
-        return tensor.chunk(world, 1)[rank]
-    return tensor if name in ("bo", "nq", "nk") else tensor.chunk(world, 0)[rank]
+        return tensor.chunk(size, 1)[rank % size]
+    return tensor if name in ("bo", "nq", "nk") else tensor.chunk(size, 0)[rank % size]
 
 
 def where_of(problem: Problem, rank: int, world: int) -> Tensor:
     """Positions of a rank's tokens."""
+    size = world // problem.ring
+    own = positions(rank // size, problem.ring, problem.rows * world, "zigzag")
     if isinstance(problem.pieces, int):
-        return striped_positions(rank, world, problem.rows * world, problem.pieces)
+        return own[striped_positions(rank % size, size, own.shape[0], problem.pieces)]
     found, start = [], 0
-    for size in problem.pieces:
-        found.append(torch.arange(start + rank * size, start + (rank + 1) * size))
-        start += size * world
+    for rows in problem.pieces:
+        found.append(own[start + rank % size * rows : start + (rank % size + 1) * rows])
+        start += rows * size
     return torch.cat(found)
+
+
+@functools.cache
+def groups(world: int, ring: int) -> tuple[Any, Any]:
+    """Groups of seq and of the ring."""
+    if ring == 1:
+        return init_device_mesh("cpu", (world,), mesh_dim_names=("seq",)).get_group(), None
+    mesh = init_device_mesh("cpu", (ring, world // ring), mesh_dim_names=("ring", "seq"))
+    return mesh.get_group("seq"), mesh.get_group("ring")
 
 
 def block(problem: Problem, rank: int, world: int, dtype: torch.dtype, config: ody.OverlapConfig) -> dict[str, Tensor]:
     """This rank's y and gradients."""
-    where = where_of(problem, rank, world)
-    mine = {n: part(n, t, rank, world, where).clone() for n, t in problem.tensors(world, dtype).items()}
+    mine = inputs(problem, rank, world, dtype)
     grad = mine.pop("grad")
     for one in mine.values():
         one.requires_grad_()
     with nan_empty():
-        y = call(problem, mine, world, config)
+        y = call(problem, mine, rank, world, config)
         return {"y": y.detach()} | dict(zip(mine, torch.autograd.grad(y, list(mine.values()), grad), strict=True))
 
 
-def call(problem: Problem, mine: dict[str, Tensor], world: int, config: ody.OverlapConfig, **more: Any) -> Tensor:
+def inputs(problem: Problem, rank: int, world: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """This rank's, and the gradient of its y."""
+    where, ring = where_of(problem, rank, world), problem.ring
+    return {n: part(n, t, rank, world, where, ring).clone() for n, t in problem.tensors(world, dtype).items()}
+
+
+def call(
+    problem: Problem, mine: dict[str, Tensor], rank: int, world: int, config: ody.OverlapConfig, **more: Any
+) -> Tensor:
+    size, (group, ring) = world // problem.ring, groups(world, problem.ring)
+    tables = problem.tables(world, mine["x"].dtype)
+    own = positions(rank // size, problem.ring, problem.rows * world, "zigzag")
+    settings = {
+        "group": group,
+        "ring": ring,
+        "head_dim": HEAD,
+        "pieces": problem.pieces,
+        "rotation": None if tables is None else tuple(table[:, own] for table in tables),
+        "head_norms": (mine["nq"], mine["nk"]) if problem.norms else None,
+        "documents": problem.ids(world),
+        "key_mask": problem.seen_keys(world),
+        "window": problem.window,
+        "config": config,
+    }
     return ody.pipelined_attention(
         mine["x"],
         (mine["wq"], mine["wk"], mine["wv"]),
         mine["wo"],
         (mine["bq"], mine["bk"], mine["bv"]) if problem.bias else None,
         mine.get("bo"),
-        group=None,
-        head_dim=HEAD,
-        pieces=problem.pieces,
-        rotation=problem.tables(world, mine["x"].dtype),
-        head_norms=(mine["nq"], mine["nk"]) if problem.norms else None,
-        documents=problem.ids(world),
-        key_mask=problem.seen_keys(world),
-        window=problem.window,
-        config=config,
-        **more,
+        **{**settings, **more},
     )
 
 
@@ -178,8 +207,10 @@ def check(
                 assert torch.equal(tensor, again[name]), f"{name} differs from run to run"
                 if name in ("nq", "nk"):
                     torch.distributed.all_reduce(tensor)
-                wanted = part(name, truth[name], rank, world, where)
-                usual = None if baseline is None else part(name, baseline[name], rank, world, where)
+                elif case.ring > 1 and name not in ("x", "y"):  # used for other tokens on other ring ranks
+                    torch.distributed.all_reduce(tensor, group=groups(world, case.ring)[1])
+                wanted = part(name, truth[name], rank, world, where, case.ring)
+                usual = None if baseline is None else part(name, baseline[name], rank, world, where, case.ring)
                 # Sums of at most L terms, several in a row.  16 bits: projections, norm, rotation, attention's output
                 # and the partial sums are rounded on the way there, and as many gradients on the way back: 12.  What an
                 # unsharded run in that type loses says more, where there are enough elements for a ratio of errors.

@@ -46,3 +46,18 @@ def test_odd_shapes(ranks: RankPools, world: int) -> None:
 
 def test_tiles_of_masks(ranks: RankPools) -> None:
     ranks(2).run(cases.check, "float64", BOTH, [TILES])
+
+
+RINGS = [
+    {"rows": 8, "pieces": 2, "bias": True, "norms": True},
+    {"rows": 8, "documents": True, "pieces": [1, 5, 2]},
+    {"rows": 8, "window": 9, "key_mask": True, "pieces": 1},
+    {"rows": 6, "gathered": "save", "pieces": 3, "bias": True},
+]
+
+
+@pytest.mark.parametrize(("world", "ring"), ((2, 2), (4, 2), (3, 3)))
+@pytest.mark.parametrize("dtype", ("float64", "bfloat16"))
+def test_crossed_with_a_ring(ranks: RankPools, dtype: str, world: int, ring: int) -> None:
+    modes = (*BOTH, ("symmetric", "unfused")) if world == 4 else BOTH
+    ranks(world).run(cases.check, dtype, modes, [{**problem, "ring": ring} for problem in RINGS])
