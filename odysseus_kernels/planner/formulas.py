@@ -37,10 +37,22 @@ import dataclasses
 from collections import Counter
 from typing import Literal
 
-__all__ = ["STRATEGIES", "LayerShape", "Traffic", "check_sizes", "head_traffic", "replicated_traffic", "traffic"]
+__all__ = [
+    "PIPELINED",
+    "STRATEGIES",
+    "LayerShape",
+    "Traffic",
+    "check_sizes",
+    "head_traffic",
+    "replicated_traffic",
+    "traffic",
+]
 
 STRATEGIES = ("tp", "tp_sp", "ulysses", "odysseus")
 """Strategies that have formulas."""
+
+PIPELINED = ("tp_sp", "odysseus")
+"""Strategies whose attention block can be one operator."""
 
 Traffic = dict[tuple[str, str, str], int]
 """Bytes that one rank sends by (phase, operator, collective), as :class:`~odysseus_kernels.CommRecorder` names them."""
@@ -142,6 +154,12 @@ class _Ledger:
         if ranks > 1:
             self.bytes["backward", operator, "reduce_scatter"] += (ranks - 1) * rows * max(self.size, 4)
 
+    def rename(self, operators: tuple[str, ...], name: str) -> None:
+        """What ``operators`` have sent so far was sent by the one operator ``name``."""
+        for phase, operator, collective in list(self.bytes):
+            if operator in operators:
+                self.bytes[phase, name, collective] += self.bytes.pop((phase, operator, collective))
+
     def result(self) -> Traffic:
         return dict(self.bytes)
 
@@ -162,6 +180,7 @@ def traffic(
     gathered: Literal["regather", "save"] = "regather",
     element_size: int = 4,
     checkpointing: bool = False,
+    pipelined: bool = False,
 ) -> Traffic:
     """Bytes that each rank sends for forward and backward of one decoder layer, all gradients included.
 
@@ -174,6 +193,8 @@ def traffic(
         gathered: as in :class:`~odysseus_kernels.OverlapConfig`.
         element_size: bytes of an element of activations and parameters.
         checkpointing: whether the whole layer is recomputed in backward: its forward then counts twice.
+        pipelined: whether attention is one operator, :func:`~odysseus_kernels.pipelined_attention`: the same bytes
+            under its name (strategies ``"tp_sp"`` and ``"odysseus"``).
 
     Returns:
         Only what is not zero.
@@ -184,6 +205,10 @@ def traffic(
     check_sizes(shape, strategy, world, ring, tokens, gathered)
     ledger = _Ledger(element_size)
     _attention(ledger, shape, strategy, world, ring, tokens, gathered)
+    if pipelined:
+        if strategy not in PIPELINED:
+            raise ValueError(f"pipelined: expected one of the strategies {PIPELINED}, got {strategy!r}")
+        ledger.rename(("all_gather_linear", "linear_reduce_scatter"), "pipelined_attention")
     _feed_forward(ledger, shape, strategy, world, ring, tokens, gathered)
     different = ring * (1 if strategy == "tp" else world)  # ranks that hold different tokens
     for elements in (shape.hidden, shape.hidden) * (2 if shape.norm_bias else 1):

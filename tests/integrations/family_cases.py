@@ -353,7 +353,7 @@ def traffic_of_a_layer(
             deep = dataclasses.replace(case, changes=(*case.changes, ("num_hidden_layers", layers)))
             model = parallel_model(deep, strategy, mesh, **settings)
             with CommRecorder() as record:
-                model(**shard_sequence(case.whole_batch(), mesh, strategy)).loss.backward()
+                model(**shard_sequence(case.whole_batch(), model)).loss.backward()
             counts.append(Counter({(r["phase"], r["operator"], r["collective"]): r["bytes"] for r in record.rows()}))
         counts[1].subtract(counts[0])
         found.append({key: count for key, count in counts[1].items() if count})

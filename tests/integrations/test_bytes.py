@@ -48,6 +48,12 @@ def test_recorder_equals_formula(ranks, strategy, world_size, ring):
         runs = [(case, settings) for case, settings in runs if case.kv_heads == 12]
     if strategy in ("tp_sp", "odysseus"):
         runs.append((Case(), {"gathered": "save"}))
+        piped: list[tuple[Case, dict]] = [
+            (Case(), {"gathered": "save"}),
+            (Case(family="qwen3"), {}),
+            (Case(), {"mode": "unfused"}),
+        ]
+        runs += [(case, {**settings, "pipeline": 2}) for case, settings in piped]
     for found in ranks(world_size).run(traffic_of_a_layer, runs, strategy, ring):
         for (case, settings), counts in zip(runs, found, strict=True):
             expected = traffic(
@@ -58,5 +64,6 @@ def test_recorder_equals_formula(ranks, strategy, world_size, ring):
                 ring=ring,
                 gathered=settings.get("gathered", "regather"),
                 element_size=case.dtype.itemsize,
+                pipelined="pipeline" in settings,
             )
             assert counts == expected, f"{case}, {settings}"
