@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -47,14 +46,26 @@ class Settings:
 
     def key(self) -> str:
         """As a string: what a custom operator takes."""
-        return json.dumps(dataclasses.astuple(self))
+        edges = ",".join(str(edge) for edge in self.edges)
+        fields = (self.window, self.scale, self.dropout, self.seed, self.first_head, self.kernel)
+        return "|".join(str(field) for field in (self.head_dim, edges, self.eps, *fields))
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def of(key: str) -> Settings:
         """The settings that :meth:`key` turned into ``key``."""
-        head_dim, edges, *rest = json.loads(key)
-        return Settings(head_dim, tuple(edges), *rest)
+        head_dim, edges, eps, window, scale, dropout, seed, first_head, kernel = key.split("|")
+        return Settings(
+            head_dim=int(head_dim),
+            edges=tuple(int(edge) for edge in edges.split(",")),
+            eps=float(eps),
+            window=None if window == "None" else int(window),
+            scale=float(scale),
+            dropout=float(dropout),
+            seed=int(seed),
+            first_head=int(first_head),
+            kernel=kernel,
+        )
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +38,7 @@ def piece_edges(name: str, x: Tensor, pieces: int | Sequence[int]) -> tuple[int,
             )
         return tuple(range(0, rows + 1, rows // pieces))
     try:
-        sizes = [int(size) for size in pieces]  # type: ignore[union-attr]
+        sizes = [operator.index(size) for size in pieces]  # type: ignore[union-attr]
     except TypeError:
         raise ValueError(f"{name}: expected pieces to be a whole number or numbers of rows, got {pieces!r}") from None
     if not sizes or min(sizes) < 1 or sum(sizes) != rows:

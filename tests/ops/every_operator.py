@@ -109,6 +109,14 @@ def _loss(function: Any, **more: Any) -> Callable[..., Tensor]:
     return lambda t, **s: function(t["hidden"], t["targets"], t["weight"], t["bias"], chunk_rows=4, **more, **s)
 
 
+def _attention_block(t: dict[str, Tensor], world: int) -> Tensor:
+    q, k, v = (
+        F.linear(t["x"], t[name], t["bias"] if name == "query" else None).unflatten(-1, (-1, 4)).transpose(1, 2)
+        for name in ("query", "key", "value")
+    )
+    return F.linear(stock_attention(q, k, v).transpose(1, 2).flatten(2), t["output"], t["last"])
+
+
 _ROWS = {"hidden": 0, "targets": 0, "weight": 0, "bias": 0}
 _QKV = {"q": 2, "k": 2, "v": 2}
 
@@ -175,6 +183,31 @@ OPERATORS = {
         2,
         lambda t, **s: ody.ring_attention(t["q"], t["k"], t["v"], layout="contiguous", **s),
         lambda t, n: stock_attention(t["q"], t["k"], t["v"]),
+    ),
+    "pipelined_attention": Operator(
+        lambda n: {
+            "x": (2, 3 * n, 8),
+            "query": (8 * n, 8),
+            "key": (4 * n, 8),
+            "value": (4 * n, 8),
+            "output": (8, 8 * n),
+            "bias": (8 * n,),
+            "last": (8,),
+        },
+        {"x": -2, "query": 0, "key": 0, "value": 0, "output": 1, "bias": 0, "last": EVERYWHERE},
+        -2,
+        # In one piece stripes are contiguous.
+        lambda t, **s: ody.pipelined_attention(
+            t["x"],
+            (t["query"], t["key"], t["value"]),
+            t["output"],
+            (t["bias"], None, None),
+            t["last"],
+            head_dim=4,
+            pieces=1,
+            **s,
+        ),
+        _attention_block,
     ),
     "vocab_parallel_linear_cross_entropy": Operator(
         lambda n: {"hidden": (7 * n, 8), "weight": (5 * n, 8), "bias": (5 * n,)},

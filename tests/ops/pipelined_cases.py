@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 import odysseus_kernels as ody
+from benchmarks.common.memory import peak_of_others, record_allocations
 from odysseus_kernels.attention.layout import positions, striped_positions, visible
+from odysseus_kernels.comm.recorder import CommRecorder
+from odysseus_kernels.ops._attention_pieces import Settings
 from odysseus_kernels.testing.compare import assert_close_to_truth, nan_empty
 
 WIDTH, HEAD = 24, 8
@@ -162,32 +166,39 @@ def inputs(problem: Problem, rank: int, world: int, dtype: torch.dtype) -> dict[
     return {n: part(n, t, rank, world, where, ring).clone() for n, t in problem.tensors(world, dtype).items()}
 
 
-def call(
-    problem: Problem, mine: dict[str, Tensor], rank: int, world: int, config: ody.OverlapConfig, **more: Any
-) -> Tensor:
+def settings_of(problem: Problem, rank: int, world: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments beside tensors and norms."""
     size, (group, ring) = world // problem.ring, groups(world, problem.ring)
-    tables = problem.tables(world, mine["x"].dtype)
+    tables = problem.tables(world, dtype)
     own = positions(rank // size, problem.ring, problem.rows * world, "zigzag")
-    settings = {
+    return {
         "group": group,
         "ring": ring,
         "head_dim": HEAD,
         "pieces": problem.pieces,
         "rotation": None if tables is None else tuple(table[:, own] for table in tables),
-        "head_norms": (mine["nq"], mine["nk"]) if problem.norms else None,
         "documents": problem.ids(world),
         "key_mask": problem.seen_keys(world),
         "window": problem.window,
-        "config": config,
     }
+
+
+def apply(mine: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
+    norms = (mine["nq"], mine["nk"]) if "nq" in mine else None
     return ody.pipelined_attention(
         mine["x"],
         (mine["wq"], mine["wk"], mine["wv"]),
         mine["wo"],
-        (mine["bq"], mine["bk"], mine["bv"]) if problem.bias else None,
+        (mine["bq"], mine["bk"], mine["bv"]) if "bq" in mine else None,
         mine.get("bo"),
-        **{**settings, **more},
+        **{"head_norms": norms, **settings},
     )
+
+
+def call(
+    problem: Problem, mine: dict[str, Tensor], rank: int, world: int, config: ody.OverlapConfig, **more: Any
+) -> Tensor:
+    return apply(mine, {**settings_of(problem, rank, world, mine["x"].dtype), "config": config, **more})
 
 
 def check(
@@ -223,3 +234,141 @@ def check(
                     baseline=usual if tensor.numel() >= 256 else None,
                     name=f"{name} of {case}, {transport}, {mode}, rank {rank}",
                 )
+
+
+def graphs(rank: int, world: int) -> None:
+    """opcheck, torch.compile with fullgraph, activation checkpointing: the same bits as without."""
+    torch.manual_seed(rank)
+    problem = Problem(bias=True, norms=True, rows=8, pieces=2, documents=True)
+    config = ody.OverlapConfig(timeout_s=60)
+    mine = inputs(problem, rank, world, torch.float32)
+    grad = mine.pop("grad")
+    names = list(mine)
+    settings = {**settings_of(problem, rank, world, torch.float32), "config": config}
+
+    def run(*tensors: Tensor) -> Tensor:
+        return apply(dict(zip(names, tensors, strict=True)), settings).sin()
+
+    def gradients(function: Any) -> list[Tensor]:
+        leaves = [mine[name].clone().requires_grad_() for name in names]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    expected = gradients(run)
+    for function in (
+        torch.compile(run, fullgraph=True, backend="aot_eager"),
+        lambda *leaves: checkpoint(run, *leaves, use_reentrant=False),
+        lambda *leaves: checkpoint(run, *leaves, use_reentrant=False, context_fn=ody.selective_checkpoint),
+    ):
+        for one, other in zip(gradients(function), expected, strict=True):
+            assert torch.equal(one, other)
+    for mask in range(1, 2 ** len(names), 7):
+        leaves = [mine[name].clone().requires_grad_(bool(mask >> i & 1)) for i, name in enumerate(names)]
+        run(*leaves).backward(grad)
+        for index, one in enumerate(leaves):
+            if one.requires_grad:  # a bias's sum is cut into other parts where no weight wants the gathered x
+                torch.testing.assert_close(one.grad, expected[index + 1], rtol=1e-5, atol=1e-5)
+            else:
+                assert one.grad is None
+    key = Settings(HEAD, (0, 4, 8), 1e-6, None, 0.3, 0.0, 0, 0, "sdpa").key()
+    leaves = [mine[name].clone().requires_grad_() for name in ("x", "wq", "wk", "wv", "bq", "bk", "bv", "wo", "bo")]
+    x, wq, wk, wv, bq, bk, bv, wo, bo = leaves
+    for keep in (False, True):
+        torch.library.opcheck(
+            torch.ops.odysseus.pipelined_attention.default,
+            (
+                x, [wq, wk, wv], [bq, bk, bv], [True] * 3, wo, bo, [], [], None,
+                groups(world, 1)[0].group_name, "", config.key(), key, keep,
+            ),
+        )  # fmt: skip
+
+
+def dropped(rank: int, world: int) -> None:
+    """Dropout is that of heads and positions, not of ranks and pieces: what another number of pieces gives."""
+    found = []
+    for pieces in (1, 4):
+        problem = Problem(rows=8, pieces=pieces, window=9, heads=1)
+        mine = inputs(problem, rank, world, torch.float64)
+        grad = mine.pop("grad")
+        for one in mine.values():
+            one.requires_grad_()
+        config = ody.OverlapConfig(timeout_s=60)
+        y = call(problem, mine, rank, world, config, dropout=0.4, dropout_seed=3, first_head=rank)
+        rows = [torch.cat([y, *torch.autograd.grad(y, mine["x"], grad)], -1)]
+        whole_rows = torch.empty(problem.batch, problem.rows * world, rows[0].shape[-1], dtype=torch.float64)
+        parts = [torch.empty_like(rows[0]) for _ in range(world)]
+        torch.distributed.all_gather(parts, rows[0].detach())
+        for source, one in enumerate(parts):
+            whole_rows[:, where_of(problem, source, world)] = one
+        found.append(whole_rows)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+    plain = call(problem, mine, rank, world, ody.OverlapConfig(timeout_s=60))
+    assert not torch.allclose(plain, y), "something is dropped"
+
+
+def refusals(rank: int, world: int) -> list[str]:
+    """Messages of bad input; nothing is sent."""
+    problem = Problem(rows=8)
+    mine = inputs(problem, rank, world, torch.float32)
+    config = ody.OverlapConfig(timeout_s=60)
+    wide, odd = torch.zeros(1, 3, HEAD), torch.zeros(HEAD + 1)
+    found = []
+    for changes, more in (
+        ({}, {"pieces": 3}),
+        ({}, {"pieces": [4, 5]}),
+        ({}, {"pieces": "many"}),
+        ({}, {"head_dim": 5}),
+        ({}, {"rotation": (wide, wide)}),
+        ({}, {"head_norms": (odd, odd)}),
+        ({}, {"window": 0}),
+        ({}, {"dropout": 0.5}),
+        ({}, {"kernel": "eager"}),
+        ({}, {"documents": torch.zeros(2, 3, dtype=torch.int64)}),
+        ({}, {"config": ody.OverlapConfig(mode="tiles", timeout_s=60)}),
+        ({"wo": mine["wo"][:, 1:]}, {}),
+        ({"wv": mine["wv"][:4]}, {}),
+        ({"x": mine["x"][0]}, {}),
+        ({"wo": mine["wo"].double()}, {}),
+    ):
+        with CommRecorder() as record:
+            try:
+                call(problem, {**mine, **changes}, rank, world, **{"config": config, **more})
+            except ValueError as error:
+                found.append(str(error))
+            else:
+                found.append("no error")
+        assert not record.rows()
+    return found
+
+
+def odd_rank(rank: int, world: int, what: str) -> str:
+    """The error of a call in which rank 1 differs."""
+    problem = Problem(rows=8, documents=True)
+    other = {"pieces": {"pieces": 2}, "documents": {"documents": None}, "dropout": {"dropout": 0.5, "dropout_seed": 1}}
+    mine = inputs(problem, rank, world, torch.float32)
+    try:
+        call(problem, mine, rank, world, ody.OverlapConfig(timeout_s=60), **(other[what] if rank == 1 else {}))
+    except ody.RankMismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def private_memory(rank: int, world: int, pieces: int) -> dict[str, float]:
+    """The most that a step holds beside inputs, outputs and gradients, and the largest allocation; in shards of x."""
+    rows, width, head = 1024, 512, 64
+    torch.manual_seed(0)
+    x = torch.randn(1, rows, width, requires_grad=True)
+    heads = 2  # of this rank: q, k, v, out are an eighth of what is as long and as wide as x
+    weights = [torch.randn(heads * head, width, requires_grad=True) for _ in range(3)]
+    output = torch.randn(width, heads * head, requires_grad=True)
+    config = ody.OverlapConfig(transport="collective", timeout_s=60)
+    grad = torch.randn_like(x)
+
+    def step() -> list[Tensor]:
+        y = ody.pipelined_attention(x, weights, output, group=None, head_dim=head, pieces=pieces, config=config)
+        return [y.detach(), *torch.autograd.grad(y, [x, *weights, output], grad)]
+
+    step()
+    results, events = record_allocations(step)
+    peak, largest = peak_of_others(events, {one.untyped_storage().data_ptr() for one in results})
+    return {"peak": peak / x.nbytes, "largest": largest / x.nbytes}

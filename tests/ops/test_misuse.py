@@ -48,7 +48,12 @@ def test_more_refusals(ranks: RankPools) -> None:
 
 
 # These say that they need at least one row.
-NEEDS_ROWS = ("ring_attention", "vocab_parallel_linear_cross_entropy", "replicated vocab_parallel_linear_cross_entropy")
+NEEDS_ROWS = (
+    "pipelined_attention",
+    "ring_attention",
+    "vocab_parallel_linear_cross_entropy",
+    "replicated vocab_parallel_linear_cross_entropy",
+)
 
 
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in NEEDS_ROWS])

@@ -61,3 +61,49 @@ RINGS = [
 def test_crossed_with_a_ring(ranks: RankPools, dtype: str, world: int, ring: int) -> None:
     modes = (*BOTH, ("symmetric", "unfused")) if world == 4 else BOTH
     ranks(world).run(cases.check, dtype, modes, [{**problem, "ring": ring} for problem in RINGS])
+
+
+def test_graphs(ranks: RankPools) -> None:
+    ranks(2).run(cases.graphs)
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_dropout_does_not_depend_on_pieces(ranks: RankPools, world: int) -> None:
+    ranks(world).run(cases.dropped)
+
+
+def test_bad_input(ranks: RankPools) -> None:
+    expected = (
+        "expected pieces to divide this rank's 8 tokens, got 3",
+        "expected numbers of rows that are 8 together, each at least 1, got [4, 5]",
+        "expected pieces to be a whole number or numbers of rows, got 'many'",
+        "expected head_dim to divide 16 query and 8 key features, got 5",
+        "expected cos [1 or 2, 16, 8], of its T tokens, got [1, 3, 8]",
+        "expected the query norm's weight [8], got [9]",
+        "expected window to be a whole number of tokens of at least 1, got 0",
+        "expected dropout_seed with dropout=0.5",
+        'attention: expected "sdpa" or "flash_attention_2", got \'eager\'',
+        "expected documents [batch, whole length] = [2, 16]",
+        'got "tiles": no tile kernel does attention',
+        "expected output_weight [out_features, 16] for 16 query features, got [24, 15]",
+        "expected as many value as key features",
+        "expected x [batch, tokens, width] without empty dimensions, got [8, 24]",
+        "expected output_weight of x's dtype torch.float32, got torch.float64",
+    )
+    for found in ranks(2).run(cases.refusals):
+        for message, text in zip(found, expected, strict=True):
+            assert text in message, (text, message)
+
+
+@pytest.mark.parametrize("what", ("pieces", "documents", "dropout"))
+def test_every_rank_learns_which_one_differs(ranks: RankPools, what: str) -> None:
+    for message in ranks(3).run(cases.odd_rank, what):
+        assert "rank 1 differs" in message and "pipelined_attention forward" in message, message
+
+
+def test_nothing_is_as_long_and_wide_as_the_gathered_input(ranks: RankPools) -> None:
+    """In 8 pieces a piece of all ranks' rows is a quarter of a shard of 2 ranks."""
+    for found in ranks(2).run(cases.private_memory, 8):
+        assert found["largest"] <= 0.55, found  # q, k, v or out of this rank's heads, or two tensors of a piece
+        whole = ranks(2).run(cases.private_memory, 1)[0]
+        assert found["peak"] < whole["peak"] - 2, (found, whole)
