@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from odysseus_kernels.comm.groups import explain, synchronize
+from odysseus_kernels.comm.groups import synchronize
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import (
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from odysseus_kernels.integrations.verify import verify
     from odysseus_kernels.nn.checkpointing import selective_checkpoint
     from odysseus_kernels.nn.clipping import clip_grad_norm_
+    from odysseus_kernels.nn.explain import explain
     from odysseus_kernels.nn.gather import gather_sequence
     from odysseus_kernels.nn.items import num_items_in_batch
     from odysseus_kernels.nn.logprobs import sequence_logprobs
@@ -96,6 +97,7 @@ _LAZY = {
     "MasterWeights": "odysseus_kernels.nn.master",
     "clip_grad_norm_": "odysseus_kernels.nn.clipping",
     "declare_cut": "odysseus_kernels.nn.sequence",
+    "explain": "odysseus_kernels.nn.explain",
     "gather_sequence": "odysseus_kernels.nn.gather",
     "load_checkpoint": "odysseus_kernels.integrations.checkpoint",
     "load_pretrained": "odysseus_kernels.integrations.pretrained",

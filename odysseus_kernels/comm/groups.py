@@ -333,15 +333,7 @@ def group_transports(group: dist.ProcessGroup) -> GroupTransports:
 
 
 def explain(group: dist.ProcessGroup | DeviceMesh | None = None) -> str:
-    """Which mode each operator runs in with ``group``, and why: asked for, measured (with the times), or computed.
-
-    Example:
-        >>> pair = dist.new_group()
-        >>> y = ody.zero3_linear(torch.ones(2, 4), torch.ones(3, 4), group=pair)
-        >>> print(ody.explain(pair))
-        operator      phase    shapes ...
-        zero3_linear  forward  weight_shard [3, 4], ...  symmetric, 2 ranks  fused  default ...
-    """
+    """Which mode each operator runs in with ``group``, and why: what ``nn/explain.py`` shows of a group."""
     return group_transports(resolve_group(group)).explain()
 
 

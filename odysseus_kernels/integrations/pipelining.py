@@ -66,6 +66,23 @@ class Pipelined(Stepped):
             raise ValueError(f"pipeline={wanted}: attention cannot be pipelined: {reason}; use pipeline=None")
         return pick_pieces(length // group.ring_size) if wanted == "auto" else wanted
 
+    def explain_pieces(self) -> str:
+        """Whether and why attention is pipelined or not."""
+        group = self.sequence_group
+        wanted = group.config.pipeline
+        reason = "the group has one rank" if group.size == 1 else _why_not(self)
+        if wanted is None:
+            reason = "the configuration says pipeline=None"
+        if reason:
+            return f"attention is not pipelined: {reason}"
+        if wanted != "auto":
+            return f"attention is pipelined in {wanted} pieces, as the configuration says"
+        chosen = ", ".join(f"{self.pieces_for(length)} for {length:,} tokens" for length in (1 << 12, 1 << 13, 1 << 16))
+        return (
+            f"attention is pipelined in as many pieces as a batch is striped in; shard_sequence(batch, model) takes "
+            f"{chosen}, shard_sequence(batch, mesh) one, which is no pipeline"
+        )
+
 
 def check_pieces(model: Any, cut: SequenceCut) -> None:
     """Raises ValueError if ``model`` does not run batches that are striped as ``cut`` says."""

@@ -70,6 +70,10 @@ class Stepped(nn.Module):
         """Pieces in which its attention gathers sequences of ``length`` tokens; 1: in one."""
         return 1
 
+    def explain_pieces(self) -> str:
+        """The same in words, and why."""
+        return "attention is not pipelined"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stock model's call."""
         with self.sequence_group.steps.step() as outermost:

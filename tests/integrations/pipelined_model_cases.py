@@ -1,0 +1,82 @@
+"""What ranks run in the tests of models whose attention is pipelined."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from family_cases import Case, make_mesh, parallel_model
+
+import odysseus_kernels as ody
+
+
+def choices(rank: int, world: int) -> None:
+    mesh, batch = make_mesh(world, 1), Case().whole_batch()
+    model = parallel_model(Case(), "odysseus", mesh, pipeline=4)
+    assert "pipelined in 4 pieces" in ody.explain(model)
+    striped = ody.shard_sequence(batch, model)
+    assert striped["position_ids"][0].tolist() == [
+        p for c in range(0, 24, 6) for p in range(c + 3 * rank, c + 3 * rank + 3)
+    ]
+    assert torch.equal(striped["input_ids"], ody.shard_sequence(batch, mesh, pieces=4)["input_ids"])
+    expected = model(**striped).loss
+    by_hand = {name: tensor for name, tensor in striped.items() if name != "sequence_cut"}
+    assert model(**by_hand).loss == expected, "positions tell as well"
+    refused = (
+        (model, ody.shard_sequence(batch, mesh), r"cut in 1 pieces, and the model is parallelized with pipeline=4"),
+        (model, ody.shard_sequence(batch, mesh, pieces=2), "cut in 2 pieces, and the model"),
+        (parallel_model(Case(), "tp_sp", mesh, pipeline=None), striped, "cut in 4 pieces, .* pipeline=None"),
+        (parallel_model(Case(), "ulysses", mesh), striped, "cannot be pipelined: only strategies"),
+        (
+            parallel_model(Case(attention="eager"), "odysseus", mesh),
+            striped,
+            "cannot be pipelined: attention: expected",
+        ),
+    )
+    for other, part, match in refused:
+        with ody.CommRecorder() as record, pytest.raises(ValueError, match=match):
+            other(**part)
+        assert not record.rows()
+    eager = parallel_model(Case(attention="eager"), "odysseus", mesh)
+    assert "attention is not pipelined: attention: expected" in ody.explain(eager)
+    assert torch.equal(ody.shard_sequence(batch, eager)["input_ids"], ody.shard_sequence(batch, mesh)["input_ids"])
+    with pytest.raises(ValueError, match="pipeline=4: attention cannot be pipelined"):
+        ody.shard_sequence(batch, parallel_model(Case(attention="eager"), "odysseus", mesh, pipeline=4))
+    auto = parallel_model(Case(), "odysseus", mesh)
+    assert "8 for 65,536 tokens" in ody.explain(auto) and "shard_sequence(batch, mesh) one" in ody.explain(auto)
+    assert torch.equal(ody.shard_sequence(batch, auto)["input_ids"], ody.shard_sequence(batch, mesh)["input_ids"])
+    assert torch.allclose(auto(**striped).loss, expected)
+    with pytest.raises(ValueError, match="pieces: expected a whole number from 1 to 64, got 0"):
+        ody.shard_sequence(batch, mesh, pieces=0)
+    with pytest.raises(ValueError, match="pieces: expected 1 with strategy 'tp'"):
+        ody.shard_sequence(batch, mesh, "tp", pieces=2)
+    norms = parallel_model(Case(family="qwen3"), "odysseus", mesh)
+    norms.model.layers[1].self_attn.q_norm.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="q_norm has hooks"):
+        norms(**striped)
+    # What is put together again is in the order of the sequence.
+    whole = ody.gather_sequence(striped["input_ids"][..., None], striped, mesh)
+    assert torch.equal(whole[..., 0], batch["input_ids"])
+
+
+def checkpointed(rank: int, world: int, how: str) -> None:
+    changes: tuple[tuple[str, Any], ...] = (("attention_dropout", 0.3),) if how == "dropout" else ()
+    case = Case(kv_heads=4, changes=changes)
+    found = []
+    for checkpointing in (False, True):
+        model = parallel_model(case, "odysseus", make_mesh(world, 1), pipeline=4)
+        if checkpointing:
+            settings: dict[str, Any] = {"use_reentrant": False}
+            if how == "selective":
+                settings["context_fn"] = ody.selective_checkpoint
+            model.gradient_checkpointing_enable(settings)
+        torch.manual_seed(3)
+        loss = model(**ody.shard_sequence(case.whole_batch(), model)).loss
+        with ody.CommRecorder() as record:
+            loss.backward()
+        again = record.bytes(phase="forward", operator="pipelined_attention")
+        assert (again > 0) == (checkpointing and how != "selective"), again
+        found.append([loss.detach(), *(p.grad.to_local() for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
