@@ -15,9 +15,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from transformers.utils import can_return_tuple
 
 from odysseus_kernels.attention import layout
-from odysseus_kernels.attention.local import check_attention_kernel
+from odysseus_kernels.attention.local import RING_KERNELS
 from odysseus_kernels.comm.functional import all_gather
 from odysseus_kernels.integrations.inputs import (
+    check_attention,
     check_labels,
     check_no_holes,
     check_part,
@@ -118,20 +119,32 @@ class SequenceModel(Stepped):
         if attention_mask is not None:
             _, whole_mask = self._gather("attention_mask", attention_mask.ne(0), (batch, local), tokens.device)
         if position_ids is None:
-            whole = local * cut.slices * group.ring_size
-            positions = layout.positions(group.ring_rank, group.ring_size, whole, RING_LAYOUT, tokens.device)[None]
+            whole = local * cut.slices * group.zigzag_size
+            positions = layout.positions(group.zigzag_rank, group.zigzag_size, whole, RING_LAYOUT, tokens.device)[None]
         else:
             if position_ids.ndim == 1:
                 position_ids = position_ids[None]
             expected = (1 if position_ids.shape[0] == 1 else batch, local)
             positions, natural = self._gather("position_ids", position_ids, expected, tokens.device)
         real = cut.length if cut.padding else None
-        if group.ring_size > 1:
-            return self._ring_mask(batch, positions, natural, whole_mask, real)
+        kernel = self.config._attn_implementation
+        check_attention(kernel, group)
+        rotated = self._rotated(positions, natural, real) if group.zigzag_size > 1 else None
+        if rotated is not None and kernel in RING_KERNELS:
+            return self._ring_mask(batch, natural, whole_mask), rotated
         dtype = self.get_input_embeddings().weight.dtype if tokens.ndim == 2 else tokens.dtype
+        if rotated is None:
+            natural = positions
+        elif natural is None:
+            natural = torch.arange(self._length(positions), device=tokens.device)[None]
         # Stands for the embeddings of the whole sequence: only its shape, dtype and device are read.
-        outline = torch.empty(1, dtype=dtype, device=tokens.device).expand(batch, positions.shape[1], 1)
-        return self._whole_mask(outline, positions, whole_mask, real), self._rotation_positions(positions, real)
+        outline = torch.empty(1, dtype=dtype, device=tokens.device).expand(batch, natural.shape[1], 1)
+        mask = self._whole_mask(outline, natural, whole_mask, real)
+        if rotated is None:
+            return mask, self._rotation_positions(positions, real)
+        own = cut.positions(tokens.device)
+        rows = {kind: one if one is None else one[:, :, own] for kind, one in mask.masks.items()}
+        return SequenceMask(rows), rotated
 
     def _whole_mask(
         self,
@@ -179,7 +192,7 @@ class SequenceModel(Stepped):
             return positions
         group = self.sequence_group
         where = layout.positions(
-            group.ring_rank, group.ring_size, self._length(positions), RING_LAYOUT, positions.device
+            group.zigzag_rank, group.zigzag_size, self._length(positions), RING_LAYOUT, positions.device
         )
         return positions.masked_fill(where >= real, 0)
 
@@ -187,17 +200,22 @@ class SequenceModel(Stepped):
         rotation = getattr(self.config, "rope_parameters", None) or {}
         return rotation.get("rope_type") in _LENGTH_DEPENDENT
 
+    def _rotated(self, positions: torch.Tensor, natural: torch.Tensor | None, real: int | None) -> torch.Tensor:
+        """Positions [B or 1, T] of this ring rank to rotate with, or [B or 1, T + 1] where lengths count."""
+        if not self._rotates_by_length():
+            return positions
+        if natural is None:
+            natural = torch.arange(self._length(positions), device=positions.device)[None]
+        last = natural[:, :real].max()
+        positions = self._rotation_positions(positions, real)
+        # After the rank's own, so that every ring rank's rotation finds the same length.
+        return torch.cat((positions, last.expand(positions.shape[0], 1)), dim=1)
+
     def _ring_mask(
-        self,
-        batch: int,
-        positions: torch.Tensor,
-        natural: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        real: int | None,
-    ) -> tuple[SequenceMask, torch.Tensor]:
-        """Documents of the whole sequence, as transformers finds them, and the positions to rotate with."""
+        self, batch: int, natural: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> SequenceMask:
+        """Documents of the whole sequence, as transformers finds them."""
         kernel = self.config._attn_implementation
-        check_attention_kernel(kernel)
         self._mask_kinds()
         documents = keys = None
         if attention_mask is not None:
@@ -214,19 +232,11 @@ class SequenceModel(Stepped):
             steps = torch.diff(natural, prepend=natural[:, :1] - 1)
             found = (steps != 1).cumsum(-1)
             documents = found.expand(batch, -1) if bool(found[:, -1].any()) else None
-        if self._rotates_by_length():
-            natural = (
-                torch.arange(self._length(positions), device=positions.device)[None] if natural is None else natural
-            )
-            last = natural[:, :real].max()
-            positions = self._rotation_positions(positions, real)
-            # After the rank's own, so that every ring rank's rotation finds the same length.
-            positions = torch.cat((positions, last.expand(positions.shape[0], 1)), dim=1)
-        return SequenceMask({}, documents, keys), positions
+        return SequenceMask({}, documents, keys)
 
     def _length(self, positions: torch.Tensor) -> int:
         """Tokens of the whole sequence, from positions [B or 1, T] of this ring rank."""
-        return positions.shape[1] * self.sequence_group.ring_size
+        return positions.shape[1] * self.sequence_group.zigzag_size
 
     def _gather(
         self, name: str, tensor: torch.Tensor, expected: tuple[int, int], device: torch.device
@@ -235,18 +245,19 @@ class SequenceModel(Stepped):
         check_part(name, tensor, expected)
         group, local = self.sequence_group, tensor.shape[1]
         parts = tensor.to(device=device, dtype=torch.int64)
-        if group.ring_size == 1 and group.tokens == "replicated":
+        if group.zigzag_size == 1 and group.tokens == "replicated":
             return parts, parts
         if group.tokens == "replicated":
             # Each rank of seq sends a slice of what all of them have, so that all ranks meet in one call.
             parts = nn.functional.pad(parts, (0, -local % group.size)).chunk(group.size, dim=1)[group.rank]
         parts = all_gather(parts.contiguous(), group.everyone, operator=f"sequence_{name}", dim=1, config=group.config)
-        if group.ring_size == 1:
+        ring = group.zigzag_size
+        if ring == 1:
             return parts, parts
         if group.tokens == "replicated":
-            parts = parts.unflatten(1, (group.ring_size, -1))[..., :local].flatten(1)
-        order = layout.inverse(group.ring_size, parts.shape[1], RING_LAYOUT, parts.device)
-        return parts.chunk(group.ring_size, dim=1)[group.ring_rank], parts[:, order]
+            parts = parts.unflatten(1, (ring, -1))[..., :local].flatten(1)
+        order = layout.inverse(ring, parts.shape[1], RING_LAYOUT, parts.device)
+        return parts.chunk(ring, dim=1)[group.zigzag_rank], parts[:, order]
 
 
 class SequenceCausalLM(Stepped):

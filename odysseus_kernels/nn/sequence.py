@@ -24,7 +24,10 @@ _TOKENS: dict[str, Literal["sharded", "replicated"]] = {
     "tp_sp": "sharded",
     "ulysses": "sharded",
     "odysseus": "sharded",
+    "tsp": "sharded",
 }
+# Strategies under which seq goes on with the ring: the sequence is cut in zigzag order over the ranks of both.
+_FOLDED = frozenset({"tsp"})
 _KEYS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
@@ -35,8 +38,9 @@ def shard_sequence(
 
     The sequence is padded at its end. With a ring it is cut into two blocks for each ring rank: ring rank i gets the
     i-th from the front and the i-th from the end. What a ring rank has is cut into N slices, and rank r of seq gets the
-    r-th; under ``"tp"``, whose ranks of seq hold the same tokens, there is no such second cut. Labels are shifted by
-    one *before* cutting, so that the last token of a slice predicts the first of the next one.
+    r-th; under ``"tp"``, whose ranks of seq hold the same tokens, there is no such second cut, and
+    under ``"tsp"``, where all ranks are one ring, neither. Labels are shifted by one *before* cutting, so that the last
+    token of a slice predicts the first of the next one.
 
     Args:
         batch: ``input_ids`` [B, L] and, if wanted, ``labels`` [B, L] (not shifted, as a stock model takes them),
@@ -66,8 +70,8 @@ def shard_sequence(
     """
     group = _group(mesh, strategy)
     batch_size, length = _check(batch)
-    parts = group.size if group.tokens == "sharded" else 1
-    multiple = parts if group.ring_size == 1 else math.lcm(2 * group.ring_size, group.ring_size * parts)
+    ring, parts = group.zigzag_size, group.slices
+    multiple = parts if ring == 1 else math.lcm(2 * ring, ring * parts)
     padding = -length % multiple
     description = SequenceCut.of(group, length, length + padding)
     own = description.positions().to(batch["input_ids"].device)
@@ -130,10 +134,10 @@ def declare_cut(
     if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2 or 0 in tokens.shape[:2]:
         raise ValueError(f"batch: expected input_ids [B, s] or inputs_embeds [B, s, d], got the keys {sorted(batch)}")
     rows, local = tokens.shape[:2]
-    part_of_ring = local * (group.size if group.tokens == "sharded" else 1)
-    if group.ring_size > 1 and part_of_ring % 2:
+    part_of_ring = local * group.slices
+    if group.zigzag_size > 1 and part_of_ring % 2:
         raise ValueError(f"batch: expected an even number of tokens on each ring rank, got {part_of_ring}")
-    padded = part_of_ring * group.ring_size
+    padded = part_of_ring * group.zigzag_size
     length = padded if length is None else length
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= padded:
         raise ValueError(f"length: expected 1 to {padded}, the tokens of all parts, got {length!r}")
@@ -148,7 +152,7 @@ def declare_cut(
 def _group(mesh: DeviceMesh, strategy: str) -> SequenceGroup:
     if strategy not in _TOKENS:
         raise ValueError(f"strategy: expected one of {sorted(_TOKENS)}, got {strategy!r}")
-    return dataclasses.replace(SequenceGroup.of(mesh), tokens=_TOKENS[strategy])
+    return dataclasses.replace(SequenceGroup.of(mesh), tokens=_TOKENS[strategy], folded=strategy in _FOLDED)
 
 
 def _check(batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:

@@ -146,7 +146,7 @@ def recomputation_check(trial: Trial) -> list[Finding]:
 def _seeded(trial: Trial, seed: int) -> Iterator[None]:
     """Generators as a user seeds them: alike across a ring, which drops by position; else differently on each rank."""
     group = trial.group
-    alike = group.ring_size > 1 or group.tokens == "replicated"
+    alike = group.zigzag_size > 1 or group.tokens == "replicated"
     devices = list(range(torch.cuda.device_count())) if group.mesh.device_type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed if alike else seed + 7919 * group.every_rank)
