@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from family_cases import Case, traffic_of_a_layer
@@ -48,6 +50,9 @@ def test_recorder_equals_formula(ranks, strategy, world_size, ring):
         runs = [(case, settings) for case, settings in runs if case.kv_heads == 12]
     if strategy in ("tp_sp", "odysseus"):
         runs.append((Case(), {"gathered": "save"}))
+    if strategy == "tsp":
+        eager = Case(kv_heads=4, attention="eager") if world_size != 3 else Case(attention="eager")
+        runs += [(eager, {}), (dataclasses.replace(eager, dtype=torch.bfloat16), {})]
     for found in ranks(world_size).run(traffic_of_a_layer, runs, strategy, ring):
         for (case, settings), counts in zip(runs, found, strict=True):
             expected = traffic(
@@ -58,5 +63,6 @@ def test_recorder_equals_formula(ranks, strategy, world_size, ring):
                 ring=ring,
                 gathered=settings.get("gathered", "regather"),
                 element_size=case.dtype.itemsize,
+                keys_at_once=case.attention == "eager",
             )
             assert counts == expected, f"{case}, {settings}"
