@@ -21,7 +21,16 @@ from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, token_count
 from odysseus_kernels.nn.step import Stepped
 
-__all__ = ["check_attention", "check_labels", "check_no_holes", "check_part", "each_token", "opened", "refuse_uses", "targets_of"]
+__all__ = [
+    "check_attention",
+    "check_labels",
+    "check_no_holes",
+    "check_part",
+    "each_token",
+    "opened",
+    "refuse_uses",
+    "targets_of",
+]
 
 _DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 

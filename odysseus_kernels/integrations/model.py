@@ -127,32 +127,27 @@ class SequenceModel(Stepped):
             expected = (1 if position_ids.shape[0] == 1 else batch, local)
             positions, natural = self._gather("position_ids", position_ids, expected, tokens.device)
         real = cut.length if cut.padding else None
-        kernel = self.config._attn_implementation
-        check_attention(kernel, group)
-        rotated = self._rotated(positions, natural, real) if group.zigzag_size > 1 else None
-        if rotated is not None and kernel in RING_KERNELS:
+        check_attention(self.config._attn_implementation, group)
+        rotated = self._rotated(positions, natural, real)
+        if group.zigzag_size > 1 and self.config._attn_implementation in RING_KERNELS:
             return self._ring_mask(batch, natural, whole_mask), rotated
-        dtype = self.get_input_embeddings().weight.dtype if tokens.ndim == 2 else tokens.dtype
-        if rotated is None:
-            natural = positions
-        elif natural is None:
+        if natural is None:
             natural = torch.arange(self._length(positions), device=tokens.device)[None]
+        dtype = self.get_input_embeddings().weight.dtype if tokens.ndim == 2 else tokens.dtype
         # Stands for the embeddings of the whole sequence: only its shape, dtype and device are read.
         outline = torch.empty(1, dtype=dtype, device=tokens.device).expand(batch, natural.shape[1], 1)
-        mask = self._whole_mask(outline, natural, whole_mask, real)
-        if rotated is None:
-            return mask, self._rotation_positions(positions, real)
-        own = cut.positions(tokens.device)
-        rows = {kind: one if one is None else one[:, :, own] for kind, one in mask.masks.items()}
-        return SequenceMask(rows), rotated
+        masks = self._whole_masks(outline, natural, whole_mask, real)
+        if group.zigzag_size > 1:
+            masks = {kind: mask[:, :, cut.positions(tokens.device)] for kind, mask in masks.items()}
+        return SequenceMask(masks), rotated
 
-    def _whole_mask(
+    def _whole_masks(
         self,
         outline: torch.Tensor,
         positions: torch.Tensor,
         attention_mask: torch.Tensor | None,
         real: int | None,
-    ) -> SequenceMask:
+    ) -> dict[str, Any]:
         """Masks of the kinds of layers that there are, for whatever attention function is configured."""
         arguments = {
             "config": self.config,
@@ -170,7 +165,7 @@ class SequenceModel(Stepped):
             for mask in masks.values():
                 if isinstance(mask, torch.Tensor) and mask.is_floating_point():
                     mask.masked_fill_(padding, -math.inf)
-        return SequenceMask(masks)
+        return masks
 
     def _attentions(self) -> list[Any]:
         """Attention modules, also those of layers that something is wrapped around."""
@@ -186,34 +181,26 @@ class SequenceModel(Stepped):
             raise ValueError("sliding_window: expected a number of tokens for the layers that have a window, got None")
         return kinds
 
-    def _rotation_positions(self, positions: torch.Tensor, real: int | None) -> torch.Tensor:
-        """Positions [B or 1, T] to rotate with: padding does not count towards lengths."""
-        if real is None or not self._rotates_by_length():
+    def _rotated(self, positions: torch.Tensor, natural: torch.Tensor | None, real: int | None) -> torch.Tensor:
+        """Positions [B or 1, T] to rotate with; padding does not count towards lengths, and parts all count alike."""
+        if not self._rotates_by_length():
             return positions
-        group = self.sequence_group
-        where = layout.positions(
-            group.zigzag_rank, group.zigzag_size, self._length(positions), RING_LAYOUT, positions.device
-        )
-        return positions.masked_fill(where >= real, 0)
+        rotated, group, length = positions, self.sequence_group, self._length(positions)
+        if real is not None:
+            where = layout.positions(group.zigzag_rank, group.zigzag_size, length, RING_LAYOUT, positions.device)
+            rotated = positions.masked_fill(where >= real, 0)
+        if group.zigzag_size == 1:
+            return rotated
+        if natural is None:
+            natural = torch.arange(length, device=positions.device)[None]
+        # The last of all after the rank's own, so that every ring rank's rotation finds the same length.
+        return torch.cat((rotated, natural[:, :real].max().expand(rotated.shape[0], 1)), dim=1)
 
     def _rotates_by_length(self) -> bool:
         rotation = getattr(self.config, "rope_parameters", None) or {}
         return rotation.get("rope_type") in _LENGTH_DEPENDENT
 
-    def _rotated(self, positions: torch.Tensor, natural: torch.Tensor | None, real: int | None) -> torch.Tensor:
-        """Positions [B or 1, T] of this ring rank to rotate with, or [B or 1, T + 1] where lengths count."""
-        if not self._rotates_by_length():
-            return positions
-        if natural is None:
-            natural = torch.arange(self._length(positions), device=positions.device)[None]
-        last = natural[:, :real].max()
-        positions = self._rotation_positions(positions, real)
-        # After the rank's own, so that every ring rank's rotation finds the same length.
-        return torch.cat((positions, last.expand(positions.shape[0], 1)), dim=1)
-
-    def _ring_mask(
-        self, batch: int, natural: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> SequenceMask:
+    def _ring_mask(self, batch: int, natural: torch.Tensor | None, attention_mask: torch.Tensor | None) -> SequenceMask:
         """Documents of the whole sequence, as transformers finds them."""
         kernel = self.config._attn_implementation
         self._mask_kinds()

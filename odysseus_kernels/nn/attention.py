@@ -206,7 +206,7 @@ class _SequenceAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SequenceMask, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output [B, T, heads, head_dim] and weights."""
-        spec, group = self.attention_spec, self.sequence_group
+        group = self.sequence_group
         dropout = self.attention_dropout if self.training else 0.0
         if group.zigzag is not None and group.zigzag_size > 1:
             first = 0 if group.folded else group.rank * query.shape[1]

@@ -31,8 +31,8 @@ tsp           send_recv of [L, 2k] over all W;             send_recv of [L, 2k],
 ZeRO-3 weights are cut over all W ranks.  Weights that are cut over seq have copies on the ring, whose gradients are
 all-reduced over it; those of norms, over the ranks that hold different tokens.  Ring attention sends k and v to R - 1
 peers forward, and again in backward, where their partial gradients return in the accumulator's type (fp32, or fp64);
-under tsp all W ranks are its ring.  An attention function that takes all keys at once, which tsp alone serves on several
-ranks (eager), has them gathered once, and keeps them: all_gather of [L, 2k] forward, and reduce_scatter backward.
+under tsp all W ranks are its ring.  For an attention function that takes all keys at once (eager) tsp gathers them in
+forward, where they are kept: all_gather of [L, 2k] forward, reduce_scatter backward.
 """
 
 from __future__ import annotations
@@ -336,9 +336,9 @@ def head_traffic(
 ) -> Traffic:
     """Bytes for a language head [vocabulary, hidden], not tied to the embedding, with its mean cross-entropy.
 
-    Under ``"ulysses"``, ``"odysseus"`` and ``"tsp"`` the weight is ZeRO-3 and no logits travel.  Under tensor parallelism ranks of
-    seq have parts of the vocabulary: hidden states of all tokens come to them, statistics of each token (two numbers)
-    and gradients go back.  A head that the ranks do not divide is whole on all of them.
+    Under ``"ulysses"``, ``"odysseus"`` and ``"tsp"`` the weight is ZeRO-3 and no logits travel.  Under tensor
+    parallelism ranks of seq have parts of the vocabulary: hidden states of all tokens come to them, statistics of each
+    token (two numbers) and gradients go back.  A head that the ranks do not divide is whole on all of them.
 
     Raises:
         ValueError: as :func:`traffic` does for ``strategy``.

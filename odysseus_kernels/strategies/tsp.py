@@ -12,13 +12,13 @@ embedding, norms    whole               on this rank's tokens, gradients added o
 =================== =================== ===========================================================================
 
 "All" are the ranks of ring and seq, one ring: the sequence is cut in zigzag order over them, which balances causal
-attention, and Ring attention brings keys and values of all heads, unrepeated, from each rank to each other one: gathered
-first (``mode="unfused"``) or attended to as they arrive.  Nothing gathered is kept; backward gathers again.  Heads need
-not divide by the ranks.  A ring dimension changes nothing but how ranks are numbered; Ulysses with one rank of seq
-sends the same.
+attention, and Ring attention brings keys and values of all heads, unrepeated, from each rank to every other one:
+gathered first (``mode="unfused"``) or attended to as they arrive.  Nothing gathered is kept: backward gathers again.
+Heads need not divide by the ranks.  A dimension "ring" changes nothing but how ranks are numbered, and Ulysses on a
+mesh with one rank of seq sends the same.
 
-After "Folding Tensor and Sequence Parallelism for Memory-Efficient Transformer Training & Inference" (arXiv:2604.26294),
-whose gathered keys and values, zigzag order and circulating weights these are.
+After "Folding Tensor and Sequence Parallelism for Memory-Efficient Transformer Training & Inference"
+(arXiv:2604.26294), which gathers keys and values, cuts in zigzag order and circulates weights likewise.
 """
 
 from __future__ import annotations

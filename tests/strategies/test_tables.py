@@ -109,7 +109,9 @@ def test_heads_of_tsp_need_not_divide():
 
 
 def test_unknown_strategy():
-    with pytest.raises(ValueError, match=r"expected one of \['odysseus', 'tp', 'tp_sp', 'tsp', 'ulysses'\], got 'megatron'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of \['odysseus', 'tp', 'tp_sp', 'tsp', 'ulysses'\], got 'megatron'"
+    ):
         get_strategy("megatron")
 
 
