@@ -13,7 +13,7 @@ from odysseus_kernels import ops
 from odysseus_kernels.attention.ring import ring_attention
 from odysseus_kernels.nn.cut import RING_LAYOUT
 from odysseus_kernels.nn.group import SequenceGroup
-from odysseus_kernels.nn.key_value import GatheredKeyValue
+from odysseus_kernels.nn.key_value import gathered_key_value
 from odysseus_kernels.nn.parameters import head_parameter, local_parameter, sharded_parameter, token_parameter
 
 __all__ = [
@@ -389,6 +389,6 @@ class FoldedAttention(_SequenceAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.sequence_group.zigzag_size == 1 or not mask.masks:
             return super()._attend(query, key, value, mask, kwargs)
-        key, value = GatheredKeyValue.apply(key, value, self.sequence_group)
+        key, value = gathered_key_value(key, value, self.sequence_group)
         dropout = self.attention_dropout if self.training else 0.0
         return self._attend_at_once(query, key, value, mask, dropout, kwargs)
