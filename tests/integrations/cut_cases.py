@@ -71,10 +71,10 @@ def stock_losses() -> dict[str, Any]:
     return found
 
 
-def losses(rank: int, world_size: int, ring: int) -> dict[str, dict[str, Any]]:
+def losses(rank: int, world_size: int, ring: int, strategies: list[str]) -> dict[str, dict[str, Any]]:
     """The same of parallelized models, several ways for each; gradients on rank 0."""
     mesh, found = make_mesh(world_size, ring), {}
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         model = parallel_model(CASE, strategy, mesh)
         found[strategy] = steps = {}
 
