@@ -19,7 +19,7 @@ python benchmarks/overlap.py --ranks 2 --level layer --quick --output "$output"
 # ---- training: the flags of examples/train.py belong here --------------------------------------------------------------
 echo "== training: examples/train.py, 1 process"
 python examples/train.py --steps 50 --output "$output"
-for strategy in tp tp_sp ulysses odysseus; do
+for strategy in tp tp_sp ulysses odysseus tsp; do
   echo "== training: $strategy on 2 ranks, and across 2 ring ranks on 4"
   torchrun --standalone --nproc-per-node 2 examples/train.py --steps 50 --strategy "$strategy" --output "$output"
   torchrun --standalone --nproc-per-node 4 examples/train.py --steps 50 --strategy "$strategy" --ring 2 \

@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--strategy",
         default="odysseus",
-        choices=("tp", "tp_sp", "ulysses", "odysseus"),
+        choices=("tp", "tp_sp", "ulysses", "odysseus", "tsp"),
         help="how ranks share the model (default: %(default)s)",
     )
     parser.add_argument(

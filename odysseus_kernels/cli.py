@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("build", metavar="script.py:build", help="function that returns the model and the batch")
     verify.add_argument("--ranks", type=int, default=2, help="processes to start (default 2); not under torchrun")
     verify.add_argument("--ring", type=int, default=1, help="ring ranks among them (default 1)")
-    verify.add_argument("--strategy", default="odysseus", help="tp, tp_sp, ulysses or odysseus (default)")
+    verify.add_argument("--strategy", default="odysseus", help="tp, tp_sp, ulysses, tsp or odysseus (default)")
     verify.add_argument("--layers", default="2", help='decoder layers to keep, or "all" (default 2)')
     verify.add_argument("--own-dtype", action="store_true", help="keep the model's dtype instead of float32")
     verify.add_argument("--layer-by-layer", action="store_true", help="one process holds one layer's activations only")

@@ -61,9 +61,9 @@ class _Layer(nn.Module):
         self.heads, self.kv_heads = case.heads // world, max(1, case.kv_heads // world)
         self.all_kv_heads, self.head_dim = case.kv_heads, case.hidden // case.heads
         self.num_key_value_groups = self.heads // self.kv_heads
-        zero3 = strategy == "ulysses"
+        zero3 = strategy in ("ulysses", "tsp")
         heads, kv_heads = (case.heads, case.kv_heads) if zero3 else (self.heads, self.kv_heads)
-        inner = case.intermediate if strategy in ("ulysses", "odysseus") else case.intermediate // world
+        inner = case.intermediate if zero3 or strategy == "odysseus" else case.intermediate // world
         d, query, key = case.hidden, heads * self.head_dim, kv_heads * self.head_dim
 
         def weight(rows: int, columns: int) -> nn.Parameter:
@@ -89,8 +89,8 @@ class _Layer(nn.Module):
         query, key, value = self._heads(query, self.heads), self._heads(key), self._heads(value)
         query, key = apply_rotary_pos_emb(query, key, *rotation)
         out = self._attend(query, key, value)
-        if self.strategy == "ulysses":
-            # Changing heads for tokens moves elements and nothing else.
+        if self.strategy in ("ulysses", "tsp"):
+            # Changing heads for tokens moves elements and nothing else; under tsp they stay where they are.
             return F.linear(out.reshape(1, rows, -1), self.output)
         y = F.linear(out.reshape(1, out.shape[1], -1), self.output)
         return y if self.strategy == "tp" else _Scattered.apply(y, rows, whole)
@@ -144,6 +144,8 @@ class ComputeAlone(nn.Module):
     ) -> None:
         super().__init__()
         self.case, self.strategy = case, strategy
+        if strategy == "tsp":
+            world, ring = 1, ring * world  # all ranks are one ring
         # The part of a ring rank, and of this rank outside of attention.
         self.ring_tokens = case.tokens // ring
         self.tokens = self.ring_tokens if strategy == "tp" else self.ring_tokens // world

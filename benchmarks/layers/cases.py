@@ -153,7 +153,7 @@ def make_layer_cases(
 ) -> list[LayerCase]:
     """The cases of ``level``, contract first, whose name ``pattern`` is found in.
 
-    Lengths are those nearest to the table's that all ranks, and two blocks for each ring rank, divide.
+    Lengths are those nearest to the table's that all ranks, and two blocks for each rank, divide.
 
     Raises:
         ValueError: if the pattern is not an expression, or is found in no case.
@@ -180,7 +180,7 @@ def make_layer_cases(
             ],
             "full": [_case("large", level, 8192, 1024, groups=4, layers=4, vocabulary=32000)],
         }[size]
-    multiple = 2 * ring * world_size if ring > 1 else world_size
+    multiple = 2 * ring * world_size
     cases = [dataclasses.replace(case, tokens=nearest_multiple(case.tokens, multiple)) for case in cases]
     try:
         kept = [case for case in cases if re.search(pattern, case.name)]

@@ -92,7 +92,7 @@ def expected_saved(case: LayerCase, variant: Variant, world: int, element_size: 
         **{name: case.layers * count for name, count in layer.items()},
         # Its input in fp32 and the normalised input, and one number in fp32 for each token.
         "last norm": rows * (case.hidden * (4 + element_size) + 4),
-        # Cosines and sines for all tokens that attention sees, shared by all layers.
-        "rotation": 2 * ring_tokens * head_dim * element_size,
+        # Cosines and sines for all tokens whose queries and keys are rotated here, shared by all layers.
+        "rotation": 2 * (rows if variant.strategy == "tsp" else ring_tokens) * head_dim * element_size,
         "head": head,
     }

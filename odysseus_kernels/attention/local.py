@@ -22,9 +22,10 @@ from odysseus_kernels.attention.dropout import Dropout
 from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.errors import FallbackWarning
 
-__all__ = ["attend", "attend_backward", "check_attention_kernel"]
+__all__ = ["RING_KERNELS", "attend", "attend_backward", "check_attention_kernel"]
 
-_KERNELS = ("sdpa", "flash_attention_2")
+RING_KERNELS = ("sdpa", "flash_attention_2")
+"""Attention functions, by transformers' names, that Ring attention has a kernel for."""
 # Probabilities that exist at one time where no kernel serves.
 _MOST_PROBABILITIES = 1 << 21
 _FEWEST_ROWS = 128
@@ -41,7 +42,7 @@ def check_attention_kernel(name: str) -> None:
     Ring attention merges what blocks of keys give by their log-sum-exp: ``"sdpa"`` stands for PyTorch's flash kernels,
     ``"flash_attention_2"`` for the package flash-attn.
     """
-    if name not in _KERNELS:
+    if name not in RING_KERNELS:
         raise ValueError(
             f'attention: expected "sdpa" or "flash_attention_2", got {name!r}: Ring attention needs a kernel that '
             f"gives the log-sum-exp of its scores"

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.families import FAMILIES, Family
+from odysseus_kernels.integrations.inputs import check_attention
 from odysseus_kernels.integrations.model import SequenceCausalLM, SequenceModel
 from odysseus_kernels.integrations.pipelining import why_whole_only
 from odysseus_kernels.integrations.wrappers import refuse_replicating_wrappers
@@ -46,7 +46,7 @@ def parallelize(
             of ``mesh``.
         mesh: device mesh with the dimension ``"seq"``, optionally ``"ring"`` outside of it (Ring attention between
             ranks that the strategy serves within) and ``"dp"`` outside of both (see the note).
-        strategy: ``"tp"``, ``"tp_sp"``, ``"ulysses"`` or ``"odysseus"``.
+        strategy: ``"tp"``, ``"tp_sp"``, ``"ulysses"``, ``"odysseus"`` or ``"tsp"``.
         config: how operators communicate.
 
     Returns:
@@ -76,8 +76,7 @@ def parallelize(
     group = chosen.group(SequenceGroup.of(mesh, config))
     family = _family(model)
     shape = _shape(model, family)
-    if group.ring_size > 1:
-        check_attention_kernel(model.config._attn_implementation)
+    check_attention(model.config._attn_implementation, group)
     if group.tokens == "replicated":
         _check_nothing_random(model.config, strategy)
     try:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.comm.announce import speaking_of
 from odysseus_kernels.integrations.pipelining import check_pieces
 from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums, digest
@@ -21,7 +22,16 @@ from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, token_count
 from odysseus_kernels.nn.step import Stepped
 
-__all__ = ["check_labels", "check_no_holes", "check_part", "each_token", "opened", "refuse_uses", "targets_of"]
+__all__ = [
+    "check_attention",
+    "check_labels",
+    "check_no_holes",
+    "check_part",
+    "each_token",
+    "opened",
+    "refuse_uses",
+    "targets_of",
+]
 
 _DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 
@@ -131,6 +141,17 @@ def _way(model: nn.Module) -> str:
     return "".join(f", {one}" for one in said)
 
 
+def check_attention(kernel: str, group: SequenceGroup) -> None:
+    """Raises ValueError unless the attention function ``kernel`` (transformers' name) serves on these ranks."""
+    if group.zigzag_size == 1 or (group.folded and kernel == "eager"):
+        return
+    try:
+        check_attention_kernel(kernel)
+    except ValueError as error:
+        more = '; "tsp" also takes "eager", for which keys and values are gathered' if group.folded else ""
+        raise ValueError(f"{error}{more}") from None
+
+
 def check_labels(labels: torch.Tensor | None, shifted: torch.Tensor | None) -> None:
     """Raises ValueError for labels that are not shifted, or that somebody has taken out of a batch that is cut."""
     if labels is not None and shifted is None:
@@ -212,12 +233,12 @@ def targets_of(cut: SequenceCut, shift_labels: torch.Tensor, ignore_index: int) 
 
 def _by_positions(group: SequenceGroup, tokens: torch.Tensor, position_ids: torch.Tensor | None) -> SequenceCut:
     """The cut of a batch that does not say how it was cut, which its positions must show."""
-    slices = group.size if group.tokens == "sharded" else 1
-    padded = tokens.shape[1] * slices * group.ring_size
+    parts = group.slices * group.zigzag_size
+    padded = tokens.shape[1] * parts
     pipeline = group.config.pipeline
     pieces = pipeline if isinstance(pipeline, int) and tokens.shape[1] % pipeline == 0 else 1
     cut = SequenceCut.of(group, padded, padded, pieces=pieces, declared=True)
-    if slices * group.ring_size == 1:
+    if parts == 1:
         return cut
     if position_ids is None:
         got = f"nothing that tells which tokens these {tokens.shape[1]} are"

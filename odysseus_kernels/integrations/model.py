@@ -16,9 +16,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from transformers.utils import can_return_tuple
 
 from odysseus_kernels.attention import layout
-from odysseus_kernels.attention.local import check_attention_kernel
+from odysseus_kernels.attention.local import RING_KERNELS
 from odysseus_kernels.comm.functional import all_gather
 from odysseus_kernels.integrations.inputs import (
+    check_attention,
     check_labels,
     check_no_holes,
     check_part,
@@ -119,29 +120,35 @@ class SequenceModel(Pipelined):
         if attention_mask is not None:
             _, whole_mask = self._gather("attention_mask", attention_mask.ne(0), (batch, local), tokens.device, cut)
         if position_ids is None:
-            whole = local * cut.slices * group.ring_size
-            positions = layout.positions(group.ring_rank, group.ring_size, whole, RING_LAYOUT, tokens.device)[None]
+            whole = local * cut.slices * group.zigzag_size
+            positions = layout.positions(group.zigzag_rank, group.zigzag_size, whole, RING_LAYOUT, tokens.device)[None]
         else:
             if position_ids.ndim == 1:
                 position_ids = position_ids[None]
             expected = (1 if position_ids.shape[0] == 1 else batch, local)
             positions, natural = self._gather("position_ids", position_ids, expected, tokens.device, cut)
         real = cut.length if cut.padding else None
-        if group.ring_size > 1 or cut.pieces > 1:
-            mask, positions = self._ring_mask(batch, positions, natural, whole_mask, real)
-            return dataclasses.replace(mask, pieces=cut.pieces), positions
+        check_attention(self.config._attn_implementation, group)
+        rotated = self._rotated(positions, natural, real)
+        if cut.pieces > 1 or (group.zigzag_size > 1 and self.config._attn_implementation in RING_KERNELS):
+            return dataclasses.replace(self._ring_mask(batch, natural, whole_mask), pieces=cut.pieces), rotated
+        if natural is None:
+            natural = torch.arange(self._length(positions), device=tokens.device)[None]
         dtype = self.get_input_embeddings().weight.dtype if tokens.ndim == 2 else tokens.dtype
         # Stands for the embeddings of the whole sequence: only its shape, dtype and device are read.
-        outline = torch.empty(1, dtype=dtype, device=tokens.device).expand(batch, positions.shape[1], 1)
-        return self._whole_mask(outline, positions, whole_mask, real), self._rotation_positions(positions, real)
+        outline = torch.empty(1, dtype=dtype, device=tokens.device).expand(batch, natural.shape[1], 1)
+        masks = self._whole_masks(outline, natural, whole_mask, real)
+        if group.zigzag_size > 1:
+            masks = {kind: mask[:, :, cut.positions(tokens.device)] for kind, mask in masks.items()}
+        return SequenceMask(masks), rotated
 
-    def _whole_mask(
+    def _whole_masks(
         self,
         outline: torch.Tensor,
         positions: torch.Tensor,
         attention_mask: torch.Tensor | None,
         real: int | None,
-    ) -> SequenceMask:
+    ) -> dict[str, Any]:
         """Masks of the kinds of layers that there are, for whatever attention function is configured."""
         arguments = {
             "config": self.config,
@@ -159,7 +166,7 @@ class SequenceModel(Pipelined):
             for mask in masks.values():
                 if isinstance(mask, torch.Tensor) and mask.is_floating_point():
                     mask.masked_fill_(padding, -math.inf)
-        return SequenceMask(masks)
+        return masks
 
     def _attentions(self) -> list[Any]:
         """Attention modules, also those of layers that something is wrapped around."""
@@ -175,31 +182,28 @@ class SequenceModel(Pipelined):
             raise ValueError("sliding_window: expected a number of tokens for the layers that have a window, got None")
         return kinds
 
-    def _rotation_positions(self, positions: torch.Tensor, real: int | None) -> torch.Tensor:
-        """Positions [B or 1, T] to rotate with: padding does not count towards lengths."""
-        if real is None or not self._rotates_by_length():
+    def _rotated(self, positions: torch.Tensor, natural: torch.Tensor | None, real: int | None) -> torch.Tensor:
+        """Positions [B or 1, T] to rotate with; padding does not count towards lengths, and parts all count alike."""
+        if not self._rotates_by_length():
             return positions
-        group = self.sequence_group
-        where = layout.positions(
-            group.ring_rank, group.ring_size, self._length(positions), RING_LAYOUT, positions.device
-        )
-        return positions.masked_fill(where >= real, 0)
+        rotated, group, length = positions, self.sequence_group, self._length(positions)
+        if real is not None:
+            where = layout.positions(group.zigzag_rank, group.zigzag_size, length, RING_LAYOUT, positions.device)
+            rotated = positions.masked_fill(where >= real, 0)
+        if group.zigzag_size == 1:
+            return rotated
+        if natural is None:
+            natural = torch.arange(length, device=positions.device)[None]
+        # The last of all after the rank's own, so that every ring rank's rotation finds the same length.
+        return torch.cat((rotated, natural[:, :real].max().expand(rotated.shape[0], 1)), dim=1)
 
     def _rotates_by_length(self) -> bool:
         rotation = getattr(self.config, "rope_parameters", None) or {}
         return rotation.get("rope_type") in _LENGTH_DEPENDENT
 
-    def _ring_mask(
-        self,
-        batch: int,
-        positions: torch.Tensor,
-        natural: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        real: int | None,
-    ) -> tuple[SequenceMask, torch.Tensor]:
-        """Documents of the whole sequence, as transformers finds them, and the positions to rotate with."""
+    def _ring_mask(self, batch: int, natural: torch.Tensor | None, attention_mask: torch.Tensor | None) -> SequenceMask:
+        """Documents of the whole sequence, as transformers finds them."""
         kernel = self.config._attn_implementation
-        check_attention_kernel(kernel)
         self._mask_kinds()
         documents = keys = None
         if attention_mask is not None:
@@ -216,19 +220,11 @@ class SequenceModel(Pipelined):
             steps = torch.diff(natural, prepend=natural[:, :1] - 1)
             found = (steps != 1).cumsum(-1)
             documents = found.expand(batch, -1) if bool(found[:, -1].any()) else None
-        if self._rotates_by_length():
-            natural = (
-                torch.arange(self._length(positions), device=positions.device)[None] if natural is None else natural
-            )
-            last = natural[:, :real].max()
-            positions = self._rotation_positions(positions, real)
-            # After the rank's own, so that every ring rank's rotation finds the same length.
-            positions = torch.cat((positions, last.expand(positions.shape[0], 1)), dim=1)
-        return SequenceMask({}, documents, keys), positions
+        return SequenceMask({}, documents, keys)
 
     def _length(self, positions: torch.Tensor) -> int:
         """Tokens of the whole sequence, from positions [B or 1, T] of this ring rank."""
-        return positions.shape[1] * self.sequence_group.ring_size
+        return positions.shape[1] * self.sequence_group.zigzag_size
 
     def _gather(
         self, name: str, tensor: torch.Tensor, expected: tuple[int, int], device: torch.device, cut: SequenceCut
@@ -237,19 +233,20 @@ class SequenceModel(Pipelined):
         check_part(name, tensor, expected)
         group, local = self.sequence_group, tensor.shape[1]
         parts = tensor.to(device=device, dtype=torch.int64)
-        if group.ring_size == 1 and group.tokens == "replicated":
+        if group.zigzag_size == 1 and group.tokens == "replicated":
             return parts, parts
         if group.tokens == "replicated":
             # Each rank of seq sends a slice of what all of them have, so that all ranks meet in one call.
             parts = nn.functional.pad(parts, (0, -local % group.size)).chunk(group.size, dim=1)[group.rank]
         parts = all_gather(parts.contiguous(), group.everyone, operator=f"sequence_{name}", dim=1, config=group.config)
         parts = natural_order(parts, cut.ring, cut.slices, cut.pieces)
-        if group.ring_size == 1:
+        ring = group.zigzag_size
+        if ring == 1:
             return parts, parts
         if group.tokens == "replicated":
-            parts = parts.unflatten(1, (group.ring_size, -1))[..., :local].flatten(1)
-        order = layout.inverse(group.ring_size, parts.shape[1], RING_LAYOUT, parts.device)
-        return parts.chunk(group.ring_size, dim=1)[group.ring_rank], parts[:, order]
+            parts = parts.unflatten(1, (ring, -1))[..., :local].flatten(1)
+        order = layout.inverse(ring, parts.shape[1], RING_LAYOUT, parts.device)
+        return parts.chunk(ring, dim=1)[group.zigzag_rank], parts[:, order]
 
 
 class SequenceCausalLM(Pipelined):

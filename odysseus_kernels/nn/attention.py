@@ -1,4 +1,4 @@
-"""Attention with this rank's heads over the whole sequence (of its ring rank), whatever the projections communicate."""
+"""Attention of this rank's heads, or of its tokens, over the whole sequence, whatever the projections communicate."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from odysseus_kernels import ops
 from odysseus_kernels.attention.ring import ring_attention
 from odysseus_kernels.nn.cut import RING_LAYOUT
 from odysseus_kernels.nn.group import SequenceGroup
+from odysseus_kernels.nn.key_value import gathered_key_value
 from odysseus_kernels.nn.parameters import head_parameter, local_parameter, sharded_parameter, token_parameter
 
 __all__ = [
     "AttentionSpec",
+    "FoldedAttention",
     "HeadParallelAttention",
     "SequenceMask",
     "TensorParallelAttention",
@@ -71,6 +73,7 @@ class SequenceMask:
     Attributes:
         masks: by kind of layer (``"full_attention"``, ``"sliding_attention"``), the mask in whatever form the attention
             function takes; None is plain causal where the function says so.  Not used by Ring and pipelined attention.
+            Under ``"tsp"`` the rows of this rank's tokens, for functions that take all keys at once.
         documents: [B, L] number of the document that each token belongs to, in the sequence's natural order, or None
             where there is one document.  Used by these two.
         keys: bool [B, L], in the same order: which tokens are seen at all, or None for all.  Used by these two.
@@ -182,9 +185,9 @@ class _SequenceAttention(nn.Module):
                 "model, not its layers, and without past_key_values"
             )
         batch, tokens = hidden_states.shape[:2]
-        parts = group.size if group.tokens == "sharded" else 1
+        parts = group.slices
         cos, sin = position_embeddings
-        if group.ring_size > 1:
+        if group.zigzag_size > 1:
             # Under Ring one more position may follow the rank's own, for rotations that depend on the last of all.
             cos, sin = cos[..., : tokens * parts, :], sin[..., : tokens * parts, :]
         if cos.shape[-2] != tokens * parts:
@@ -214,15 +217,15 @@ class _SequenceAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SequenceMask, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output [B, T, heads, head_dim] and weights."""
-        spec, group = self.attention_spec, self.sequence_group
-        if group.ring is not None and group.ring_size > 1:
-            first = group.rank * query.shape[1]
+        group = self.sequence_group
+        if group.zigzag is not None and group.zigzag_size > 1:
+            first = 0 if group.folded else group.rank * query.shape[1]
             dropout, seed = self._seeded_dropout()
             out = ring_attention(
                 query,
                 key,
                 value,
-                group=group.ring,
+                group=group.zigzag,
                 layout=RING_LAYOUT,
                 documents=mask.documents,
                 key_mask=mask.keys,
@@ -235,9 +238,22 @@ class _SequenceAttention(nn.Module):
                 config=group.config,
             )
             return out.transpose(1, 2), None
+        dropout = self.attention_dropout if self.training else 0.0
+        return self._attend_at_once(query, key, value, mask, dropout, kwargs)
+
+    def _attend_at_once(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: SequenceMask,
+        dropout: float,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same by the model's attention function, which is given all keys that the queries may see."""
+        spec = self.attention_spec
         if spec.window != "none":
             kwargs = {**kwargs, "sliding_window": self._passed_window()}
-        dropout = self.attention_dropout if self.training else 0.0
         chosen = mask.masks[self.mask_kind]
         return spec.attend(self, query, key, value, chosen, dropout=dropout, scaling=self.scaling, **kwargs)
 
@@ -393,3 +409,51 @@ class UlyssesAttention(_SequenceAttention):
             zero3_group=group.everyone,
             config=group.config,
         )
+
+
+class FoldedAttention(_SequenceAttention):
+    """Tokens cut over all ranks in zigzag order, all heads on each, with ZeRO-3 weights (TSP).
+
+    Input and output [B, s, d] with s = L/W. Rows of all weights are cut over all ranks. Keys and values of all ranks
+    come to this rank's queries: one rank's after another's by Ring attention, or at once for eager attention, which
+    gives no log-sum-exp by which parts could be merged. Dropout is that of Ring attention; eager attention draws from
+    each rank's own generator.
+    """
+
+    def setup_sequence(self) -> None:
+        """All heads, as the stock module has them."""
+        self.num_key_value_groups = self.attention_spec.heads // self.attention_spec.kv_heads
+
+    def _project(self, hidden_states: torch.Tensor) -> Heads:
+        query, key, value = self._layers()
+        # Each product names the weights that travel next. Backward goes the other way: value, key, query.
+        return (
+            self._zero3(query, hidden_states, following=key),
+            self._zero3(key, hidden_states, following=value, preceding=query),
+            self._zero3(value, hidden_states, preceding=key),
+        )
+
+    def _output(self, out: torch.Tensor) -> torch.Tensor:
+        return self._zero3(getattr(self, self.attention_spec.output), out)
+
+    def _zero3(self, layer: Any, x: torch.Tensor, *, following: Any = None, preceding: Any = None) -> torch.Tensor:
+        group = self.sequence_group
+        return ops.zero3_linear(
+            x,
+            local_parameter(layer.weight),
+            local_parameter(layer.bias),
+            group=group.everyone,
+            config=group.config,
+            prefetch=None if following is None else local_parameter(following.weight),
+            prefetch_backward=None if preceding is None else local_parameter(preceding.weight),
+        )
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SequenceMask, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.sequence_group.zigzag_size == 1 or not mask.masks:
+            return super()._attend(query, key, value, mask, kwargs)
+        key, value = gathered_key_value(key, value, self.sequence_group)
+        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout if self.training else 0.0
+        return self._attend_at_once(query, key, value, mask, dropout, kwargs)

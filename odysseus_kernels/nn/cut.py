@@ -6,8 +6,8 @@ the batch.  Its columns:
 
 ====  =================================================================================================================
 0     1: cut by ``shard_sequence``; 2: declared by ``declare_cut``
-1     R, the ring ranks that the sequence was cut over
-2     N, the ranks of seq
+1     R, the ring ranks that the sequence was cut over; under ``"tsp"`` all ranks of ring and seq
+2     N, the ranks of seq; under ``"tsp"`` 1
 3     1 where ranks of seq hold slices of their ring rank's part, 0 where each holds all of it (``"tp"``)
 4     which part this is: ring rank * slices + slice
 5     L, tokens of the sequence before padding
@@ -71,7 +71,8 @@ class SequenceCut:
         """This rank's part of sequences of ``padded`` tokens."""
         sharded = group.tokens == "sharded"
         part = group.every_rank if sharded else group.ring_rank
-        return SequenceCut(group.ring_size, group.size, sharded, part, length, padded, pieces, declared)
+        size = group.slices if sharded else group.size
+        return SequenceCut(group.zigzag_size, size, sharded, part, length, padded, pieces, declared)
 
     @property
     def slices(self) -> int:
@@ -138,6 +139,8 @@ class SequenceCut:
 
     def describe(self) -> str:
         """In words."""
+        if self.sharded and self.size == 1 and self.ring > 1:
+            return f'in zigzag order over all {self.ring} ranks (as "tsp" has it, and a ring without "seq")'
         whole = 'which each rank of "seq" holds whole (as "tp" has it)'
         cut = f'cut over {self.size} ranks of "seq" (as "tp_sp", "ulysses" and "odysseus" have it)'
         parts = f'into parts for {self.ring} ranks of "ring", each ' if self.ring > 1 else "into one part, "

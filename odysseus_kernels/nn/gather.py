@@ -54,7 +54,9 @@ def gather_sequence(
     if KEY not in batch:
         raise ValueError(f"batch: expected what shard_sequence returned, with {KEY}, got the keys {sorted(batch)}")
     cut = SequenceCut.read(batch[KEY])
-    group = dataclasses.replace(SequenceGroup.of(mesh, config), tokens="sharded" if cut.sharded else "replicated")
+    group = SequenceGroup.of(mesh, config)
+    folded = cut.sharded and (cut.ring, cut.size) == (group.every_size, 1)
+    group = dataclasses.replace(group, tokens="sharded" if cut.sharded else "replicated", folded=folded)
     cut.check(group)
     rows, local = len(cut.sums), cut.padded // (cut.ring * cut.slices)
     if tensor.ndim < 2 or tensor.shape[:2] != (rows, local):

@@ -46,6 +46,8 @@ class SequenceGroup:
         steps: tells all ranks of the mesh, those of ``"dp"`` included, of an error on one.
         tokens: ``"sharded"`` where ranks of ``group`` hold different tokens outside of attention, ``"replicated"``
             where they hold the same (classical tensor parallelism).
+        folded: whether ring and seq are one ring: the sequence is cut in zigzag order over ``everyone``, and attention
+            visits all of them (tensor and sequence parallelism on the same ranks).
     """
 
     mesh: DeviceMesh
@@ -61,6 +63,27 @@ class SequenceGroup:
     whole: DeviceMesh
     steps: StepGroups = dataclasses.field(repr=False)
     tokens: Literal["sharded", "replicated"] = "sharded"
+    folded: bool = False
+
+    @property
+    def zigzag(self) -> dist.ProcessGroup | None:
+        """The ranks that the sequence is cut over in zigzag order, which Ring attention visits; None where none is."""
+        return self.everyone if self.folded else self.ring
+
+    @property
+    def zigzag_rank(self) -> int:
+        """This rank within ``zigzag``; 0 without."""
+        return self.every_rank if self.folded else self.ring_rank
+
+    @property
+    def zigzag_size(self) -> int:
+        """Number of ranks in ``zigzag``; 1 without."""
+        return self.every_size if self.folded else self.ring_size
+
+    @property
+    def slices(self) -> int:
+        """Slices into which ranks of seq cut what a rank of ``zigzag`` has of the sequence."""
+        return 1 if self.folded or self.tokens == "replicated" else self.size
 
     @property
     def token_group(self) -> dist.ProcessGroup | None:

@@ -17,6 +17,7 @@ from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX
 from odysseus_kernels.nn.step import stepped
+from odysseus_kernels.planner.formulas import PIPELINED
 
 __all__ = ["declare_cut", "shard_sequence"]
 
@@ -27,7 +28,10 @@ _TOKENS: dict[str, Literal["sharded", "replicated"]] = {
     "tp_sp": "sharded",
     "ulysses": "sharded",
     "odysseus": "sharded",
+    "tsp": "sharded",
 }
+# Strategies under which seq goes on with the ring: the sequence is cut in zigzag order over the ranks of both.
+_FOLDED = frozenset({"tsp"})
 _KEYS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
@@ -42,10 +46,10 @@ def shard_sequence(
 
     The sequence is padded at its end. With a ring it is cut into two blocks for each ring rank: ring rank i gets the
     i-th from the front and the i-th from the end. What a ring rank has is cut into N slices, and rank r of seq gets the
-    r-th; under ``"tp"``, whose ranks of seq hold the same tokens, there is no such second cut. With ``pieces`` above 1
-    what a ring rank has is cut into these first and each piece into N slices: every rank then holds a part of each
-    piece, which :func:`pipelined_attention` gathers one by one. Labels are shifted by one *before* cutting, so that
-    they stay beside the tokens that predict them.
+    r-th; under ``"tp"``, whose ranks of seq hold the same tokens, there is no such second cut, and under ``"tsp"``,
+    where all ranks are one ring, neither. With ``pieces`` above 1 what a ring rank has is cut into these first and each
+    piece into N slices: every rank then holds a part of each piece, which :func:`pipelined_attention` gathers one by one.
+    Labels are shifted by one *before* cutting, so that they stay beside the tokens that predict them.
 
     Args:
         batch: ``input_ids`` [B, L] and, if wanted, ``labels`` [B, L] (not shifted, as a stock model takes them),
@@ -77,8 +81,8 @@ def shard_sequence(
     """
     batch_size, length = _check(batch)
     group, count = _group_and_pieces(mesh, strategy, pieces, length)
-    parts = (group.size if group.tokens == "sharded" else 1) * count
-    multiple = parts if group.ring_size == 1 else math.lcm(2 * group.ring_size, group.ring_size * parts)
+    ring, parts = group.zigzag_size, group.slices * count
+    multiple = parts if ring == 1 else math.lcm(2 * ring, ring * parts)
     padding = -length % multiple
     description = SequenceCut.of(group, length, length + padding, pieces=count)
     own = description.positions().to(batch["input_ids"].device)
@@ -141,10 +145,10 @@ def declare_cut(
     if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2 or 0 in tokens.shape[:2]:
         raise ValueError(f"batch: expected input_ids [B, s] or inputs_embeds [B, s, d], got the keys {sorted(batch)}")
     rows, local = tokens.shape[:2]
-    part_of_ring = local * (group.size if group.tokens == "sharded" else 1)
-    if group.ring_size > 1 and part_of_ring % 2:
+    part_of_ring = local * group.slices
+    if group.zigzag_size > 1 and part_of_ring % 2:
         raise ValueError(f"batch: expected an even number of tokens on each ring rank, got {part_of_ring}")
-    padded = part_of_ring * group.ring_size
+    padded = part_of_ring * group.zigzag_size
     length = padded if length is None else length
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= padded:
         raise ValueError(f"length: expected 1 to {padded}, the tokens of all parts, got {length!r}")
@@ -159,7 +163,7 @@ def declare_cut(
 def _group(mesh: DeviceMesh, strategy: str) -> SequenceGroup:
     if strategy not in _TOKENS:
         raise ValueError(f"strategy: expected one of {sorted(_TOKENS)}, got {strategy!r}")
-    return dataclasses.replace(SequenceGroup.of(mesh), tokens=_TOKENS[strategy])
+    return dataclasses.replace(SequenceGroup.of(mesh), tokens=_TOKENS[strategy], folded=strategy in _FOLDED)
 
 
 def _group_and_pieces(
@@ -171,13 +175,14 @@ def _group_and_pieces(
         raise ValueError(f"pieces: expected a whole number from 1 to {MOST_PIECES}, got {pieces!r}")
     if not isinstance(mesh, nn.Module):
         group = _group(mesh, "odysseus" if strategy is None else strategy)
-        if pieces not in (None, 1) and group.tokens == "replicated":
+        if pieces not in (None, 1) and strategy not in (None, *PIPELINED):
             raise ValueError(
-                f"pieces: expected 1 with strategy {strategy!r}, whose ranks hold the same tokens, got {pieces}"
+                f"pieces: expected 1 with strategy {strategy!r}, whose ranks gather no tokens for attention, got {pieces}"
             )
         return group, pieces or 1
     model = stepped(mesh)
-    if strategy is not None and _TOKENS.get(strategy) != model.sequence_group.tokens:
+    cut_alike = (_TOKENS.get(strategy or ""), strategy in _FOLDED)
+    if strategy is not None and cut_alike != (model.sequence_group.tokens, model.sequence_group.folded):
         raise ValueError(f"strategy: expected that of the model or None, got {strategy!r}")
     return model.sequence_group, model.pieces_for(length) if pieces is None else pieces
 

@@ -24,11 +24,15 @@ odysseus      1 all_gather, 1 reduce_scatter of [T, d];    the same, and 1 all_g
               all_gather of m*d*i                          all_gather and reduce_scatter of m*d*i
 ulysses       all_to_all of [T, 2q + 2k];                  all_to_all of [T, 2q + 2k];
               all_gather of all weights                    all_gather and reduce_scatter of all weights
+tsp           send_recv of [L, 2k] over all W;             send_recv of [L, 2k], and again in the accumulator's type;
+              all_gather of all weights                    all_gather and reduce_scatter of all weights
 ============= ============================================ =======================================================
 
 ZeRO-3 weights are cut over all W ranks.  Weights that are cut over seq have copies on the ring, whose gradients are
 all-reduced over it; those of norms, over the ranks that hold different tokens.  Ring attention sends k and v to R - 1
-peers forward, and again in backward, where their partial gradients return in the accumulator's type (fp32, or fp64).
+peers forward, and again in backward, where their partial gradients return in the accumulator's type (fp32, or fp64);
+under tsp all W ranks are its ring.  For an attention function that takes all keys at once (eager) tsp gathers them in
+forward, where they are kept: all_gather of [L, 2k] forward, reduce_scatter backward.
 """
 
 from __future__ import annotations
@@ -48,11 +52,13 @@ __all__ = [
     "traffic",
 ]
 
-STRATEGIES = ("tp", "tp_sp", "ulysses", "odysseus")
+STRATEGIES = ("tp", "tp_sp", "ulysses", "odysseus", "tsp")
 """Strategies that have formulas."""
 
 PIPELINED = ("tp_sp", "odysseus")
 """Strategies whose attention block can be one operator."""
+
+_ZERO3 = ("ulysses", "odysseus", "tsp")  # strategies whose feed-forward networks and heads are ZeRO-3
 
 Traffic = dict[tuple[str, str, str], int]
 """Bytes that one rank sends by (phase, operator, collective), as :class:`~odysseus_kernels.CommRecorder` names them."""
@@ -114,6 +120,8 @@ def check_sizes(shape: LayerShape, strategy: str, world: int, ring: int, tokens:
         raise ValueError(f"expected world, ring and tokens of at least 1, got {world}, {ring} and {tokens}")
     if tokens % (world * ring):
         raise ValueError(f"tokens: expected a multiple of {ring} x {world} ranks (padding included), got {tokens}")
+    if strategy == "tsp":
+        return  # heads stay together
     if shape.heads % world or (shape.kv_heads % world and world % shape.kv_heads):
         raise ValueError(
             f"world: expected ranks that divide {shape.heads} query heads, and divide {shape.kv_heads} key/value heads "
@@ -181,6 +189,7 @@ def traffic(
     element_size: int = 4,
     checkpointing: bool = False,
     pipelined: bool = False,
+    keys_at_once: bool = False,
 ) -> Traffic:
     """Bytes that each rank sends for forward and backward of one decoder layer, all gradients included.
 
@@ -195,6 +204,7 @@ def traffic(
         checkpointing: whether the whole layer is recomputed in backward: its forward then counts twice.
         pipelined: whether attention is one operator, :func:`~odysseus_kernels.pipelined_attention`: the same bytes
             under its name (strategies ``"tp_sp"`` and ``"odysseus"``).
+        keys_at_once: under ``"tsp"``, whether the attention function takes all keys at once, as eager attention does.
 
     Returns:
         Only what is not zero.
@@ -204,7 +214,10 @@ def traffic(
     """
     check_sizes(shape, strategy, world, ring, tokens, gathered)
     ledger = _Ledger(element_size)
-    _attention(ledger, shape, strategy, world, ring, tokens, gathered)
+    if strategy == "tsp":
+        _folded_attention(ledger, shape, ring * world, tokens, keys_at_once)
+    else:
+        _attention(ledger, shape, strategy, world, ring, tokens, gathered)
     if pipelined:
         if strategy not in PIPELINED:
             raise ValueError(f"pipelined: expected one of the strategies {PIPELINED}, got {strategy!r}")
@@ -253,7 +266,30 @@ def _attention(
         ledger.replicated(ring, shape.query * d // world)
         if shape.out_bias:
             ledger.replicated(ring, d)
-    keys_and_values = 2 * (tokens // ring) * used // world
+    _ring_attention(ledger, ring, 2 * (tokens // ring) * used // world)
+
+
+def _folded_attention(ledger: _Ledger, shape: LayerShape, everyone: int, tokens: int, at_once: bool) -> None:
+    d = shape.hidden
+    for width in (shape.query, shape.key_value, shape.key_value):
+        ledger.zero3("zero3_linear", everyone, width * d)
+        if shape.qkv_bias:
+            ledger.zero3_bias("zero3_linear", everyone, width)
+    ledger.zero3("zero3_linear", everyone, shape.query * d)
+    if shape.out_bias:
+        ledger.zero3_bias("zero3_linear", everyone, d)
+    keys_and_values = 2 * tokens // everyone * shape.key_value
+    if not at_once:
+        _ring_attention(ledger, everyone, keys_and_values)
+        return
+    ledger.shard("forward", "gathered_key_value", "all_gather", everyone, keys_and_values)
+    gradients = _Ledger(max(4, ledger.size))
+    gradients.shard("backward", "gathered_key_value", "reduce_scatter", everyone, keys_and_values)
+    ledger.bytes.update(gradients.bytes)
+
+
+def _ring_attention(ledger: _Ledger, ring: int, keys_and_values: int) -> None:
+    """``keys_and_values`` elements of one rank, which all of the ring attend to."""
     for phase in ("forward", "backward"):
         ledger.shard(phase, "ring_attention", "send_recv", ring, keys_and_values)
     gradients = _Ledger(max(4, ledger.size))  # shares of every rank's queries, in the accumulator's type
@@ -286,7 +322,7 @@ def _feed_forward(
 ) -> None:
     d, i, everyone = shape.hidden, shape.intermediate, ring * world
     widths = [i] * shape.inner
-    if strategy in ("ulysses", "odysseus"):
+    if strategy in _ZERO3:
         for width in (*widths, d):
             ledger.zero3("zero3_linear", everyone, d * i)
             if shape.mlp_bias:
@@ -325,9 +361,9 @@ def head_traffic(
 ) -> Traffic:
     """Bytes for a language head [vocabulary, hidden], not tied to the embedding, with its mean cross-entropy.
 
-    Under ``"ulysses"`` and ``"odysseus"`` the weight is ZeRO-3 and no logits travel.  Under tensor parallelism ranks of
-    seq have parts of the vocabulary: hidden states of all tokens come to them, statistics of each token (two numbers)
-    and gradients go back.  A head that the ranks do not divide is whole on all of them.
+    Under ``"ulysses"``, ``"odysseus"`` and ``"tsp"`` the weight is ZeRO-3 and no logits travel.  Under tensor
+    parallelism ranks of seq have parts of the vocabulary: hidden states of all tokens come to them, statistics of each
+    token (two numbers) and gradients go back.  A head that the ranks do not divide is whole on all of them.
 
     Raises:
         ValueError: as :func:`traffic` does for ``strategy``.
@@ -336,7 +372,7 @@ def head_traffic(
         raise ValueError(f"strategy: expected one of {STRATEGIES}, got {strategy!r}")
     ledger, everyone = _Ledger(element_size), ring * world
     different = ring * (1 if strategy == "tp" else world)
-    zero3 = strategy in ("ulysses", "odysseus")
+    zero3 = strategy in _ZERO3
     if vocabulary % (everyone if zero3 else world):
         ledger.replicated(different, vocabulary * hidden)
     elif zero3:

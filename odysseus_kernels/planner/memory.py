@@ -55,7 +55,8 @@ def saved(
     if checkpointing:
         return {"activations": rows * d * element_size, "log-sum-exp": 0, "strategy": 0, "norms": 0}
     inner = (3 if fused_activation else 4) if shape.gated else 2
-    attention = own * (2 * shape.query + 2 * shape.used_key_value(world))
+    heads_over = 1 if strategy == "tsp" else world
+    attention = own * (2 * shape.query + 2 * shape.used_key_value(heads_over))
     activations = own * (4 * d + inner * i) + attention
     beyond = {"tp": 4 * (rows - own) * d, "ulysses": own * shape.query}.get(strategy, 0)
     if gathered == "save":
@@ -64,7 +65,7 @@ def saved(
     norms = 2 * rows * 4 * (d + 1) if stock_norms else 0
     return {
         "activations": activations * element_size,
-        "log-sum-exp": tokens // ring * (shape.heads // world) * max(4, element_size),
+        "log-sum-exp": own * shape.heads * max(4, element_size),
         "strategy": beyond * element_size,
         "norms": norms,
     }

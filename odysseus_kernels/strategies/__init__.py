@@ -9,11 +9,12 @@ from odysseus_kernels.strategies.base import Strategy
 from odysseus_kernels.strategies.odysseus import ODYSSEUS
 from odysseus_kernels.strategies.tp import TP
 from odysseus_kernels.strategies.tp_sp import TP_SP
+from odysseus_kernels.strategies.tsp import TSP
 from odysseus_kernels.strategies.ulysses import ULYSSES
 
 __all__ = ["STRATEGIES", "Strategy", "get_strategy"]
 
-STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (TP, TP_SP, ULYSSES, ODYSSEUS)}
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (TP, TP_SP, ULYSSES, ODYSSEUS, TSP)}
 
 
 def get_strategy(name: str) -> Strategy:

@@ -86,6 +86,7 @@ class Strategy:
         check: raises ValueError where a shape cannot be cut for a group.
         placements: for a shape and a group, the rule of each layer role.
         modules: for a shape and a group, the class that each module role's forward comes from.
+        folded: whether ranks of seq go on with the ring; see :class:`~odysseus_kernels.nn.group.SequenceGroup`.
     """
 
     name: str
@@ -93,10 +94,11 @@ class Strategy:
     check: Callable[[ModelShape, SequenceGroup], None]
     placements: Callable[[ModelShape, SequenceGroup], Mapping[LayerRole, PlacementRule]]
     modules: Callable[[ModelShape, SequenceGroup], Mapping[ModuleRole, type[nn.Module]]]
+    folded: bool = False
 
     def group(self, group: SequenceGroup) -> SequenceGroup:
         """``group`` as this strategy uses it."""
-        return dataclasses.replace(group, tokens=self.tokens)
+        return dataclasses.replace(group, tokens=self.tokens, folded=self.folded)
 
 
 @dataclasses.dataclass(frozen=True)

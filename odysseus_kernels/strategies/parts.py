@@ -20,6 +20,7 @@ __all__ = [
     "check_divides",
     "check_heads",
     "check_tensor_parallel",
+    "check_zero3_attention",
     "check_zero3_mlp",
     "common_modules",
     "common_placements",
@@ -59,6 +60,14 @@ def check_divides(name: str, rows: int, ranks: int, what: str) -> None:
         raise ValueError(
             f"expected {'an' if name[0] in 'aeiou' else 'a'} {name} that {ranks} ranks divide ({what}), got {rows}: "
             f"the next one is {rows + ranks - rows % ranks}"
+        )
+
+
+def check_zero3_attention(shape: ModelShape, group: SequenceGroup) -> None:
+    """ValueError where all ranks cannot share the rows of query, key and value weights."""
+    for name, heads in (("query", shape.heads), ("key/value", shape.kv_heads)):
+        check_divides(
+            f"{name} projection", heads * shape.head_dim, group.every_size, "rows of the ZeRO-3 attention weights"
         )
 
 

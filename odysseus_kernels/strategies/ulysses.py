@@ -30,10 +30,7 @@ __all__ = ["ULYSSES"]
 
 def _check(shape: ModelShape, group: SequenceGroup) -> None:
     parts.check_heads(shape, group.size)
-    for name, heads in (("query", shape.heads), ("key/value", shape.kv_heads)):
-        parts.check_divides(
-            f"{name} projection", heads * shape.head_dim, group.every_size, "rows of the ZeRO-3 attention weights"
-        )
+    parts.check_zero3_attention(shape, group)
     parts.check_zero3_mlp(shape, group)
 
 

@@ -71,10 +71,10 @@ def stock_losses() -> dict[str, Any]:
     return found
 
 
-def losses(rank: int, world_size: int, ring: int) -> dict[str, dict[str, Any]]:
+def losses(rank: int, world_size: int, ring: int, strategies: list[str]) -> dict[str, dict[str, Any]]:
     """The same of parallelized models, several ways for each; gradients on rank 0."""
     mesh, found = make_mesh(world_size, ring), {}
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         model = parallel_model(CASE, strategy, mesh)
         found[strategy] = steps = {}
 
@@ -146,7 +146,7 @@ def by_hand(mesh: DeviceMesh, strategy: str) -> dict[str, dict[str, torch.Tensor
     slices = 1 if strategy == "tp" else size
     part = mesh.get_local_rank("seq") if slices > 1 else 0
     part += slices * (mesh.get_local_rank("ring") if ring > 1 else 0)
-    own = part_positions(ring, slices, part, 24)
+    own = part_positions(ring * size, 1, part, 24) if strategy == "tsp" else part_positions(ring, slices, part, 24)
     ids = F.pad(whole["input_ids"], (0, 1))[:, own]
     targets = F.pad(whole["labels"][:, 1:], (0, 2), value=-100)[:, own]
     part_of_it = {"input_ids": ids, "labels": targets, "shift_labels": targets}

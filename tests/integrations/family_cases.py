@@ -74,7 +74,6 @@ class Case:
         config = getattr(transformers, f"{name}Config")(
             vocab_size=self.vocabulary,
             hidden_size=96,
-            num_attention_heads=12,
             num_key_value_heads=self.kv_heads,
             tie_word_embeddings=self.tied,
             max_position_embeddings=64,
@@ -84,7 +83,7 @@ class Case:
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=None,
-            **{"num_hidden_layers": 2, **settings, **dict(self.changes)},
+            **{"num_attention_heads": 12, "num_hidden_layers": 2, **settings, **dict(self.changes)},
         )
         torch.manual_seed(seed)
         model = getattr(transformers, f"{name}ForCausalLM")(config)

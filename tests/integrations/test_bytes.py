@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from family_cases import Case, traffic_of_a_layer
@@ -54,6 +56,9 @@ def test_recorder_equals_formula(ranks, strategy, world_size, ring):
             (Case(), {"mode": "unfused"}),
         ]
         runs += [(case, {**settings, "pipeline": 2}) for case, settings in piped]
+    if strategy == "tsp":
+        eager = Case(kv_heads=4, attention="eager") if world_size != 3 else Case(attention="eager")
+        runs += [(eager, {}), (dataclasses.replace(eager, dtype=torch.bfloat16), {})]
     for found in ranks(world_size).run(traffic_of_a_layer, runs, strategy, ring):
         for (case, settings), counts in zip(runs, found, strict=True):
             expected = traffic(
@@ -65,5 +70,6 @@ def test_recorder_equals_formula(ranks, strategy, world_size, ring):
                 gathered=settings.get("gathered", "regather"),
                 element_size=case.dtype.itemsize,
                 pipelined="pipeline" in settings,
+                keys_at_once=case.attention == "eager",
             )
             assert counts == expected, f"{case}, {settings}"

@@ -40,7 +40,14 @@ def test_from_four_ranks_to_two_to_one(ranks, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("on_four", "on_two"),
-    [("odysseus", "ulysses"), ("ring+ulysses", "tp_sp"), ("tp", "odysseus"), ("ring+tp_sp", "ring+odysseus")],
+    [
+        ("odysseus", "ulysses"),
+        ("ring+ulysses", "tp_sp"),
+        ("tp", "odysseus"),
+        ("ring+tp_sp", "ring+odysseus"),
+        ("ring+tsp", "tp_sp"),
+        ("odysseus", "tsp"),
+    ],
 )
 def test_between_strategies(ranks, tmp_path: Path, on_four, on_two):
     """Trained on four ranks under one strategy, loaded and saved on two under another, loaded by one stock process."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from family_cases import FAMILIES, Case, assemble, parallel_step, stock_step
@@ -74,6 +76,22 @@ def test_variant_equals_stock(ranks, variant, strategy):
 def test_modes_and_transports(ranks, strategy, mode, transport):
     for world_size, ring in ((2, 1), (4, 2)):
         check(ranks, Case(kv_heads=4), strategy, world_size, ring, {"mode": mode, "transport": transport})
+
+
+def test_heads_of_tsp_need_not_divide(ranks):
+    # Six query heads and three key/value heads on four ranks.
+    case = Case(kv_heads=3, length=23, changes=(("num_attention_heads", 6),))
+    for world_size, ring in ((4, 1), (4, 2)):
+        check(ranks, case, "tsp", world_size, ring)
+
+
+@pytest.mark.parametrize("family", ("llama", "mistral", "qwen3"))
+def test_eager_attention_under_tsp(ranks, family):
+    # It takes all keys at once, on meshes with a ring, too: padded lengths, windows, documents, masks.
+    eager = Case(family=family, attention="eager", kv_heads=4)
+    for changes in ({"length": 23}, {"packed": True}, {"padding_mask": True, "length": 22}):
+        for world_size, ring in ((2, 1), (4, 2)):
+            check(ranks, dataclasses.replace(eager, **changes), "tsp", world_size, ring)
 
 
 def test_saved_gathers(ranks):

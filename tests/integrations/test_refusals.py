@@ -29,7 +29,9 @@ def bad_models(rank: int, world_size: int) -> None:
             parallelize(model, mesh, **kwargs)
 
     refused(
-        r"strategy: expected one of \['odysseus', 'tp', 'tp_sp', 'ulysses'\], got 'ulises'", _llama(), strategy="ulises"
+        r"strategy: expected one of \['odysseus', 'tp', 'tp_sp', 'tsp', 'ulysses'\], got 'ulises'",
+        _llama(),
+        strategy="ulises",
     )
     refused(r"heads that 4 ranks divide, got 6: use 1, 2, 3 or 6 ranks", _llama(num_attention_heads=6))
     refused(r"key/value heads that 4 ranks .* got 3: use 1, 3, 6 or 12 ranks", _llama(num_key_value_heads=3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
@@ -19,15 +20,17 @@ CASE = Case(kv_heads=1, bias=True)  # one key/value head: replicated parameters 
 OPERATORS = ("all_gather_linear", "linear_reduce_scatter", "zero3_linear")
 
 
-def _model(mesh: Any) -> Any:
+def _model(mesh: Any, strategy: str = "odysseus", case: Case = CASE) -> Any:
     config = OverlapConfig(mode="fused", timeout_s=60)  # every call alike: no choice is measured or computed
-    return ody.parallelize(CASE.model(), mesh, config=config)
+    return ody.parallelize(case.model(), mesh, strategy, config)
 
 
-def _step(model: Any, mesh: Any) -> tuple[float, dict[str, torch.Tensor], dict[str, dict[str, int]]]:
+def _step(
+    model: Any, mesh: Any, strategy: str = "odysseus"
+) -> tuple[float, dict[str, torch.Tensor], dict[str, dict[str, int]]]:
     """Loss, this rank's gradients, and bytes by phase and operator."""
     with ody.CommRecorder() as record:
-        loss = model(**shard_sequence(CASE.whole_batch(), mesh)).loss
+        loss = model(**shard_sequence(CASE.whole_batch(), mesh, strategy)).loss
         loss.backward()
     sent = {
         phase: {name: record.bytes(operator=name, phase=phase) for name in {str(r["operator"]) for r in record.rows()}}
@@ -85,8 +88,9 @@ def test_anomaly_detection(ranks):
 def second_derivative(rank: int, world_size: int) -> None:
     """A penalty on gradients is refused, wherever in the model it begins."""
     mesh = sequence_mesh(world_size)
-    for strategy in ("tp", "odysseus"):
-        model = ody.parallelize(CASE.model(), mesh, strategy, OverlapConfig(timeout_s=60))
+    for strategy, attention in (("tp", "sdpa"), ("odysseus", "sdpa"), ("tsp", "eager")):
+        case = dataclasses.replace(CASE, attention=attention)
+        model = ody.parallelize(case.model(), mesh, strategy, OverlapConfig(timeout_s=60))
         for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
             loss = model(**shard_sequence(CASE.whole_batch(), mesh, strategy)).loss
             (gradient,) = torch.autograd.grad(loss, model.get_parameter(name), create_graph=True)
@@ -98,10 +102,19 @@ def test_second_derivatives_are_refused(ranks):
     ranks(2).run(second_derivative)
 
 
-def compiled(rank: int, world_size: int) -> None:
+COMPILED = {
+    "odysseus": OPERATORS,
+    "tsp": ("ring_attention", "zero3_linear"),
+    "tsp eager": ("gathered_key_value", "zero3_linear"),
+}
+
+
+def compiled(rank: int, world_size: int, how: str) -> None:
     mesh = sequence_mesh(world_size)
-    loss, gradients, sent = _step(_model(mesh), mesh)
-    model = _model(mesh)
+    strategy, _, attention = how.partition(" ")
+    case = dataclasses.replace(CASE, attention=attention or "sdpa")
+    loss, gradients, sent = _step(_model(mesh, strategy, case), mesh, strategy)
+    model = _model(mesh, strategy, case)
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -110,7 +123,7 @@ def compiled(rank: int, world_size: int) -> None:
 
     for layer in model.model.layers:
         layer.compile(fullgraph=True, backend=backend)  # an error where a graph would break
-    its_loss, its_gradients, its_sent = _step(model, mesh)
+    its_loss, its_gradients, its_sent = _step(model, mesh, strategy)
     assert its_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         # The same operations, some of them decomposed into others: single precision's rounding, a few times over.
@@ -119,9 +132,10 @@ def compiled(rank: int, world_size: int) -> None:
     assert graphs
     for graph in graphs:
         called = {str(node.target).removesuffix(".default") for node in graph.graph.nodes}
-        assert {f"odysseus.{name}" for name in OPERATORS} <= called
+        assert {f"odysseus.{name}" for name in COMPILED[how]} <= called
 
 
 @pytest.mark.slow
-def test_layers_compile_without_graph_breaks(ranks):
-    ranks(2).run(compiled)
+@pytest.mark.parametrize("how", COMPILED)
+def test_layers_compile_without_graph_breaks(ranks, how):
+    ranks(2).run(compiled, how)

@@ -13,7 +13,7 @@ STEPS = 50
 LOSS_TOLERANCE = 1e-4
 # One key/value head, which all ranks share whatever their number.
 CASE = Case(kv_heads=1, length=47, changes=(("num_hidden_layers", 1),))
-MESHES = {"tp": (2, 1), "tp_sp": (3, 1), "ulysses": (4, 1), "odysseus": (3, 1)}
+MESHES = {"tp": (2, 1), "tp_sp": (3, 1), "ulysses": (4, 1), "odysseus": (3, 1), "tsp": (4, 1)}
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,14 @@ from odysseus_kernels.nn.sequence import shard_sequence
 from odysseus_kernels.strategies import STRATEGIES
 
 
-def cut(rank: int, world_size: int, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return shard_sequence(batch, init_device_mesh("cpu", (world_size,), mesh_dim_names=("seq",)))
+def cut(
+    rank: int, world_size: int, batch: dict[str, torch.Tensor], strategy: str = "odysseus", ring: int = 1
+) -> dict[str, torch.Tensor]:
+    if ring == 1:
+        mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("seq",))
+    else:
+        mesh = init_device_mesh("cpu", (ring, world_size // ring), mesh_dim_names=("ring", "seq"))
+    return shard_sequence(batch, mesh, strategy)
 
 
 def refusals(rank: int, world_size: int) -> None:
@@ -62,6 +68,22 @@ def test_given_positions_go_on_through_the_padding(ranks):
     assert _joined(results, "position_ids") == [[0, 1, 2, 0, 1, 2]] * 2
     assert _joined(results, "counted_tokens") == [[1] * 5 + [0]] * 2
     assert results[0].keys() == {"input_ids", "position_ids", "counted_tokens", "sequence_cut"}
+
+
+@pytest.mark.parametrize("ring", [1, 2, 4])
+def test_under_tsp_all_ranks_are_one_ring(ranks, ring):
+    """Eight blocks for four ranks: the i-th from the front and the i-th from the end, whatever the mesh."""
+    ids = torch.arange(10, 23)[None]
+    results = ranks(4).run(cut, {"input_ids": ids, "labels": ids}, "tsp", ring)
+    assert [result["position_ids"][0].tolist() for result in results] == [
+        [0, 1, 14, 15],
+        [2, 3, 12, 13],
+        [4, 5, 10, 11],
+        [6, 7, 8, 9],
+    ]
+    assert results[0]["input_ids"].tolist() == [[10, 11, 0, 0]]
+    assert results[1]["shift_labels"].tolist() == [[13, 14, -100, -100]]
+    assert results[1]["counted_tokens"].tolist() == [[1, 1, 1, 0]]
 
 
 def test_sequences_shorter_than_the_ranks(ranks):

@@ -48,6 +48,10 @@ def of(shape: LayerShape, strategy: str, world: int, **others: object) -> Traffi
         # Two heads on four ranks: k = N * head_dim = 32; 2 * 16 * 96 * 3/4 = 2304; Pa f = 7680.
         (GQA, "ulysses", "regather", 2304 + 7680 + 13824, 2304 + 2 * (7680 + 13824)),
         (GQA, "tp_sp", "regather", 12288, 18432),
+        # 2 L dk f = 2 * 64 * 64 * 3/4 = 6144 of k and v, and of their gradients, which are in fp32.
+        (MHA, "tsp", "regather", 6144 + 12288 + 13824, 5 * 6144 + 2 * (12288 + 13824)),
+        # Two heads stay two heads on four ranks: 2 * 64 * 16 * 3/4 = 1536.
+        (GQA, "tsp", "regather", 1536 + 7680 + 13824, 5 * 1536 + 2 * (7680 + 13824)),
         # Plain: Pf f = 9216.
         (PLAIN, "odysseus", "regather", 6144 + 9216, 9216 + 2 * 9216),
     ],
@@ -81,6 +85,22 @@ def test_ring_with_zero3_weights() -> None:
     assert not any(collective == "all_to_all" for _, _, collective in sent)
     assert elements(sent, "forward") == 1536 + (10240 + 18432) * 3 // 4
     assert elements(sent, "backward") == 5 * 1536 + 2 * (10240 + 18432) * 3 // 4
+
+
+def test_tsp_is_one_ring_of_all_ranks() -> None:
+    whole = of(GQA, "tsp", 4)
+    assert whole == of(GQA, "tsp", 2, ring=2) == of(GQA, "tsp", 1, ring=4)
+    # Ulysses with one rank of seq sends the same, under other operators' names.
+    assert sum(whole.values()) == sum(of(GQA, "ulysses", 1, ring=4).values())
+    # Heads that do not divide: 6 on four ranks.
+    assert traffic(LayerShape(64, 96, 6, 3, 8), "tsp", 4, tokens=L)["forward", "ring_attention", "send_recv"] == (
+        4 * 2 * 64 * 24 * 3 // 4
+    )
+    # An attention function that takes all keys at once: gathered forward, and kept; gradients in fp32.
+    eager = of(GQA, "tsp", 4, keys_at_once=True)
+    assert eager["forward", "gathered_key_value", "all_gather"] == 1536
+    assert eager["backward", "gathered_key_value", "reduce_scatter"] == 4 * 1536
+    assert sum(whole.values()) - sum(eager.values()) == 1536
 
 
 def test_hybrid_cuts_zero3_over_all_and_sums_other_weights_over_the_ring() -> None:
@@ -124,7 +144,9 @@ def test_one_rank_sends_nothing_and_sizes_scale() -> None:
     for strategy in STRATEGIES:
         assert traffic(MHA, strategy, 1, tokens=L) == {}
         one, four = of(MHA, strategy, 2), traffic(MHA, strategy, 2, tokens=L, element_size=4)
-        assert four == {key: 4 * count for key, count in one.items()}
+        # Keys, values and their gradients, which are in fp32 either way: 1 + 4 bytes, then 4 + 4.
+        mixed = ("backward", "ring_attention", "send_recv")
+        assert four == {key: count // 5 * 8 if key == mixed else 4 * count for key, count in one.items()}
 
 
 def test_checkpointing_repeats_the_forward() -> None:
@@ -165,6 +187,7 @@ def test_heads_and_losses() -> None:
         ("tp_sp", "regather", 12800),
         ("odysseus", "regather", 12800),
         ("ulysses", "regather", 12800 + 16 * 64),
+        ("tsp", "regather", 12800),
         ("tp_sp", "save", 12800 + 2 * 3 * 16 * 64),
         ("odysseus", "save", 12800 + 3 * 16 * 64),
         ("tp", "regather", 12800 + 4 * 3 * 16 * 64),
@@ -186,6 +209,8 @@ def test_saved_of_a_ring_is_that_of_as_many_ranks() -> None:
     assert saved(MHA, "tp_sp", 4, tokens=L, checkpointing=True)["activations"] == 16 * 64 * 4
     # Two key/value heads on four ranks: each keeps one, as if there were four.
     assert saved(GQA, "tp_sp", 4, tokens=L)["activations"] == 4 * 16 * (6 * 64 + 2 * 32 + 4 * 96)
+    # Under tsp each keeps both, of its own tokens.
+    assert saved(GQA, "tsp", 4, tokens=L)["activations"] == 4 * 16 * (6 * 64 + 2 * 16 + 4 * 96)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def test_every_role_has_a_row(strategy, size):
         ("tp_sp", ROWS, COLUMNS, ROWS, COLUMNS, ROWS),
         ("odysseus", ROWS, COLUMNS, ALL_ROWS, ALL_ROWS, ALL_ROWS),
         ("ulysses", ALL_ROWS, ALL_COLUMNS, ALL_ROWS, ALL_ROWS, ALL_ROWS),
+        ("tsp", ALL_ROWS, ALL_ROWS, ALL_ROWS, ALL_ROWS, ALL_ROWS),
     ],
 )
 def test_placements(strategy, attention, output, inner, down, head):
@@ -93,6 +94,8 @@ def test_a_head_that_is_not_cut_is_said(strategy):
         ("odysseus", {"intermediate": 14340}, 4, 2, "an intermediate size that 8 ranks divide .* is 14344"),
         ("ulysses", {"hidden": 4098}, 4, 1, "a hidden size that 4 ranks divide .* got 4098: the next one is 4100"),
         ("ulysses", {"kv_heads": 1, "head_dim": 10}, 4, 1, "a key/value projection that 4 ranks divide .* got 10"),
+        ("tsp", {"intermediate": 14340}, 4, 2, "an intermediate size that 8 ranks divide .* is 14344"),
+        ("tsp", {"heads": 5, "head_dim": 25}, 4, 1, "a query projection that 4 ranks divide .* got 125: .* is 128"),
         ("odysseus", {"experts": 6}, 4, 1, "experts that 4 ranks divide .* got 6: use 1, 2, 3 or 6 ranks"),
     ],
 )
@@ -101,10 +104,17 @@ def test_check(strategy, changes, size, ring, match):
         get_strategy(strategy).check(dataclasses.replace(SHAPE, **changes), group(size, ring))
 
 
+def test_heads_of_tsp_need_not_divide():
+    get_strategy("tsp").check(dataclasses.replace(SHAPE, heads=30, kv_heads=3), group(8, 2))
+
+
 def test_unknown_strategy():
-    with pytest.raises(ValueError, match=r"expected one of \['odysseus', 'tp', 'tp_sp', 'ulysses'\], got 'megatron'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of \['odysseus', 'tp', 'tp_sp', 'tsp', 'ulysses'\], got 'megatron'"
+    ):
         get_strategy("megatron")
 
 
 def test_batches_are_cut_as_strategies_hold_tokens():
     assert {name: strategy.tokens for name, strategy in STRATEGIES.items()} == sequence._TOKENS
+    assert {name for name, strategy in STRATEGIES.items() if strategy.folded} == sequence._FOLDED

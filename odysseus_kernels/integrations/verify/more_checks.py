@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
+from odysseus_kernels.attention.local import RING_KERNELS
 from odysseus_kernels.integrations.checkpoint import load_checkpoint, model_tensors, save_checkpoint
 from odysseus_kernels.integrations.verify.models import (
     dropout_of,
@@ -145,8 +146,9 @@ def recomputation_check(trial: Trial) -> list[Finding]:
 @contextmanager
 def _seeded(trial: Trial, seed: int) -> Iterator[None]:
     """Generators as a user seeds them: alike across a ring, which drops by position; else differently on each rank."""
-    group = trial.group
-    alike = group.ring_size > 1 or group.tokens == "replicated"
+    group, config = trial.group, getattr(trial.subject, "config", None)
+    kernel = getattr(config, "_attn_implementation", None)
+    alike = (group.zigzag_size > 1 and kernel in RING_KERNELS) or group.tokens == "replicated"
     devices = list(range(torch.cuda.device_count())) if group.mesh.device_type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed if alike else seed + 7919 * group.every_rank)

@@ -78,8 +78,8 @@ def assemble(local: torch.Tensor, group: SequenceGroup, length: int) -> torch.Te
         if over is None or over.size() == 1
         else all_gather(local.contiguous(), over, operator=_OPERATOR, dim=1, config=group.config)
     )
-    if group.ring_size > 1:
-        parts = parts[:, layout.inverse(group.ring_size, parts.shape[1], RING_LAYOUT, parts.device)]
+    if group.zigzag_size > 1:
+        parts = parts[:, layout.inverse(group.zigzag_size, parts.shape[1], RING_LAYOUT, parts.device)]
     return parts[:, :length]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from odysseus_kernels.attention.local import RING_KERNELS
 from odysseus_kernels.integrations.families import FAMILIES
 from odysseus_kernels.integrations.verify.trial import Trial
 from odysseus_kernels.planner import formulas
@@ -58,6 +59,7 @@ def expected_traffic(trial: Trial) -> tuple[formulas.Traffic | None, str]:
         tokens=tokens,
         gathered=group.config.gathered,
         checkpointing=bool(recomputed),
+        keys_at_once=config._attn_implementation not in RING_KERNELS,
         **sizes,
     )
     vocabulary, hidden = model.get_input_embeddings().weight.shape
