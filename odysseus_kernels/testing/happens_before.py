@@ -32,6 +32,7 @@ from odysseus_kernels.comm.schedules.steps import (
     Schedule,
     Step,
     publication,
+    sends_ahead_at,
     symmetric_schedule,
 )
 
@@ -106,16 +107,21 @@ class Event:
 MakeSchedule = Callable[..., Schedule]
 
 
-def bind(world: int, calls: Sequence[CallSpec], make: MakeSchedule = symmetric_schedule) -> list[list[Event]]:
+def bind(
+    world: int,
+    calls: Sequence[CallSpec],
+    make: MakeSchedule = symmetric_schedule,
+    sends_at: Callable[[Schedule], int] = sends_ahead_at,
+) -> list[list[Event]]:
     """For each rank, the events of ``calls`` back to back, with nothing between the calls but their credits."""
-    return [_Binder(world, rank, make).run(calls) for rank in range(world)]
+    return [_Binder(world, rank, make, sends_at).run(calls) for rank in range(world)]
 
 
 class _Binder:
     """One rank's executor without data; leases in the order of ``SymmetricHostTransport._prepare``."""
 
-    def __init__(self, world: int, rank: int, make: MakeSchedule) -> None:
-        self._world, self._rank, self._make = world, rank, make
+    def __init__(self, world: int, rank: int, make: MakeSchedule, sends_at: Callable[[Schedule], int]) -> None:
+        self._world, self._rank, self._make, self._sends_at = world, rank, make, sends_at
         self._table = LeaseTable(WINDOWS, CELLS)
         self._events: list[Event] = []
 
@@ -140,10 +146,12 @@ class _Binder:
             upcoming = calls[number + 1] if call.prefetch else None
             pending = self._table.lease() if upcoming is not None else None
             ahead = None
-            for step in schedule.steps:
-                if pending is not None and upcoming is not None and step.kind not in (Kind.COPY, Kind.SIGNAL):
+            sends_at = self._sends_at(schedule)
+            for index, step in enumerate(schedule.steps):
+                if pending is not None and upcoming is not None and index == sends_at:
                     clean_ahead: set[str] = set()
-                    for early in publication(self._rank, upcoming.gather_pieces):
+                    pieces = 1 if upcoming.program.startswith("exchange") else upcoming.gather_pieces
+                    for early in publication(self._rank, pieces):
                         self._add(number + 1, early, {SHARD: pending}, clean_ahead)
                     ahead, pending = pending, None
                 self._add(number, step, leases, clean)

@@ -18,9 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
+from odysseus_kernels.comm.collective.ahead import Ahead, send_ahead
 from odysseus_kernels.comm.collective.lanes import Lane
+from odysseus_kernels.comm.collective.run import pieces_ahead
 from odysseus_kernels.comm.exchange import Exchange
-from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule
+from odysseus_kernels.comm.prefetch import Prefetch
+from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule, sends_ahead_after
 from odysseus_kernels.comm.schedules.steps import Kind, Step, Task
 from odysseus_kernels.comm.transport import Call
 
@@ -31,7 +34,7 @@ class ExchangeRun:
     """The buffers and handles of one exchange."""
 
     def __init__(self, call: Call, exchange: Exchange, lane: Lane, rank: int, world: int) -> None:
-        self._exchange, self._lane = exchange, lane
+        self._call, self._exchange, self._lane = call, exchange, lane
         self._rank, self._world = rank, world
         self._program = call.program
         self._device = call.device
@@ -46,13 +49,29 @@ class ExchangeRun:
         # Kept until the transfer has finished: the backend reads them.
         self._sent: dict[tuple[Task, int], Tensor] = {}
 
-    def steps(self, wait: Callable[[Any], None]) -> None:
-        """Runs the schedule; ``wait`` finishes what the lane has issued."""
-        for step in collective_schedule(self._program, self._world, self._rank).steps:
+    def adopt(self, ahead: Ahead | None) -> bool:
+        """Takes over the first hop if it was sent ahead; says whether it was."""
+        if ahead is None or not ahead.sent.serves(self._call):
+            return False
+        key = (Task.GIVEN, 0)
+        self._slots["given", 0], self._slots["giving", 0] = ahead.arrived, ahead.own
+        self._work[key], self._sent[key] = ahead.work, ahead.own
+        return True
+
+    def steps(self, wait: Callable[[Any], None], prefetch: Prefetch | None) -> Ahead | None:
+        """Runs the schedule; ``wait`` finishes what the lane has issued.  Returns ``prefetch``, sent meanwhile."""
+        ahead = None
+        schedule = collective_schedule(self._program, self._world, self._rank)
+        sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
+        for index, step in enumerate(schedule.steps):
             assert step.task is not None
             key = (step.task, step.piece)
             if step.kind is Kind.ISSUE:
-                self._issue(step, *key)
+                if key not in self._work:  # a first hop that was sent ahead is under way already
+                    self._issue(step, *key)
+                if index == sends_after and prefetch is not None:
+                    pieces = pieces_ahead(self._call, prefetch)
+                    ahead = send_ahead(self._call, prefetch, pieces, self._lane, self._rank, self._world)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop(key))
                 del self._sent[key]
@@ -60,6 +79,7 @@ class ExchangeRun:
                 self._intake.take(step.rank, self._made.tensors(self._slot("taken", step.piece, self._made)))
             else:
                 self._visit(step)
+        return ahead
 
     def _visit(self, step: Step) -> None:
         exchange, rank = self._exchange, self._rank

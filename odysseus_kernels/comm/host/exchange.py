@@ -23,19 +23,26 @@ class HostExchange:
     """The buffers of one exchange and what its steps do.
 
     Attributes:
-        given: what this rank publishes; None if it gives nothing.
+        given: what this rank publishes, or has sent ahead (``taken``); None if it gives nothing.
         made: what it makes for others; None if it makes nothing.
     """
 
     def __init__(
-        self, exchange: Exchange, rank: int, world: int, reduce_dtype: torch.dtype, leases: LeaseTable, windows: Windows
+        self,
+        exchange: Exchange,
+        rank: int,
+        world: int,
+        reduce_dtype: torch.dtype,
+        leases: LeaseTable,
+        windows: Windows,
+        taken: BundleBuffer | None = None,
     ) -> None:
         self._exchange, self._rank, self._world = exchange, rank, world
         self._reduce_dtype, self._windows = reduce_dtype, windows
-        self.given: BundleBuffer | None = None
+        self.given = taken
         self.made: BundleBuffer | None = None
         self._intake: Intake | None = None
-        if exchange.gives:
+        if exchange.gives and taken is None:
             shared = [(tuple(tensor.shape), tensor.dtype) for tensor in exchange.shared]
             addressed = [((world - 1, *tensor.shape[1:]), tensor.dtype) for tensor in exchange.addressed]
             self.given = BundleBuffer(leases.lease(), Bundle.of((*shared, *addressed)))

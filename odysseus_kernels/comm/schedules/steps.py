@@ -42,6 +42,8 @@ __all__ = [
     "Word",
     "chunk_order",
     "piece_bounds",
+    "publication",
+    "sends_ahead_at",
     "symmetric_schedule",
 ]
 
@@ -257,8 +259,8 @@ def symmetric_schedule(
     """Steps of ``rank`` for ``program`` on a transport whose ranks read one another's buffers.
 
     ``gather+scatter`` publishes first, then scatters, then consumes: the shards arrive while the scattered product
-    runs.  ``published`` leaves the publication out because a prefetch has already done it.  An exchange is in ring
-    order and in one piece.
+    runs.  ``published`` leaves the publication out because an earlier call has sent the shard ahead.  An exchange is in
+    ring order and in one piece.
 
     Raises:
         ValueError: fewer than two ranks, no such program, or a rank or a number of pieces out of range.
@@ -296,3 +298,15 @@ def symmetric_schedule(
 def publication(rank: int, gather_pieces: int = 1) -> tuple[Step, ...]:
     """The steps of a prefetch: the publication that a later ``published`` schedule leaves out."""
     return tuple(_publish(rank, gather_pieces))
+
+
+def sends_ahead_at(schedule: Schedule) -> int:
+    """Index of the step before which a call of ``schedule`` runs the :func:`publication` of what it sends ahead.
+
+    Right after its own publication, so that peers have the whole call to read it; or, where it publishes nothing,
+    before it first waits: what it makes for its peers is not held up.  No step depends on it, and it depends on none.
+    """
+    kinds = [step.kind for step in schedule.steps]
+    if kinds[0] in (Kind.COPY, Kind.SIGNAL):
+        return next(index for index, kind in enumerate(kinds) if kind not in (Kind.COPY, Kind.SIGNAL))
+    return kinds.index(Kind.WAIT)
