@@ -11,6 +11,14 @@ from torch import nn
 
 from odysseus_kernels import ops
 from odysseus_kernels.attention.ring import ring_attention
+from odysseus_kernels.nn.ahead import (
+    GathersWeights,
+    Shards,
+    ahead_in_backward,
+    ahead_in_forward,
+    ahead_in_recomputation,
+    shard_of,
+)
 from odysseus_kernels.nn.cut import RING_LAYOUT
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import head_parameter, local_parameter, sharded_parameter, token_parameter
@@ -90,7 +98,7 @@ def local_heads(heads: int, kv_heads: int, rank: int, size: int) -> tuple[int, i
     return heads // size, rank * kv_heads // size, 1
 
 
-class _SequenceAttention(nn.Module):
+class _SequenceAttention(nn.Module, GathersWeights):
     """Self-attention whose heads are cut over the ranks; subclasses say how tokens get there and back.
 
     Shapes: q [B, T, heads/N, head_dim], k and v likewise with their heads, where T = L/R tokens are those of this
@@ -265,7 +273,12 @@ class HeadParallelAttention(_SequenceAttention):
         group = self.sequence_group
         weights, biases = self._head_sharded()
         query, key, value = ops.all_gather_linear(
-            hidden_states, weights, biases, group=group.group, config=group.config
+            hidden_states,
+            weights,
+            biases,
+            group=group.group,
+            config=group.config,
+            prefetch_backward=ahead_in_backward(self, hidden_states),
         )
         return query, key, value
 
@@ -273,7 +286,9 @@ class HeadParallelAttention(_SequenceAttention):
         group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
         weight, bias = sharded_parameter(layer.weight, group), sharded_parameter(layer.bias, group)
         assert weight is not None
-        return ops.linear_reduce_scatter(out, weight, bias, group=group.group, config=group.config)
+        return ops.linear_reduce_scatter(
+            out, weight, bias, group=group.group, config=group.config, prefetch=ahead_in_forward(self)
+        )
 
 
 class TensorParallelAttention(_SequenceAttention):
@@ -316,11 +331,14 @@ class UlyssesAttention(_SequenceAttention):
             group=group.group,
             zero3_group=group.everyone,
             config=group.config,
+            prefetch_backward=ahead_in_backward(self, hidden_states),
+            prefetch_recomputed=ahead_in_recomputation(self, hidden_states),
         )
         return query, key, value
 
     def _output(self, out: torch.Tensor) -> torch.Tensor:
         group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
+        self.note_backward(out)
         return ops.all_to_all_linear(
             out,
             local_parameter(layer.weight),
@@ -328,4 +346,17 @@ class UlyssesAttention(_SequenceAttention):
             group=group.group,
             zero3_group=group.everyone,
             config=group.config,
+            prefetch=ahead_in_forward(self),
         )
+
+    def first_gathered(self) -> Shards:
+        # Key and value weights with fewer heads than ranks are gathered whole, by calls of their own.
+        shared = [self._layers()[0]] if self.attention_spec.kv_heads % self.sequence_group.size else self._layers()
+        weights = [shard_of(layer) for layer in shared]
+        biases = [shard_of(layer, "bias") for layer in shared if layer.bias is not None]
+        found = tuple(one for one in (*weights, *biases) if one is not None)
+        return found if len(found) == len(weights) + len(biases) else None
+
+    def first_gathered_in_backward(self) -> Shards:
+        shard = shard_of(getattr(self, self.attention_spec.output)) if self.gathers_in_backward else None
+        return None if shard is None else (shard,)

@@ -14,6 +14,7 @@ from torch import nn
 
 from odysseus_kernels import ops
 from odysseus_kernels.comm.functional import all_gather, all_reduce
+from odysseus_kernels.nn.ahead import GathersWeights, ahead_in_backward
 from odysseus_kernels.nn.derivatives import first_derivative
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import local_parameter, sharded_parameter
@@ -21,7 +22,7 @@ from odysseus_kernels.nn.parameters import local_parameter, sharded_parameter
 __all__ = ["VocabParallelLinear", "Zero3Linear"]
 
 
-class Zero3Linear(nn.Module):
+class Zero3Linear(nn.Module, GathersWeights):
     """``nn.Linear`` with ZeRO-3 weights: rows are gathered as they are multiplied, the weight is never whole.
 
     Shapes: input [..., K], weight [n, K] and bias [n] as DTensors cut into rows over all
@@ -40,7 +41,10 @@ class Zero3Linear(nn.Module):
         """Applies the layer to this rank's tokens."""
         weight, bias = local_parameter(self.weight), local_parameter(self.bias)
         group = self.sequence_group
-        return ops.zero3_linear(input, weight, bias, group=group.everyone, config=group.config)
+        before = ahead_in_backward(self, input, same_layer=False)
+        return ops.zero3_linear(
+            input, weight, bias, group=group.everyone, config=group.config, prefetch_backward=before
+        )
 
     def cross_entropy(
         self,
@@ -65,6 +69,7 @@ class Zero3Linear(nn.Module):
             chunk_rows=chunk_rows,
             reduction=reduction,
             config=group.config,
+            prefetch_backward=ahead_in_backward(self, hidden, same_layer=False),
         )
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odysseus_kernels.comm.schedules.steps import SHARD
 from odysseus_kernels.comm.prefetch import Prefetch
+from odysseus_kernels.comm.schedules.steps import SHARD
 from odysseus_kernels.comm.transport import Call, Gather, Scatter
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError

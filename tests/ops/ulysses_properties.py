@@ -136,10 +136,10 @@ def opcheck(rank: int, world: int) -> None:
     operators = torch.ops.odysseus
     weights, biases = [tensor(4, 8), tensor(3, 8)], [tensor(4)]
     sharers = [1, world]
-    arguments = (tensor(2, 3, 8), weights, biases, [True, False], sharers, name, name, key)
+    arguments = (tensor(2, 3, 8), weights, biases, [True, False], sharers, name, name, key, [], "")
     torch.library.opcheck(operators.linear_all_to_all.default, arguments)
     for keep in (False, True):
-        arguments = (tensor(2, 3 * world, 4), tensor(2 * world, 4), tensor(2), name, name, key, keep)
+        arguments = (tensor(2, 3 * world, 4), tensor(2 * world, 4), tensor(2), name, name, key, keep, [], "")
         # Without what was received there is no gradient of the weight, and the operator is not called so.
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(

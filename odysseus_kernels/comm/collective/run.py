@@ -89,9 +89,7 @@ class CollectiveRun:
         return ahead
 
     def _send_ahead(self, prefetch: Prefetch) -> Ahead:
-        return send_ahead(
-            self._call, prefetch, pieces_ahead(self._call, prefetch), self._lane, self._rank, self._world
-        )
+        return send_ahead(self._call, prefetch, pieces_ahead(self._call, prefetch), self._lane, self._rank, self._world)
 
     def _block(self, name: str, piece: int, like: Tensor, rows: int, slots: int, most: int) -> Tensor:
         """Buffer ``name`` of ``piece``: [slots, batch, rows, width], made once for each of the pieces in flight."""

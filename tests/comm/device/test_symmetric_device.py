@@ -13,8 +13,8 @@ import torch
 from simulated_group import CONFIG, WIDTH, Group
 from torch import Tensor
 
-from odysseus_kernels.comm.schedules.steps import piece_bounds
 from odysseus_kernels.comm.recorder import CommRecorder
+from odysseus_kernels.comm.schedules.steps import piece_bounds
 from odysseus_kernels.comm.transport import (
     Call,
     CapacityExceededError,

@@ -1,0 +1,197 @@
+"""Which weights a layer sends ahead: what the module behind it in the model gathers, or in backward the one before.
+
+Modules are linked once, when a model is parallelized (:func:`link_modules`), in the order of its forward; each asks its
+neighbours at every call.  Nothing here decides what is computed: a transport uses what was sent ahead if the next call
+gathers just that, in the same pass and unchanged, and drops it otherwise (``comm/sent_ahead.py``).  So a layer that is
+left out, or called twice, or whose order is changed costs what was sent for nothing, and never a number.
+
+What comes next where:
+
+========================= ================================ ==================================================
+after                     in forward                       in backward
+========================= ================================ ==================================================
+attention's first product (Ulysses' next weight comes with the feed-forward network or experts of the layer before
+                          heads, in one exchange)
+attention's last product  the layer's feed-forward network (attention's first product gathers activations)
+or experts
+feed-forward network      the next layer's attention, if   the attention's last product, if it gathers weights
+                          it gathers weights
+language head                                              the last layer's feed-forward network
+========================= ================================ ==================================================
+
+A layer that a checkpoint computes again runs forward within backward.  Its feed-forward network is then followed by its
+own backward, and its backward by the forward of the layer before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from odysseus_kernels.comm.sent_ahead import in_backward_pass
+from odysseus_kernels.nn.group import SequenceGroup
+
+__all__ = [
+    "GathersWeights",
+    "Neighbours",
+    "Shards",
+    "ahead_in_backward",
+    "ahead_in_forward",
+    "ahead_in_recomputation",
+    "link_modules",
+    "shard_of",
+]
+
+Shards = Tensor | tuple[Tensor, ...] | None
+
+
+class GathersWeights:
+    """A module that says what it gathers: a weight shard, or a tuple of all that its exchange shares.
+
+    Attributes:
+        neighbours: set by :func:`link_modules`; without it nothing is sent ahead.
+        gathers_in_backward: whether the backward of the latest forward gathers weights.
+        checkpointed: whether hooks on saved tensors were set in the latest forward, as checkpoints set them.
+    """
+
+    neighbours: Neighbours | None = None
+    gathers_in_backward: bool = False
+    checkpointed: bool = False
+
+    def first_gathered(self) -> Shards:
+        """What forward gathers first; None if that is no weight, or not whole."""
+        return None
+
+    def first_gathered_in_backward(self) -> Shards:
+        """What backward gathers first; None if that is no weight, or not whole."""
+        return None
+
+    def note_backward(self, product: Tensor) -> None:
+        """Remembers what is known of the backward of the product whose input is ``product``, its first in backward."""
+        if not torch.compiler.is_compiling():
+            self.gathers_in_backward = product.requires_grad and torch.is_grad_enabled()
+            self.checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class Neighbours:
+    """The modules that gather before and after another one; a copy or an unpickled module has none.
+
+    References are weak: a module must neither hold the whole model nor be copied with it.
+
+    Attributes:
+        following, preceding: in the order of forward.
+        layer_before: what the layer before begins with.
+    """
+
+    def __init__(
+        self,
+        following: nn.Module | None = None,
+        preceding: nn.Module | None = None,
+        layer_before: nn.Module | None = None,
+    ) -> None:
+        self._found = [None if one is None else weakref.ref(one) for one in (following, preceding, layer_before)]
+
+    @property
+    def following(self) -> Any:
+        return self._get(0)
+
+    @property
+    def preceding(self) -> Any:
+        return self._get(1)
+
+    @property
+    def layer_before(self) -> Any:
+        return self._get(2)
+
+    def _get(self, index: int) -> nn.Module | None:
+        found = self._found[index]
+        return None if found is None else found()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Neighbours:
+        return Neighbours()
+
+    def __reduce__(self) -> tuple[type[Neighbours], tuple[()]]:
+        return Neighbours, ()
+
+
+def link_modules(modules: Sequence[Any], firsts: Sequence[Any], group: SequenceGroup) -> None:
+    """Tells ``modules``, in the order of forward, of their neighbours; ``firsts`` are those that layers begin with.
+
+    Where the ranks of a ring share weights beyond ``seq``, activations and weights travel in different groups, and a
+    call sends ahead in its own only: then nothing is linked.
+    """
+    if group.every_size != group.size or group.every_size == 1:
+        return
+    begins = {id(first) for first in firsts}
+    linked = [
+        one if isinstance(one, GathersWeights) and getattr(one, "sends_ahead", True) else None for one in modules
+    ]
+    layer_before = current = None
+    for index, module in enumerate(linked):
+        if id(modules[index]) in begins:
+            layer_before, current = current, module
+        if module is not None:
+            preceding = linked[index - 1] if index else None
+            following = linked[index + 1] if index + 1 < len(linked) else None
+            module.neighbours = Neighbours(following, preceding, layer_before)
+
+
+def ahead_in_forward(module: GathersWeights, *, last: bool = False) -> Shards:
+    """What ``module`` sends ahead in this forward; ``last`` for the module that ends a layer.
+
+    Computed again, the end of a layer is followed by its own backward.
+    """
+    neighbours = _neighbours(module)
+    if neighbours is None:
+        return None
+    if last and in_backward_pass():
+        return module.first_gathered_in_backward()
+    return None if neighbours.following is None else neighbours.following.first_gathered()
+
+
+def ahead_in_backward(module: GathersWeights, x: Tensor, *, same_layer: bool = True) -> Shards:
+    """What ``module``, whose input is ``x``, sends ahead at the end of its backward.
+
+    A module that is not in the same layer as the one before it, and is itself not computed again (the language head),
+    cannot know whether a checkpoint computes that one again: behind one nothing is sent.
+    """
+    neighbours = _neighbours(module)
+    before = None if neighbours is None else neighbours.preceding
+    if before is None or not x.requires_grad or not (same_layer or not before.checkpointed):
+        return None
+    return before.first_gathered_in_backward()
+
+
+def ahead_in_recomputation(module: GathersWeights, x: Tensor) -> Shards:
+    """The same where the layer that ``module`` begins was computed again: the layer before will be, too."""
+    neighbours = _neighbours(module)
+    if neighbours is None or neighbours.layer_before is None or not x.requires_grad:
+        return None
+    return neighbours.layer_before.first_gathered()
+
+
+def _neighbours(module: GathersWeights) -> Neighbours | None:
+    return None if torch.compiler.is_compiling() else module.neighbours
+
+
+def shard_of(layer: Any, name: str = "weight") -> Tensor | None:
+    """This rank's shard as ``layer`` will gather it; None where it is not there now, or cut in another way.
+
+    A wrapper that shards parameters further has only a part of them here between the calls of its own layer.
+    """
+    parameter = getattr(layer, name)
+    if parameter is None:
+        return None
+    if isinstance(parameter, DTensor):
+        if tuple(parameter.placements) != vars(layer).get("sequence_placements", {}).get(name):
+            return None
+        with torch.no_grad():
+            parameter = parameter.to_local()
+    local = parameter.detach()
+    end = (local.storage_offset() + local.numel()) * local.element_size()
+    return local if local.untyped_storage().nbytes() >= end else None
