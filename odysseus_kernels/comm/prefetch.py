@@ -16,8 +16,7 @@ class Prefetch:
     """Shards to be sent while another call computes.  They must not change before the call that gathers them.
 
     Attributes:
-        kind: how they are gathered: by a ``"gather"``, or as all that is ``"shared"`` in an exchange without addressed
-            parts.
+        kind: how they are gathered: by a ``"gather"``, or as all that is ``"shared"`` in an exchange.
         tensors: contiguous; of a gather one [batch, rows, width], else what the exchange shares, in its order.
     """
 

@@ -96,9 +96,8 @@ def gathered_shards(call: Call) -> Prefetch | None:
     """What of ``call`` could have been sent ahead."""
     if call.gather is not None:
         return Prefetch("gather", (call.gather.shard,))
-    exchange = call.exchange
-    if exchange is not None and exchange.shared and not exchange.addressed:
-        return Prefetch("shared", exchange.shared)
+    if call.exchange is not None and call.exchange.shared:
+        return Prefetch("shared", call.exchange.shared)
     return None
 
 

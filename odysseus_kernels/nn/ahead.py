@@ -5,19 +5,18 @@ neighbours at every call.  Nothing here decides what is computed: a transport us
 gathers just that, in the same pass and unchanged, and drops it otherwise (``comm/sent_ahead.py``).  So a layer that is
 left out, or called twice, or whose order is changed costs what was sent for nothing, and never a number.
 
-What comes next where:
+What comes next where.  Only weights can be sent ahead: activations, which Odysseus' attention gathers, are made just
+before.
 
-========================= ================================ ==================================================
-after                     in forward                       in backward
-========================= ================================ ==================================================
-attention's first product (Ulysses' next weight comes with the feed-forward network or experts of the layer before
-                          heads, in one exchange)
-attention's last product  the layer's feed-forward network (attention's first product gathers activations)
-or experts
-feed-forward network      the next layer's attention, if   the attention's last product, if it gathers weights
-                          it gathers weights
-language head                                              the last layer's feed-forward network
-========================= ================================ ==================================================
+========================= =========================================== ================================================
+after                     in forward                                  in backward
+========================= =========================================== ================================================
+attention's first product attention's last product, under Ulysses     the layer before: its feed-forward network
+attention's last product  the layer's feed-forward network            attention's first product, under Ulysses
+feed-forward network      the next layer's attention, under Ulysses;  the same layer's attention, under Ulysses
+                          at the end the language head
+language head                                                         the last layer's feed-forward network
+========================= =========================================== ================================================
 
 A layer that a checkpoint computes again runs forward within backward.  Its feed-forward network is then followed by its
 own backward, and its backward by the forward of the layer before.
@@ -30,7 +29,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.comm.sent_ahead import in_backward_pass
@@ -43,6 +42,7 @@ __all__ = [
     "ahead_in_backward",
     "ahead_in_forward",
     "ahead_in_recomputation",
+    "is_linked",
     "link_modules",
     "shard_of",
 ]
@@ -88,12 +88,7 @@ class Neighbours:
         layer_before: what the layer before begins with.
     """
 
-    def __init__(
-        self,
-        following: nn.Module | None = None,
-        preceding: nn.Module | None = None,
-        layer_before: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, following: Any = None, preceding: Any = None, layer_before: Any = None) -> None:
         self._found = [None if one is None else weakref.ref(one) for one in (following, preceding, layer_before)]
 
     @property
@@ -108,7 +103,7 @@ class Neighbours:
     def layer_before(self) -> Any:
         return self._get(2)
 
-    def _get(self, index: int) -> nn.Module | None:
+    def _get(self, index: int) -> Any:
         found = self._found[index]
         return None if found is None else found()
 
@@ -128,9 +123,7 @@ def link_modules(modules: Sequence[Any], firsts: Sequence[Any], group: SequenceG
     if group.every_size != group.size or group.every_size == 1:
         return
     begins = {id(first) for first in firsts}
-    linked = [
-        one if isinstance(one, GathersWeights) and getattr(one, "sends_ahead", True) else None for one in modules
-    ]
+    linked = [one if isinstance(one, GathersWeights) and getattr(one, "sends_ahead", True) else None for one in modules]
     layer_before = current = None
     for index, module in enumerate(linked):
         if id(modules[index]) in begins:
@@ -173,6 +166,11 @@ def ahead_in_recomputation(module: GathersWeights, x: Tensor) -> Shards:
     if neighbours is None or neighbours.layer_before is None or not x.requires_grad:
         return None
     return neighbours.layer_before.first_gathered()
+
+
+def is_linked(module: GathersWeights) -> bool:
+    """Whether ``module`` may send ahead what it gathers itself at its next call."""
+    return _neighbours(module) is not None
 
 
 def _neighbours(module: GathersWeights) -> Neighbours | None:

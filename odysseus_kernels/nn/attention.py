@@ -17,6 +17,7 @@ from odysseus_kernels.nn.ahead import (
     ahead_in_backward,
     ahead_in_forward,
     ahead_in_recomputation,
+    is_linked,
     shard_of,
 )
 from odysseus_kernels.nn.cut import RING_LAYOUT
@@ -321,6 +322,7 @@ class UlyssesAttention(_SequenceAttention):
 
     def _project(self, hidden_states: torch.Tensor) -> Heads:
         spec, group, layers = self.attention_spec, self.sequence_group, self._layers()
+        self._input_needed = hidden_states.requires_grad
         weights = tuple(local_parameter(layer.weight) for layer in layers)
         biases = tuple(local_parameter(layer.bias) for layer in layers)
         query, key, value = ops.linear_all_to_all(
@@ -331,6 +333,7 @@ class UlyssesAttention(_SequenceAttention):
             group=group.group,
             zero3_group=group.everyone,
             config=group.config,
+            prefetch=self._output_shard() if is_linked(self) else None,
             prefetch_backward=ahead_in_backward(self, hidden_states),
             prefetch_recomputed=ahead_in_recomputation(self, hidden_states),
         )
@@ -347,16 +350,27 @@ class UlyssesAttention(_SequenceAttention):
             zero3_group=group.everyone,
             config=group.config,
             prefetch=ahead_in_forward(self),
+            prefetch_backward=self._shared(biases=False) if is_linked(self) and self._input_needed else None,
         )
 
     def first_gathered(self) -> Shards:
-        # Key and value weights with fewer heads than ranks are gathered whole, by calls of their own.
-        shared = [self._layers()[0]] if self.attention_spec.kv_heads % self.sequence_group.size else self._layers()
-        weights = [shard_of(layer) for layer in shared]
-        biases = [shard_of(layer, "bias") for layer in shared if layer.bias is not None]
-        found = tuple(one for one in (*weights, *biases) if one is not None)
-        return found if len(found) == len(weights) + len(biases) else None
+        return self._shared(biases=True)
 
     def first_gathered_in_backward(self) -> Shards:
-        shard = shard_of(getattr(self, self.attention_spec.output)) if self.gathers_in_backward else None
+        return self._output_shard() if self.gathers_in_backward else None
+
+    def _shared(self, *, biases: bool) -> Shards:
+        """What the exchange of the first product shares; in backward no biases.
+
+        Key and value weights with fewer heads than ranks are gathered whole, by calls of their own.
+        """
+        group = self.sequence_group
+        layers = self._layers()[: 1 if self.attention_spec.kv_heads % group.size else None]
+        found = [shard_of(layer) for layer in layers]
+        found += [shard_of(layer, "bias") for layer in layers if biases and layer.bias is not None]
+        present = tuple(shard for shard in found if shard is not None)
+        return present if len(present) == len(found) else None
+
+    def _output_shard(self) -> Shards:
+        shard = shard_of(getattr(self, self.attention_spec.output))
         return None if shard is None else (shard,)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from odysseus_kernels.comm.schedules.leases import Lease, LeaseTable
 from odysseus_kernels.comm.schedules.steps import (
     PARTIAL,
+    SENT,
     SHARD,
     ChunkOrder,
     Kind,
@@ -54,6 +55,7 @@ class CallSpec:
     scatter_pieces: int = 1
     order: ChunkOrder = "ring"
     prefetch: bool = False  # sends the next call's shard ahead
+    addressed: bool = False  # gives each rank something of its own, which nobody can send ahead
 
 
 class Access(NamedTuple):
@@ -135,14 +137,18 @@ class _Binder:
                 order=call.order,
                 gather_pieces=call.gather_pieces,
                 scatter_pieces=call.scatter_pieces,
-                published=ahead is not None,
+                published=ahead is not None and not call.addressed,
+                sent=ahead is not None and call.addressed,
             )
             leases: dict[str, Lease] = {}
-            if SHARD in schedule.counts:
-                leases[SHARD] = ahead or self._table.lease()
-            if PARTIAL in schedule.counts:
-                leases[PARTIAL] = self._table.lease()
-            clean = {SHARD} if ahead is not None else set()
+            clean = set()
+            if ahead is not None:
+                arrived = SENT if call.addressed else SHARD
+                leases[arrived] = ahead
+                clean.add(arrived)
+            for name in (SHARD, PARTIAL):
+                if name in schedule.counts and name not in leases:
+                    leases[name] = self._table.lease()
             upcoming = calls[number + 1] if call.prefetch else None
             pending = self._table.lease() if upcoming is not None else None
             ahead = None
@@ -151,8 +157,9 @@ class _Binder:
                 if pending is not None and upcoming is not None and index == sends_at:
                     clean_ahead: set[str] = set()
                     pieces = 1 if upcoming.program.startswith("exchange") else upcoming.gather_pieces
-                    for early in publication(self._rank, pieces):
-                        self._add(number + 1, early, {SHARD: pending}, clean_ahead)
+                    name = SENT if upcoming.addressed else SHARD
+                    for early in publication(self._rank, pieces, name):
+                        self._add(number + 1, early, {name: pending}, clean_ahead)
                     ahead, pending = pending, None
                 self._add(number, step, leases, clean)
             for name, lease in leases.items():

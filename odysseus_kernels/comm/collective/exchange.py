@@ -40,7 +40,9 @@ class ExchangeRun:
         self._device = call.device
         shared = [(tuple(tensor.shape), tensor.dtype) for tensor in exchange.shared]
         addressed = [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in exchange.addressed]
-        self._given = Bundle.of((*shared, *addressed))
+        self._given, self._rest = Bundle.of((*shared, *addressed)), Bundle.of(tuple(addressed))
+        # What the first visit's rank shares, if that was sent ahead and it gives more.
+        self._first: tuple[Tensor, ...] | None = None
         self._made = made_bundle(exchange)
         held = held_bundle(exchange, world, call.config.reduce_dtype)
         self._intake = Intake(exchange, world, call.config.reduce_dtype, self._empty(held.nbytes))
@@ -50,9 +52,14 @@ class ExchangeRun:
         self._sent: dict[tuple[Task, int], Tensor] = {}
 
     def adopt(self, ahead: Ahead | None) -> bool:
-        """Takes over the first hop if it was sent ahead; says whether it was."""
+        """Takes over what the first hop shares if it was sent ahead, and has arrived; says whether it was."""
         if ahead is None or not ahead.sent.serves(self._call):
             return False
+        if self._exchange.addressed:
+            shared = self._exchange.shared
+            specs = tuple((tuple(tensor.shape), tensor.dtype) for tensor in shared)
+            self._first = Bundle.of(specs).tensors(ahead.arrived)
+            return True
         key = (Task.GIVEN, 0)
         self._slots["given", 0], self._slots["giving", 0] = ahead.arrived, ahead.own
         self._work[key], self._sent[key] = ahead.work, ahead.own
@@ -88,7 +95,9 @@ class ExchangeRun:
             return
         given: tuple[Tensor, ...] = ()
         made: tuple[Tensor, ...] = ()
-        if exchange.gives:
+        if self._first is not None and step.piece == 0:
+            given = (*self._first, *self._rest.tensors(self._slot("given", 0, self._given)))
+        elif exchange.gives:
             given = self._given.tensors(self._slot("given", step.piece, self._given))
         if exchange.makes:
             made = self._made.tensors(self._slot("made", step.piece, self._made))
@@ -99,7 +108,11 @@ class ExchangeRun:
         source = step.rank
         target = (2 * self._rank - source) % self._world
         if task is Task.GIVEN:
-            sent, received = self._giving(hop, target), self._slot("given", hop, self._given)
+            received = self._slot("given", hop, self._given)
+            if self._first is not None and hop == 0:
+                sent, received = self._giving_rest(target), received[: self._rest.nbytes]
+            else:
+                sent = self._giving(hop, target)
         else:
             sent, received = self._slot("made", hop, self._made), self._slot("taken", hop, self._made)
         leaving, arriving = [0] * self._world, [0] * self._world
@@ -123,6 +136,13 @@ class ExchangeRun:
             for place, tensor in zip(tensors, exchange.shared, strict=False):
                 place.copy_(tensor.detach())
         for place, tensor in zip(tensors[len(exchange.shared) :], exchange.addressed, strict=True):
+            place.copy_(tensor[target].detach())
+        return raw
+
+    def _giving_rest(self, target: int) -> Tensor:
+        """The same without what is shared; in memory of its own, as a later hop's lies otherwise."""
+        raw = self._empty(self._rest.nbytes)
+        for place, tensor in zip(self._rest.tensors(raw), self._exchange.addressed, strict=True):
             place.copy_(tensor[target].detach())
         return raw
 

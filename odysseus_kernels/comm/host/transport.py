@@ -30,6 +30,7 @@ from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
 from odysseus_kernels.comm.schedules.leases import LeaseTable
 from odysseus_kernels.comm.schedules.steps import (
+    SENT,
     SHARD,
     Kind,
     Schedule,
@@ -81,7 +82,8 @@ class _Buffers:
     def __getitem__(self, name: str) -> _Buffer:
         found: _Buffer | None
         if self.exchange is not None:
-            found = self.exchange.given if name == SHARD else self.exchange.made
+            of = self.exchange
+            found = of.given if name == SHARD else of.sent if name == SENT else of.made
         else:
             found = self.shard if name == SHARD else self.partial
         assert found is not None
@@ -224,13 +226,15 @@ class SymmetricHostTransport(Transport):
         gather_pieces = self._gather_pieces(call, gather.shard) if gather else 1
         scatter_pieces = self._scatter_pieces(call, scatter) if scatter else 1
         taken = self._take_ahead(call, gather_pieces)
+        more = taken is not None and call.exchange is not None and bool(call.exchange.addressed)
         schedule = symmetric_schedule(
             call.program,
             self.world,
             self.rank,
             gather_pieces=gather_pieces,
             scatter_pieces=scatter_pieces,
-            published=taken is not None,
+            published=taken is not None and not more,
+            sent=more,
         )
         if gather and isinstance(taken, ShardBuffer):
             buffers.shard = taken
