@@ -23,7 +23,7 @@ class HostExchange:
     """The buffers of one exchange and what its steps do.
 
     Attributes:
-        given: what this rank publishes, or all that it gives if that was sent ahead (``taken``); None if that is nothing.
+        given: what this rank publishes, or all that it gives if that was sent ahead (``taken``); or None.
         sent: what it shares, if that was sent ahead and it gives more; ``given`` has the rest then.
         made: what it makes for others; None if it makes nothing.
     """
