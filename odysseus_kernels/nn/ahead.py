@@ -57,11 +57,13 @@ class GathersWeights:
         neighbours: set by :func:`link_modules`; without it nothing is sent ahead.
         gathers_in_backward: whether the backward of the latest forward gathers weights.
         checkpointed: whether hooks on saved tensors were set in the latest forward, as checkpoints set them.
+        sent: parameters that the module before has sent ahead, and their versions then.
     """
 
     neighbours: Neighbours | None = None
     gathers_in_backward: bool = False
     checkpointed: bool = False
+    sent: tuple[tuple[Tensor, int], ...] = ()
 
     def first_gathered(self) -> Shards:
         """What forward gathers first; None if that is no weight, or not whole."""
@@ -76,6 +78,17 @@ class GathersWeights:
         if not torch.compiler.is_compiling():
             self.gathers_in_backward = product.requires_grad and torch.is_grad_enabled()
             self.checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+    def note_changes(self) -> None:
+        """At the beginning of forward: what was sent ahead of it is not used if a parameter has changed meanwhile.
+
+        A hook may do that.  A change of a DTensor is counted for itself, not for the local tensor that was sent.
+        """
+        for parameter, version in self.sent:
+            if parameter._version != version and isinstance(parameter, DTensor):
+                with torch.no_grad():
+                    torch.autograd.graph.increment_version(parameter.to_local())
+        self.sent = ()
 
 
 class Neighbours:
@@ -144,7 +157,13 @@ def ahead_in_forward(module: GathersWeights, *, last: bool = False) -> Shards:
         return None
     if last and in_backward_pass():
         return module.first_gathered_in_backward()
-    return None if neighbours.following is None else neighbours.following.first_gathered()
+    following = neighbours.following
+    if following is None:
+        return None
+    shards = following.first_gathered()
+    if shards is not None:
+        following.sent = tuple((one, one._version) for one in following.parameters() if not one.is_inference())
+    return shards
 
 
 def ahead_in_backward(module: GathersWeights, x: Tensor, *, same_layer: bool = True) -> Shards:

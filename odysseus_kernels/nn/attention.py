@@ -322,6 +322,7 @@ class UlyssesAttention(_SequenceAttention):
 
     def _project(self, hidden_states: torch.Tensor) -> Heads:
         spec, group, layers = self.attention_spec, self.sequence_group, self._layers()
+        self.note_changes()
         self._input_needed = hidden_states.requires_grad
         weights = tuple(local_parameter(layer.weight) for layer in layers)
         biases = tuple(local_parameter(layer.bias) for layer in layers)

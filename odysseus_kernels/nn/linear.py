@@ -51,6 +51,7 @@ class Zero3Linear(nn.Module, GathersWeights):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Applies the layer to this rank's tokens."""
+        self.note_changes()
         weight, bias = local_parameter(self.weight), local_parameter(self.bias)
         group = self.sequence_group
         before = ahead_in_backward(self, input, same_layer=False)
@@ -70,6 +71,7 @@ class Zero3Linear(nn.Module, GathersWeights):
 
         hidden [R, K] and targets [R].
         """
+        self.note_changes()
         group = self.sequence_group
         return ops.zero3_linear_cross_entropy(
             hidden,

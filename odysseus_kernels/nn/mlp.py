@@ -70,6 +70,7 @@ class Zero3MLP(_MLP, GathersWeights):
         """Applies the network to this rank's tokens."""
         spec = self.mlp_spec
         activation = getattr(self, spec.activation)
+        self.note_changes()
         # Each product names the weights that travel next.  Backward goes the other way: down, up, gate.
         before, inner = ahead_in_backward(self, x), x.requires_grad
         if spec.gate is None:

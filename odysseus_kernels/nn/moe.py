@@ -76,6 +76,7 @@ class Zero3Experts(nn.Module, GathersWeights):
     ) -> torch.Tensor:
         """Applies to each token the experts that the router chose for it."""
         spec, group = self.experts_spec, self.sequence_group
+        self.note_changes()
         self.note_backward(hidden_states)
         return ops.zero3_experts(
             hidden_states,

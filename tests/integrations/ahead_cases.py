@@ -62,7 +62,7 @@ def _batch(case: Case | FamilyCase, strategy: str) -> Any:
     return shard_sequence(case.whole_batch(), sequence_mesh(torch.distributed.get_world_size()), strategy)
 
 
-def _trained(model: Any, step: Callable[[Any, int], None], steps: int = 3) -> list[torch.Tensor]:
+def _trained(model: Any, step: Callable[[Any, int], None], steps: int) -> list[torch.Tensor]:
     """All parameters after some steps of ``step(model, number)`` and an optimizer."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, foreach=True)
     for number in range(steps):
@@ -72,29 +72,31 @@ def _trained(model: Any, step: Callable[[Any, int], None], steps: int = 3) -> li
     return [parameter.to_local().detach() for parameter in model.parameters()]
 
 
-def _same(case: Any, strategy: str, transport: str, step: Callable[[Any, int], None]) -> tuple[Counts, int]:
+def _same(
+    case: Any, strategy: str, transport: str, step: Callable[[Any, int], None], steps: int = 2
+) -> tuple[Counts, int]:
     """Trains with and without what is sent ahead, compares to the bit; returns counts, and all that was dropped."""
     with CommRecorder() as record:
-        ahead = _trained(_model(case, strategy, transport), step)
+        ahead = _trained(_model(case, strategy, transport), step, steps)
     with CommRecorder() as alone:
-        plain = _trained(unlinked(_model(case, strategy, transport)), step)
+        plain = _trained(unlinked(_model(case, strategy, transport)), step, steps)
     with nothing_serves():
-        opened = _trained(_model(case, strategy, transport), step)
+        opened = _trained(_model(case, strategy, transport), step, steps)
     for one, other, third in zip(ahead, plain, opened, strict=True):
         assert torch.equal(one, other) and torch.equal(one, third)
     assert record.rows() == alone.rows(), "what is sent ahead is sent once"
     return counts(record), record.ahead()["dropped"]
 
 
-def training(rank: int, world: int, case: Case, strategy: str, transport: str) -> tuple[Counts, int]:
-    """Three steps of an optimizer, two batches each."""
+def training(rank: int, world: int, case: Case, strategy: str, transport: str, batches: int = 2) -> tuple[Counts, int]:
+    """Steps of an optimizer, ``batches`` accumulated for each; one step for a single batch."""
     batch = _batch(case, strategy)
 
     def step(model: Any, number: int) -> None:
-        for _ in range(2):
+        for _ in range(batches):
             model(**batch).loss.backward()
 
-    return _same(case, strategy, transport, step)
+    return _same(case, strategy, transport, step, steps=batches)
 
 
 def experts(rank: int, world: int, family: str, strategy: str, transport: str) -> tuple[Counts, int]:
@@ -182,3 +184,24 @@ def unusual_orders(rank: int, world: int, strategy: str, transport: str) -> None
     plain(**batch).loss.backward()
     for one, other in zip(first.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one.grad.to_local(), other.grad.to_local())
+
+
+def changed_by_hooks(rank: int, world: int, strategy: str, transport: str) -> int:
+    """Each module that gathers first changes its own weights just before it does; what was sent ahead is old then."""
+    case = Case(layers=3)
+    model, batch = _model(case, strategy, transport), _batch(case, strategy)
+
+    def change(module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+
+    for layer in model.model.layers:
+        for module in (layer.self_attn, layer.mlp):
+            module.register_forward_pre_hook(change)
+    with CommRecorder() as record:
+        loss = model(**batch).loss.detach()
+    twin = unlinked(_model(case, strategy, transport))
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(loss, twin(**batch).loss.detach())
+    return record.ahead()["dropped"]

@@ -11,7 +11,7 @@ from odysseus_kernels.testing.spawn import RankPools
 TRANSPORTS = ("symmetric", "collective")
 BOTH = pytest.mark.parametrize("strategy", ("odysseus", "ulysses"))
 EVERYWHERE = pytest.mark.parametrize("transport", TRANSPORTS)
-PASSES = 6  # three steps of two batches
+PASSES = 4  # two steps of two batches
 
 
 def expected(strategy: str, *, checkpointing: bool = False) -> cases.Counts:
@@ -53,11 +53,10 @@ def test_all_gathers_but_the_first_are_served(ranks: RankPools, strategy: str, t
 
 
 @BOTH
-@pytest.mark.parametrize("world", (3, 4))
-def test_more_ranks(ranks: RankPools, strategy: str, world: int) -> None:
+def test_more_ranks(ranks: RankPools, strategy: str) -> None:
     for transport in TRANSPORTS:
-        for found, dropped in ranks(world).run(cases.training, Case(layers=3), strategy, transport):
-            assert (found, dropped) == (times(expected(strategy), PASSES), 0)
+        for found, dropped in ranks(3).run(cases.training, Case(layers=3), strategy, transport, 1):
+            assert (found, dropped) == (expected(strategy), 0)
 
 
 @BOTH
@@ -71,30 +70,26 @@ def test_more_ranks(ranks: RankPools, strategy: str, world: int) -> None:
 )
 def test_nothing_is_sent_for_nothing(ranks: RankPools, strategy: str, case: Case) -> None:
     for transport in TRANSPORTS:
-        for found, dropped in ranks(2).run(cases.training, case, strategy, transport):
+        for found, dropped in ranks(2).run(cases.training, case, strategy, transport, 1):
             assert dropped == 0
-            assert found["zero3_linear forward"] == (9 * PASSES, 0, 0)
+            assert found["zero3_linear forward"] == (9, 0, 0)
 
 
 @BOTH
 @pytest.mark.parametrize(
-    ("frozen", "backward"),
+    ("frozen", "gathers"),
     (
-        # Nothing below the second layer's own weights: its feed-forward network is the last that gathers in backward.
-        (("embed", "layers.0.", "layers.1.self_attn", "layers.1.input"), (4, 0, 0)),
-        (("mlp",), (9, 0, 0)),
-        (("self_attn",), (9, 0, 0)),
-        (("embed", "norm"), None),
+        # Below the norm before the second layer's feed-forward network nothing is trained.
+        (("embed", "layers.0.", "layers.1.self_attn", "layers.1.input"), 6),
+        (("mlp",), 9),
+        (("self_attn", "embed", "norm"), 9 - 2),
     ),
 )
-def test_frozen_weights(ranks: RankPools, strategy: str, frozen: tuple[str, ...], backward: object) -> None:
-    case = Case(layers=3, frozen=frozen)
+def test_frozen_weights(ranks: RankPools, strategy: str, frozen: tuple[str, ...], gathers: int) -> None:
     for transport in TRANSPORTS:
-        for found, dropped in ranks(2).run(cases.training, case, strategy, transport):
+        for found, dropped in ranks(2).run(cases.training, Case(layers=3, frozen=frozen), strategy, transport, 1):
             assert dropped == 0
-            if backward is not None:
-                served, opened, _ = found["zero3_linear backward"]
-                assert opened == 0 and served >= 3 * PASSES
+            assert found["zero3_linear backward"] == (gathers, 0, 0)
 
 
 @pytest.mark.parametrize("strategy", ("tp_sp", "odysseus", "ulysses", "tp"))
@@ -128,3 +123,10 @@ def test_an_exception_between_two_layers(ranks: RankPools, strategy: str, transp
 @EVERYWHERE
 def test_unusual_orders(ranks: RankPools, strategy: str, transport: str) -> None:
     ranks(2).run(cases.unusual_orders, strategy, transport)
+
+
+@BOTH
+@EVERYWHERE
+def test_weights_that_change_after_they_were_sent(ranks: RankPools, strategy: str, transport: str) -> None:
+    for dropped in ranks(2).run(cases.changed_by_hooks, strategy, transport):
+        assert dropped == {"odysseus": 3, "ulysses": 5}[strategy]  # all networks' first weights; two layers' attention
