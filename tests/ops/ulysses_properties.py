@@ -55,7 +55,8 @@ def saved(rank: int, world: int) -> tuple[list[int], list[int]]:
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.numel()
+        if tensor.is_floating_point():  # beside a flag
+            kept[tensor.data_ptr()] = tensor.numel()
         return tensor.detach()  # itself, it would hold the graph where a node saves its own output
 
     q, *_ = ody.linear_all_to_all(x, weights, group=None)
