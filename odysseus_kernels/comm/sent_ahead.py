@@ -6,33 +6,48 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.transport import Call
 
 __all__ = ["Pass", "SentAhead", "gathered_shards", "in_backward_pass"]
 
+_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+# Of all optimizers: a foreach step changes the local tensors of DTensors without counting, in neither's version.
+register_optimizer_step_post_hook(_count_step)
+
 
 @dataclasses.dataclass
 class Pass:
     """A forward pass, or one backward pass with all that is computed again within it.
 
-    No optimizer's step lies between two calls of one pass.  (Versions of tensors alone would not tell: an optimizer
-    changes the local tensor of a DTensor without counting.)
+    No optimizer's step that matters lies between two calls of one pass: a forward pass ends with any step, and one
+    that is taken within backward changes weights whose gradients are complete, which are not gathered again.
+    (Versions of tensors alone would not tell: see above.)
 
     Attributes:
         task: number of the autograd engine's run that the call is made in, or -1 outside of any.
         phase: the call's.
+        steps: how many steps optimizers had taken.
         over: whether that run has ended.
     """
 
     task: int
     phase: str
+    steps: int
     over: bool = False
 
     @staticmethod
     def of(call: Call) -> Pass:
-        return Pass(torch._C._current_graph_task_id(), call.phase)
+        return Pass(torch._C._current_graph_task_id(), call.phase, _steps)
 
     def watch(self) -> Pass:
         """Learns when the run of the engine ends; from within it."""
@@ -47,7 +62,7 @@ class Pass:
         """Whether ``later``, now, is in the same pass."""
         if self.task < 0 or later.task < 0:
             # Outside of the engine, calls of both phases do not follow one another in one pass.
-            return self.task == later.task and self.phase == later.phase
+            return (self.task, self.phase, self.steps) == (later.task, later.phase, later.steps)
         # Reentrant checkpointing runs the engine within the engine.  An earlier run goes on when the inner one has
         # ended; a later run is within this one if this one has not ended.
         return later.task <= self.task or not self.over
