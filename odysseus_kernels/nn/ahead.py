@@ -86,8 +86,7 @@ class GathersWeights:
         """
         for parameter, version in self.sent:
             if parameter._version != version and isinstance(parameter, DTensor):
-                with torch.no_grad():
-                    torch.autograd.graph.increment_version(parameter.to_local())
+                torch.autograd.graph.increment_version(parameter._local_tensor)
         self.sent = ()
 
 
@@ -207,8 +206,7 @@ def shard_of(layer: Any, name: str = "weight") -> Tensor | None:
     if isinstance(parameter, DTensor):
         if tuple(parameter.placements) != vars(layer).get("sequence_placements", {}).get(name):
             return None
-        with torch.no_grad():
-            parameter = parameter.to_local()
-    local = parameter.detach()
-    end = (local.storage_offset() + local.numel()) * local.element_size()
-    return local if local.untyped_storage().nbytes() >= end else None
+        # Not to_local(), which is an operation: a selective checkpoint wants the same ones whenever a layer is run.
+        parameter = parameter._local_tensor
+    end = (parameter.storage_offset() + parameter.numel()) * parameter.element_size()
+    return parameter if parameter.untyped_storage().nbytes() >= end else None

@@ -43,7 +43,7 @@ def tell_ahead(
         for part in parts:
             _check(operator, _ARGUMENTS[role], like, part, gathered=isinstance(shards, Tensor))
         words.append(f"{'gather' if isinstance(shards, Tensor) else 'shared'}:{len(parts)}")
-        tensors += [part.detach() for part in parts]
+        tensors += [part.detach() if part.requires_grad else part for part in parts]
     return ([], "") if autocasts(like.device) else (tensors, " ".join(words))
 
 

@@ -15,6 +15,7 @@ from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.comm.sent_ahead import SentAhead
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.huggingface import parallelize
+from odysseus_kernels.nn.checkpointing import selective_checkpoint
 from odysseus_kernels.nn.sequence import shard_sequence
 
 Counts = dict[str, tuple[int, int, int]]
@@ -97,6 +98,18 @@ def training(rank: int, world: int, case: Case, strategy: str, transport: str, b
             model(**batch).loss.backward()
 
     return _same(case, strategy, transport, step, steps=batches)
+
+
+def selective(rank: int, world: int, strategy: str, transport: str) -> tuple[Counts, int]:
+    """A checkpoint that keeps what operators return runs the modules again, and no operator."""
+    case = Case(layers=3)
+    batch = _batch(case, strategy)
+
+    def step(model: Any, number: int) -> None:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": selective_checkpoint})
+        model(**batch).loss.backward()
+
+    return _same(case, strategy, transport, step, steps=1)
 
 
 def experts(rank: int, world: int, family: str, strategy: str, transport: str) -> tuple[Counts, int]:

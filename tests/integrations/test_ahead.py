@@ -53,6 +53,15 @@ def test_all_gathers_but_the_first_are_served(ranks: RankPools, strategy: str, t
 
 
 @BOTH
+@EVERYWHERE
+def test_a_selective_checkpoint(ranks: RankPools, strategy: str, transport: str) -> None:
+    """The head does not know that the layer before it sends nothing again."""
+    once = expected(strategy) | {"zero3_linear backward": (8, 1, 0)}
+    for found, dropped in ranks(2).run(cases.selective, strategy, transport):
+        assert (found, dropped) == (once, 0)
+
+
+@BOTH
 def test_more_ranks(ranks: RankPools, strategy: str) -> None:
     for transport in TRANSPORTS:
         for found, dropped in ranks(3).run(cases.training, Case(layers=3), strategy, transport, 1):
