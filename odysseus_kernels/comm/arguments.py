@@ -13,7 +13,7 @@ from odysseus_kernels.config import OverlapConfig
 __all__ = ["autocasts", "check_config", "check_tensors", "refuse_second_derivative", "under_autocast"]
 
 
-_OPTIONAL = ("bias", "bias_shard", "documents", "prefetch", "prefetch_backward")
+_OPTIONAL = ("bias", "bias_shard", "documents")
 
 
 def check_config(config: OverlapConfig | None) -> OverlapConfig:

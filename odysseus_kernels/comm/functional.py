@@ -162,6 +162,7 @@ def all_reduce(
     operator: str = "all_reduce",
     phase: Phase = "forward",
     config: OverlapConfig | None = None,
+    keeps_ahead: bool = False,
     shapes: str = "",
 ) -> Tensor:
     """The sum of all ranks' tensors, a new tensor, bitwise equal on every rank.
@@ -171,7 +172,7 @@ def all_reduce(
 
     Args:
         tensor: any shape and floating dtype, the same on every rank.
-        group, operator, phase, config, shapes: as in :func:`all_gather`.
+        group, operator, phase, config, keeps_ahead, shapes: as in :func:`all_gather`.
     """
     resolved = resolve_group(group)
     world = resolved.size()
@@ -185,8 +186,9 @@ def all_reduce(
     everyone = tensor.new_empty((world, 1, 1, rows))
 
     shapes = _joined(f"tensor {list(tensor.shape)} {tensor.dtype}", shapes)
-    scatter = Call(operator, phase, described, None, Scatter(mine, _unused), shapes, "all_reduce")
-    gather = Call(operator, phase, described, Gather(mine, _unused), None, shapes, "all_reduce", continued=True)
+    call = Call(operator, phase, described, shapes=shapes, collective="all_reduce", keeps_ahead=keeps_ahead)
+    scatter = dataclasses.replace(call, scatter=Scatter(mine, _unused))
+    gather = dataclasses.replace(call, gather=Gather(mine, _unused), continued=True)
 
     def run_scatter(transport: Transport, _: OverlapConfig) -> None:
         transport.reduce_scatter(scatter, full.view(world, 1, 1, rows))

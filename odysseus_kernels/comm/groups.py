@@ -161,6 +161,7 @@ class GroupTransports:
             if self._meeting.members is None:
                 self._meeting.introduce(config, device, self._completed, self._step)
             self._collective = CollectiveTransport(self._meeting)
+        self._collective.stands_in = self._symmetric is not None and config.transport != "collective"
         return self._collective
 
     def settle(

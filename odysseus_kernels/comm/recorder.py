@@ -13,8 +13,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Literal
 
-__all__ = ["CommRecorder", "Traffic", "not_recorded", "record"]
+__all__ = ["CommRecorder", "Outcome", "Traffic", "not_recorded", "record", "record_ahead"]
+
+# How a gather began: with shards that an earlier call had sent ahead, or in the open; and shards sent for nothing.
+Outcome = Literal["served", "open", "dropped"]
 
 _lock = threading.Lock()
 _active: list[CommRecorder] = []
@@ -51,6 +55,7 @@ class CommRecorder:
     def __init__(self) -> None:
         self._bytes: Counter[Traffic] = Counter()
         self._calls: Counter[Traffic] = Counter()
+        self._ahead: Counter[tuple[str, str, Outcome]] = Counter()
 
     def __enter__(self) -> CommRecorder:
         with _lock:
@@ -73,6 +78,20 @@ class CommRecorder:
             for traffic, count in counted
             if all(value is None or getattr(traffic, name) == value for name, value in wanted.items())
         )
+
+    def ahead(self, *, operator: str | None = None, phase: str | None = None) -> dict[str, int]:
+        """How gathers began: ``served`` by what was sent ahead, or in the ``open``; and what was ``dropped``.
+
+        Gathers of activations, which nothing can send ahead, are among the open ones of their operators.  What is
+        dropped is counted for the operator that came instead of the one that it was sent for, and is in no bytes.
+        """
+        found = {"served": 0, "open": 0, "dropped": 0}
+        with _lock:
+            counted = list(self._ahead.items())
+        for (its_operator, its_phase, outcome), count in counted:
+            if operator in (None, its_operator) and phase in (None, its_phase):
+                found[outcome] += count
+        return found
 
     def rows(self) -> list[dict[str, str | int]]:
         """One row for each kind of traffic: operator, phase, collective, transport, calls, bytes."""
@@ -119,3 +138,12 @@ def record(traffic: Traffic, count: int, calls: int = 1) -> None:
     with _lock:
         for recorder in _active:
             recorder._add(traffic, count, calls)
+
+
+def record_ahead(operator: str, phase: str, outcome: Outcome) -> None:
+    """Adds how a gather of ``operator`` began, or that it came instead of the one that something was sent for."""
+    if getattr(_paused, "on", False):
+        return
+    with _lock:
+        for recorder in _active:
+            recorder._ahead[operator, phase, outcome] += 1

@@ -26,7 +26,8 @@ from torch import Tensor
 from odysseus_kernels.comm.announce import announced
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.pipeline import Pipeline
-from odysseus_kernels.comm.recorder import Traffic, record
+from odysseus_kernels.comm.prefetch import Prefetch
+from odysseus_kernels.comm.recorder import Traffic, record, record_ahead
 from odysseus_kernels.comm.schedules.steps import Program
 from odysseus_kernels.config import OverlapConfig
 
@@ -116,14 +117,12 @@ class Gather:
         shard: [batch, rows, width], contiguous; this rank's.
         consume: ``consume(source, start, stop, block)`` with ``block`` [batch, stop - start, width], contiguous or a
             slice along rows of a contiguous tensor: rows ``start`` to ``stop`` of rank ``source``'s shard.
-        prefetch: shard that the next call is expected to gather, to be sent ahead while this call computes.
         tiles: what ``mode="tiles"`` calls instead of ``consume``: one kernel for all chunks.
         prepare: makes sure that ``tiles`` can run, on this rank alone; KernelUnavailableError if it cannot.
     """
 
     shard: Tensor
     consume: Consume
-    prefetch: Tensor | None = None
     tiles: Callable[[TileGather], None] | None = None
     prepare: Callable[[], None] | None = None
 
@@ -160,6 +159,8 @@ class Call:
         exchange: visits every rank; instead of ``gather`` and ``scatter``.
         pipeline: gathers, computes and scatters piece by piece; likewise instead of them.
         continued: a further part of a collective that an earlier call has begun: bytes are counted, not a call.
+        prefetch: shards that the next call is expected to gather, sent ahead while this call computes, whatever it
+            communicates itself.  Their bytes are counted in the call that gathers them.
     """
 
     operator: str
@@ -173,6 +174,7 @@ class Call:
     exchange: Exchange | None = None
     pipeline: Pipeline | None = None
     continued: bool = False
+    prefetch: Prefetch | None = None
 
     @property
     def program(self) -> Program:
@@ -200,8 +202,6 @@ class Call:
         parts = [f"{self.operator} {self.phase}{said}", self.shapes]
         if self.gather is not None:
             parts.append(f"gathers {_describe(self.gather.shard)}")
-            if self.gather.prefetch is not None:
-                parts.append(f"sends ahead {_describe(self.gather.prefetch)}")
         if self.scatter is not None:
             parts.append(f"scatters {_describe(self.scatter.out)}")
         if self.exchange is not None:
@@ -212,6 +212,8 @@ class Call:
             if self.pipeline.out is not None:
                 parts.append(f"scatters {_describe(self.pipeline.out)}")
             parts.append(f"pieces that begin at {[start for start, _ in self.pipeline.spans]}")
+        if self.prefetch is not None:
+            parts.append("sends ahead " + " and ".join(_describe(tensor) for tensor in self.prefetch.tensors))
         parts.append(f"{self.config.mode}, chunks_per_rank={self.config.chunks_per_rank}")
         if self.config.reduce_dtype != torch.float32:
             parts.append(f"reduce_dtype={self.config.reduce_dtype}")
@@ -312,7 +314,14 @@ class Transport(abc.ABC):
             block.copy_(full[target, :, start:stop])
 
         scatter = dataclasses.replace(call.scatter, produce=copy)
-        self.execute(dataclasses.replace(call, gather=None, scatter=scatter))
+        self.execute(self._scatter_part(call, scatter))
+
+    @staticmethod
+    def _scatter_part(call: Call, scatter: Scatter) -> Call:
+        """``call`` without its gather, which comes after it: that uses and sends what is sent ahead."""
+        if call.gather is None:
+            return dataclasses.replace(call, scatter=scatter)
+        return dataclasses.replace(call, gather=None, scatter=scatter, prefetch=None, keeps_ahead=True)
 
     def all_to_all(self, call: Call, full: Tensor, out: Tensor) -> None:
         """The unfused twin of an exchange: part r of ``full`` goes to rank r, ``out[r]`` becomes what rank r sent.
@@ -329,7 +338,7 @@ class Transport(abc.ABC):
 
         exchange = Exchange(copy, addressed=(full,))
         exchange.check(call.name, self.world)
-        return dataclasses.replace(call, gather=None, scatter=None, exchange=exchange)
+        return dataclasses.replace(call, gather=None, scatter=None, exchange=exchange, prefetch=None)
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[None]:
@@ -347,6 +356,14 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def _execute(self, call: Call) -> None: ...
+
+    def _note_ahead(self, call: Call, *, served: bool, dropped: bool) -> None:
+        """How a gather began, and whether what was sent ahead for another call was dropped."""
+        gathers = call.gather is not None or (call.exchange is not None and bool(call.exchange.shared))
+        if served or gathers:
+            record_ahead(call.operator, call.phase, "served" if served else "open")
+        if dropped:
+            record_ahead(call.operator, call.phase, "dropped")
 
     def _count(self, call: Call) -> None:
         peers, calls = self.world - 1, int(not call.continued)

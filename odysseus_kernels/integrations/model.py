@@ -34,6 +34,7 @@ from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
 from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut, natural_order
 from odysseus_kernels.nn.group import SequenceGroup
+from odysseus_kernels.nn.linear import upcoming
 from odysseus_kernels.nn.loss import IGNORE_INDEX, DistributedHead, sequence_loss, token_losses
 from odysseus_kernels.nn.moe import load_balancing_loss
 from odysseus_kernels.nn.parameters import token_parameter
@@ -331,7 +332,8 @@ class SequenceCausalLM(Pipelined):
         if routed:
             wanted = kwargs.get("output_router_logits")
             kwargs["output_router_logits"] = self.config.output_router_logits if wanted is None else wanted
-        outputs = self.base_model(use_cache=False, sequence_cut=cut, **kwargs)
+        with upcoming(self.get_output_embeddings(), "logits" if targets is None else "loss"):
+            outputs = self.base_model(use_cache=False, sequence_cut=cut, **kwargs)
         hidden, group = outputs.last_hidden_state, self.sequence_group
         loss = logits = None
         if targets is None:

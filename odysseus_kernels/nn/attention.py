@@ -11,6 +11,15 @@ from torch import nn
 
 from odysseus_kernels import ops
 from odysseus_kernels.attention.ring import ring_attention
+from odysseus_kernels.nn.ahead import (
+    GathersWeights,
+    Shards,
+    ahead_in_backward,
+    ahead_in_forward,
+    ahead_in_recomputation,
+    is_linked,
+    shard_of,
+)
 from odysseus_kernels.nn.cut import RING_LAYOUT
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.key_value import gathered_key_value
@@ -97,7 +106,7 @@ def local_heads(heads: int, kv_heads: int, rank: int, size: int) -> tuple[int, i
     return heads // size, rank * kv_heads // size, 1
 
 
-class _SequenceAttention(nn.Module):
+class _SequenceAttention(nn.Module, GathersWeights):
     """Self-attention whose heads are cut over the ranks; subclasses say how tokens get there and back.
 
     Shapes: q [B, T, heads/N, head_dim], k and v likewise with their heads, where T = L/R tokens are those of this
@@ -338,6 +347,8 @@ class HeadParallelAttention(_SequenceAttention):
             first_head=group.rank * (weights[0].shape[0] // spec.head_dim),
             kernel=self.config._attn_implementation,
             config=group.config,
+            prefetch=ahead_in_forward(self),
+            prefetch_backward=ahead_in_backward(self, hidden_states),
         )
         return self._dropped(result), None
 
@@ -345,7 +356,12 @@ class HeadParallelAttention(_SequenceAttention):
         group = self.sequence_group
         weights, biases = self._head_sharded()
         query, key, value = ops.all_gather_linear(
-            hidden_states, weights, biases, group=group.group, config=group.config
+            hidden_states,
+            weights,
+            biases,
+            group=group.group,
+            config=group.config,
+            prefetch_backward=ahead_in_backward(self, hidden_states),
         )
         return query, key, value
 
@@ -353,7 +369,9 @@ class HeadParallelAttention(_SequenceAttention):
         group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
         weight, bias = sharded_parameter(layer.weight, group), sharded_parameter(layer.bias, group)
         assert weight is not None
-        return ops.linear_reduce_scatter(out, weight, bias, group=group.group, config=group.config)
+        return ops.linear_reduce_scatter(
+            out, weight, bias, group=group.group, config=group.config, prefetch=ahead_in_forward(self)
+        )
 
 
 class TensorParallelAttention(_SequenceAttention):
@@ -386,6 +404,8 @@ class UlyssesAttention(_SequenceAttention):
 
     def _project(self, hidden_states: torch.Tensor) -> Heads:
         spec, group, layers = self.attention_spec, self.sequence_group, self._layers()
+        self.note_changes()
+        self._input_needed = hidden_states.requires_grad
         weights = tuple(local_parameter(layer.weight) for layer in layers)
         biases = tuple(local_parameter(layer.bias) for layer in layers)
         query, key, value = ops.linear_all_to_all(
@@ -396,11 +416,15 @@ class UlyssesAttention(_SequenceAttention):
             group=group.group,
             zero3_group=group.everyone,
             config=group.config,
+            prefetch=self._output_shard() if is_linked(self) else None,
+            prefetch_backward=ahead_in_backward(self, hidden_states),
+            prefetch_recomputed=ahead_in_recomputation(self, hidden_states),
         )
         return query, key, value
 
     def _output(self, out: torch.Tensor) -> torch.Tensor:
         group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
+        self.note_backward(out)
         return ops.all_to_all_linear(
             out,
             local_parameter(layer.weight),
@@ -408,7 +432,31 @@ class UlyssesAttention(_SequenceAttention):
             group=group.group,
             zero3_group=group.everyone,
             config=group.config,
+            prefetch=ahead_in_forward(self),
+            prefetch_backward=self._shared(biases=False) if is_linked(self) and self._input_needed else None,
         )
+
+    def first_gathered(self) -> Shards:
+        return self._shared(biases=True)
+
+    def first_gathered_in_backward(self) -> Shards:
+        return self._output_shard() if self.gathers_in_backward else None
+
+    def _shared(self, *, biases: bool) -> Shards:
+        """What the exchange of the first product shares; in backward no biases.
+
+        Key and value weights with fewer heads than ranks are gathered whole, by calls of their own.
+        """
+        group = self.sequence_group
+        layers = self._layers()[: 1 if self.attention_spec.kv_heads % group.size else None]
+        found = [shard_of(layer) for layer in layers]
+        found += [shard_of(layer, "bias") for layer in layers if biases and layer.bias is not None]
+        present = tuple(shard for shard in found if shard is not None)
+        return present if len(present) == len(found) else None
+
+    def _output_shard(self) -> Shards:
+        shard = shard_of(getattr(self, self.attention_spec.output))
+        return None if shard is None else (shard,)
 
 
 class FoldedAttention(_SequenceAttention):
@@ -454,6 +502,5 @@ class FoldedAttention(_SequenceAttention):
         if self.sequence_group.zigzag_size == 1 or not mask.masks:
             return super()._attend(query, key, value, mask, kwargs)
         key, value = gathered_key_value(key, value, self.sequence_group)
-        dropout = self.attention_dropout if self.training else 0.0
         dropout = self.attention_dropout if self.training else 0.0
         return self._attend_at_once(query, key, value, mask, dropout, kwargs)

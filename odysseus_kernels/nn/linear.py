@@ -6,6 +6,8 @@ never for the logits, of hidden states.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -14,14 +16,15 @@ from torch import nn
 
 from odysseus_kernels import ops
 from odysseus_kernels.comm.functional import all_gather, all_reduce
+from odysseus_kernels.nn.ahead import GathersWeights, Shards, ahead_in_backward, shard_of
 from odysseus_kernels.nn.derivatives import first_derivative
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import local_parameter, sharded_parameter
 
-__all__ = ["VocabParallelLinear", "Zero3Linear"]
+__all__ = ["VocabParallelLinear", "Zero3Linear", "upcoming"]
 
 
-class Zero3Linear(nn.Module):
+class Zero3Linear(nn.Module, GathersWeights):
     """``nn.Linear`` with ZeRO-3 weights: rows are gathered as they are multiplied, the weight is never whole.
 
     Shapes: input [..., K], weight [n, K] and bias [n] as DTensors cut into rows over all
@@ -29,18 +32,32 @@ class Zero3Linear(nn.Module):
 
     Attributes:
         tokens: every rank has tokens of its own.
+        upcoming: what the model that is running will ask for, or None where that is not known.
     """
 
     sequence_group: SequenceGroup
     weight: torch.Tensor
     bias: torch.Tensor | None
     tokens: Literal["sharded", "replicated"] = "sharded"
+    upcoming: Literal["logits", "loss"] | None = None
+
+    def first_gathered(self) -> Shards:
+        weight, bias = shard_of(self), shard_of(self, "bias")
+        if weight is None or self.upcoming is None or (self.bias is not None and bias is None):
+            return None
+        if self.upcoming == "logits":
+            return weight
+        return (weight,) if bias is None else (weight, bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Applies the layer to this rank's tokens."""
+        self.note_changes()
         weight, bias = local_parameter(self.weight), local_parameter(self.bias)
         group = self.sequence_group
-        return ops.zero3_linear(input, weight, bias, group=group.everyone, config=group.config)
+        before = ahead_in_backward(self, input, same_layer=False)
+        return ops.zero3_linear(
+            input, weight, bias, group=group.everyone, config=group.config, prefetch_backward=before
+        )
 
     def cross_entropy(
         self,
@@ -54,6 +71,7 @@ class Zero3Linear(nn.Module):
 
         hidden [R, K] and targets [R].
         """
+        self.note_changes()
         group = self.sequence_group
         return ops.zero3_linear_cross_entropy(
             hidden,
@@ -65,7 +83,21 @@ class Zero3Linear(nn.Module):
             chunk_rows=chunk_rows,
             reduction=reduction,
             config=group.config,
+            prefetch_backward=ahead_in_backward(self, hidden, same_layer=False),
         )
+
+
+@contextlib.contextmanager
+def upcoming(head: Any, what: Literal["logits", "loss"]) -> Iterator[None]:
+    """While the layers run, their last one may send ahead what ``head`` gathers for ``what``."""
+    if not isinstance(head, Zero3Linear):
+        yield
+        return
+    head.upcoming = what
+    try:
+        yield
+    finally:
+        head.upcoming = None
 
 
 class VocabParallelLinear(nn.Module):

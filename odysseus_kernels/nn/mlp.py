@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from odysseus_kernels import ops
+from odysseus_kernels.nn.ahead import GathersWeights, Shards, ahead_in_backward, ahead_in_forward, shard_of
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import local_parameter, sharded_parameter, token_parameter
 
@@ -58,7 +59,7 @@ class _MLP(nn.Module):
         return tuple(w for w in weights if w is not None), None if all(b is None for b in biases) else biases
 
 
-class Zero3MLP(_MLP):
+class Zero3MLP(_MLP, GathersWeights):
     """Feed-forward network on this rank's tokens.
 
     Shapes: input and output [..., s, d] with s tokens of this rank; all weights are DTensors cut into rows over all
@@ -69,17 +70,19 @@ class Zero3MLP(_MLP):
         """Applies the network to this rank's tokens."""
         spec = self.mlp_spec
         activation = getattr(self, spec.activation)
-        # Each product names the weights that travel next. Backward goes the other way: down, up, gate.
+        self.note_changes()
+        # Each product names the weights that travel next.  Backward goes the other way: down, up, gate.
+        before, inner = ahead_in_backward(self, x), x.requires_grad
         if spec.gate is None:
-            hidden = activation(self._project(spec.up, x, following=spec.down))
+            hidden = activation(self._project(spec.up, x, self._shard(spec.down), before))
         else:
-            gate = activation(self._project(spec.gate, x, following=spec.up))
-            hidden = gate * self._project(spec.up, x, following=spec.down, preceding=spec.gate)
-        return self._dropped(self._project(spec.down, hidden, preceding=spec.up))
+            gate = activation(self._project(spec.gate, x, self._shard(spec.up), before))
+            hidden = gate * self._project(spec.up, x, self._shard(spec.down), self._shard(spec.gate) if inner else None)
+        self.note_backward(hidden)
+        following = ahead_in_forward(self, last=True)
+        return self._dropped(self._project(spec.down, hidden, following, self._shard(spec.up) if inner else None))
 
-    def _project(
-        self, name: str, x: torch.Tensor, *, following: str | None = None, preceding: str | None = None
-    ) -> torch.Tensor:
+    def _project(self, name: str, x: torch.Tensor, following: Shards, preceding: Shards) -> torch.Tensor:
         """One projection, while the weights of the next one (in backward: of the one before) are on their way."""
         layer, group = getattr(self, name), self.sequence_group
         return ops.zero3_linear(
@@ -88,12 +91,19 @@ class Zero3MLP(_MLP):
             local_parameter(layer.bias),
             group=group.everyone,
             config=group.config,
-            prefetch=self._shard(following),
-            prefetch_backward=self._shard(preceding),
+            prefetch=following,
+            prefetch_backward=preceding,
         )
 
-    def _shard(self, name: str | None) -> torch.Tensor | None:
-        return None if name is None else local_parameter(getattr(self, name).weight)
+    def _shard(self, name: str) -> torch.Tensor:
+        return local_parameter(getattr(self, name).weight)
+
+    def first_gathered(self) -> Shards:
+        spec = self.mlp_spec
+        return shard_of(getattr(self, spec.up if spec.gate is None else spec.gate))
+
+    def first_gathered_in_backward(self) -> Shards:
+        return shard_of(getattr(self, self.mlp_spec.down)) if self.gathers_in_backward else None
 
 
 class SequenceParallelMLP(_MLP):

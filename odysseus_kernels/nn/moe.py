@@ -18,6 +18,7 @@ from torch import nn
 from odysseus_kernels import ops
 from odysseus_kernels.comm.functional import all_gather, all_reduce
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.nn.ahead import GathersWeights, Shards, ahead_in_backward, ahead_in_forward, shard_of
 from odysseus_kernels.nn.derivatives import first_derivative
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import local_parameter
@@ -59,7 +60,7 @@ def check_experts(experts: int, size: int) -> None:
         )
 
 
-class Zero3Experts(nn.Module):
+class Zero3Experts(nn.Module, GathersWeights):
     """The experts of a layer with ZeRO-3 weights, each rank on its own tokens.
 
     Shapes: hidden_states and output [T, d], top_k_index and top_k_weights [T, k]; the weights are DTensors with
@@ -75,6 +76,8 @@ class Zero3Experts(nn.Module):
     ) -> torch.Tensor:
         """Applies to each token the experts that the router chose for it."""
         spec, group = self.experts_spec, self.sequence_group
+        self.note_changes()
+        self.note_backward(hidden_states)
         return ops.zero3_experts(
             hidden_states,
             top_k_index,
@@ -84,7 +87,16 @@ class Zero3Experts(nn.Module):
             activation=spec.activation,
             group=group.everyone,
             config=group.config,
+            prefetch=ahead_in_forward(self, last=True),
+            prefetch_backward=ahead_in_backward(self, hidden_states),
         )
+
+    def first_gathered(self) -> Shards:
+        gate_up, down = (shard_of(self, name) for name in (self.experts_spec.gate_up, self.experts_spec.down))
+        return None if gate_up is None or down is None else (gate_up, down)
+
+    def first_gathered_in_backward(self) -> Shards:
+        return self.first_gathered() if self.gathers_in_backward else None
 
 
 class SplitTokensExperts(Zero3Experts):
@@ -93,6 +105,8 @@ class SplitTokensExperts(Zero3Experts):
     Rank r applies the experts to the r-th slice of ceil(T/N) tokens (the last ones may get fewer, or none), and the
     results are gathered.  Gradients of the inputs are complete on every rank, as those of replicated tokens are.
     """
+
+    sends_ahead = False  # its neighbours are gathers of tokens
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -174,6 +174,7 @@ def _complete(grad: torch.Tensor, group_name: str, config_key: str) -> torch.Ten
         operator="replicated_parameter",
         phase="backward",
         config=OverlapConfig.from_key(config_key),
+        keeps_ahead=True,  # it comes between two operators, wherever the engine puts it
     )
 
 

@@ -48,8 +48,8 @@ def shard_sequence(
     i-th from the front and the i-th from the end. What a ring rank has is cut into N slices, and rank r of seq gets the
     r-th; under ``"tp"``, whose ranks of seq hold the same tokens, there is no such second cut, and under ``"tsp"``,
     where all ranks are one ring, neither. With ``pieces`` above 1 what a ring rank has is cut into these first and each
-    piece into N slices: every rank then holds a part of each piece, which :func:`pipelined_attention` gathers one by one.
-    Labels are shifted by one *before* cutting, so that they stay beside the tokens that predict them.
+    piece into N slices: every rank then holds a part of each piece, and :func:`pipelined_attention` gathers piece after
+    piece. Labels are shifted by one *before* cutting, so that they stay beside the tokens that predict them.
 
     Args:
         batch: ``input_ids`` [B, L] and, if wanted, ``labels`` [B, L] (not shifted, as a stock model takes them),
@@ -177,7 +177,7 @@ def _group_and_pieces(
         group = _group(mesh, "odysseus" if strategy is None else strategy)
         if pieces not in (None, 1) and strategy not in (None, *PIPELINED):
             raise ValueError(
-                f"pieces: expected 1 with strategy {strategy!r}, whose ranks gather no tokens for attention, got {pieces}"
+                f"pieces: expected 1 with strategy {strategy!r}, which gathers no tokens for attention, got {pieces}"
             )
         return group, pieces or 1
     model = stepped(mesh)

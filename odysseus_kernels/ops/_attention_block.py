@@ -23,6 +23,7 @@ from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.groups import dispatch
 from odysseus_kernels.comm.pipeline import Pipeline
+from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops._attention_pieces import BackwardPieces, ForwardPieces, Pieces, Settings
@@ -64,8 +65,15 @@ class Block:
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def forward(self, biases: Sequence[Tensor | None], output_bias: Tensor | None, *, keep: bool) -> list[Tensor]:
-        """y and what backward needs (:attr:`ForwardPieces.results`)."""
+    def forward(
+        self,
+        biases: Sequence[Tensor | None],
+        output_bias: Tensor | None,
+        prefetch: Prefetch | None,
+        *,
+        keep: bool,
+    ) -> list[Tensor]:
+        """y and what backward needs (:attr:`ForwardPieces.results`); sends ``prefetch`` ahead meanwhile."""
         work = ForwardPieces(self._x, self._weights, self._output_weight, bool(self._norms), self._pieces, keep=keep)
         work.prepare(
             self._weights, biases, self._output_weight, output_bias, self._rotation, self._norms, self._documents,
@@ -80,7 +88,7 @@ class Block:
             pipeline = Pipeline(
                 (self._x,), spans, work.consume, work.compute, None if ring else work.y, None if ring else produce
             )
-            self._execute(transport, settled, "forward", pipeline)
+            self._execute(transport, settled, "forward", pipeline, None if ring else prefetch)
 
         products = self._x.numel() * self._world * sum(weight.shape[0] for weight in self._weights)
         output = work.out.numel() * self._output_weight.shape[0]
@@ -91,7 +99,7 @@ class Block:
             work.out.copy_(work.attended)
             scatter = Scatter(work.y, work.produce)
             self._dispatch(
-                "forward", ", output", 2 * output, 0, work.y.nbytes, self._plain_run("forward", scatter=scatter)
+                "forward", ", output", 2 * output, 0, work.y.nbytes, self._plain_run("forward", None, scatter, prefetch)
             )
         return work.results
 
@@ -117,6 +125,7 @@ class Block:
         weights_needed: Sequence[bool],
         biases_needed: Sequence[bool],
         output_needed: Sequence[bool],
+        prefetch: Prefetch | None,
         *,
         norms_needed: bool,
     ) -> list[Tensor]:
@@ -154,7 +163,7 @@ class Block:
         def run(transport: Transport, settled: OverlapConfig) -> None:
             if not ring:
                 work.restart(weights_needed, biases_needed, output_needed)
-            self._execute(transport, settled, "backward", pipeline)
+            self._execute(transport, settled, "backward", pipeline, prefetch)
 
         output = 2 * work.out.numel() * self._output_weight.shape[0]
         if ring:
@@ -225,9 +234,15 @@ class Block:
         )
         dispatch(self._group, self._config, self._x.device, run, about)
 
-    def _plain_run(self, phase: Direction, gather: Gather | None = None, scatter: Scatter | None = None) -> Run:
+    def _plain_run(
+        self,
+        phase: Direction,
+        gather: Gather | None = None,
+        scatter: Scatter | None = None,
+        prefetch: Prefetch | None = None,
+    ) -> Run:
         def run(transport: Transport, settled: OverlapConfig) -> None:
-            call = Call(_NAME, phase, settled, gather, scatter, self._shapes())
+            call = Call(_NAME, phase, settled, gather, scatter, self._shapes(), prefetch=prefetch)
             if settled.mode != "unfused":
                 transport.execute(call)
             else:
@@ -235,16 +250,24 @@ class Block:
 
         return run
 
-    def _execute(self, transport: Transport, settled: OverlapConfig, phase: Direction, pipeline: Pipeline) -> None:
+    def _execute(
+        self,
+        transport: Transport,
+        settled: OverlapConfig,
+        phase: Direction,
+        pipeline: Pipeline,
+        prefetch: Prefetch | None,
+    ) -> None:
         """The pipeline; or without anything to gather, or ``"unfused"``: everything gathered, computed, scattered."""
-        call = Call(_NAME, phase, settled, pipeline=pipeline, shapes=self._shapes())
+        call = Call(_NAME, phase, settled, pipeline=pipeline, shapes=self._shapes(), prefetch=prefetch)
         if settled.mode != "unfused" and pipeline.shards:
             transport.execute(call)
             return
         everyone = []
         for shard in pipeline.shards:
             whole = shard.new_empty((self._world, *shard.shape))
-            transport.all_gather(dataclasses.replace(call, pipeline=None, gather=Gather(shard, _unused)), whole)
+            gather = Gather(shard, _unused)
+            transport.all_gather(dataclasses.replace(call, pipeline=None, gather=gather, prefetch=None), whole)
             everyone.append(whole)
         out = pipeline.out
         results = None if out is None else out.new_empty((self._world, *out.shape))

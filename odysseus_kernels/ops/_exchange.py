@@ -27,7 +27,7 @@ def execute_exchange(transport: Transport, call: Call) -> None:
     if call.config.mode != "unfused" or transport.world == 1:
         transport.execute(call)
         return
-    plain = dataclasses.replace(call, exchange=None)
+    plain = dataclasses.replace(call, exchange=None, prefetch=None)
     shared = [_gathered(transport, plain, tensor) for tensor in exchange.shared]
     sums = [tensor.new_empty((transport.world, *tensor.shape)) for tensor in exchange.sums]
     received = [tensor.new_empty(tensor.shape) for tensor in exchange.received]

@@ -22,6 +22,7 @@ from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops import _tiles
+from odysseus_kernels.ops._ahead import Shards, choose_ahead, recomputed_flag, tell_ahead
 from odysseus_kernels.ops._products import Layout, WeightGradient, multiply, project
 from odysseus_kernels.ops._validate import check_dim, check_several, group_by_name
 
@@ -39,6 +40,8 @@ def all_gather_linear(
     group: dist.ProcessGroup | DeviceMesh | None,
     dim: int = -2,
     config: OverlapConfig | None = None,
+    prefetch_backward: Shards = None,
+    prefetch_recomputed: Shards = None,
 ) -> Tensor: ...
 
 
@@ -51,6 +54,8 @@ def all_gather_linear(
     group: dist.ProcessGroup | DeviceMesh | None,
     dim: int = -2,
     config: OverlapConfig | None = None,
+    prefetch_backward: Shards = None,
+    prefetch_recomputed: Shards = None,
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -62,6 +67,8 @@ def all_gather_linear(
     group: dist.ProcessGroup | DeviceMesh | None,
     dim: int = -2,
     config: OverlapConfig | None = None,
+    prefetch_backward: Shards = None,
+    prefetch_recomputed: Shards = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """``y = all_gather(x, dim) @ weight.T + bias``, column-parallel, differentiable.
 
@@ -82,6 +89,9 @@ def all_gather_linear(
         group: the ranks; None is the default group.
         dim: dimension of x along which the shards are concatenated; not the last.
         config: mode, transport, pieces, what is kept for backward, time limit.
+        prefetch_backward: what every rank gathers next with this group after this operator's backward, sent ahead
+            meanwhile (:func:`zero3_linear`).
+        prefetch_recomputed: the same where a checkpoint has computed this operator's forward again.
 
     Returns:
         [..., L, ..., n], or a tuple of them.
@@ -107,12 +117,13 @@ def all_gather_linear(
         and torch.is_grad_enabled()
         and any(one.requires_grad for one in weights)
     )
+    ahead = tell_ahead(_NAME, weights[0], None, prefetch_backward, prefetch_recomputed)
     present = [one for one in biases if one is not None]
     has_bias = [one is not None for one in biases]
     outputs = torch.ops.odysseus.all_gather_linear(
-        x, weights, present, has_bias, resolved.group_name, dim, config.key(), keep
+        x, weights, present, has_bias, resolved.group_name, dim, config.key(), keep, *ahead
     )
-    return outputs[0] if single else tuple(outputs[:-1])
+    return outputs[0] if single else tuple(outputs[:-2])
 
 
 @torch.library.custom_op("odysseus::all_gather_linear", mutates_args=())
@@ -125,8 +136,10 @@ def _forward(
     dim: int,
     config_key: str,
     keep: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> list[Tensor]:
-    """One output for each weight, and last the gathered x if it is to be kept, else an empty tensor.
+    """One output for each weight, then the gathered x if it is to be kept, else an empty tensor, and last a flag.
 
     ``biases`` holds one for each weight that ``has_bias``: lists of optional tensors have no gradients.
     """
@@ -182,7 +195,7 @@ def _forward(
         tiles=can_tile,
     )
     dispatch(group, config, x.device, run, phase)
-    return [*outputs, gathered]
+    return [*outputs, gathered, recomputed_flag()]
 
 
 def _gathered(transport: Transport, call: Call, into: Tensor | None = None) -> Tensor:
@@ -210,11 +223,14 @@ def _(
     dim: int,
     config_key: str,
     keep: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> list[Tensor]:
     layout = Layout.of(x.shape, dim)
     length = layout.rows * group_by_name(group_name).size()
     outputs = [x.new_empty(layout.shape(length, weight.shape[0])) for weight in weights]
-    return [*outputs, x.new_empty(layout.shape(length, x.shape[-1]) if keep else (0,))]
+    gathered = x.new_empty(layout.shape(length, x.shape[-1]) if keep else (0,))
+    return [*outputs, gathered, torch.empty((), dtype=torch.bool)]
 
 
 @torch.library.custom_op("odysseus::all_gather_linear_backward", mutates_args=())
@@ -226,6 +242,9 @@ def _backward(
     group_name: str,
     dim: int,
     config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
+    recomputed: Tensor,
     input_needed: bool,
     weights_needed: Sequence[bool],
     biases_needed: Sequence[bool],
@@ -233,6 +252,7 @@ def _backward(
     """[dx, dweights..., dbiases...]; an empty tensor stands for a gradient that is not needed."""
     group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
     layout = Layout.of(x.shape, dim)
+    prefetch = choose_ahead(ahead, ahead_text, recomputed) if input_needed else None
     world, rows = group.size(), layout.rows
     incoming = [layout.blocks(grad.contiguous()) for grad in grads]
     sums: list[WeightGradient] = []
@@ -284,7 +304,7 @@ def _backward(
             gather = Gather(shard, consume, tiles=gather_tiles if can_tile else None, prepare=prepare_gather)
         if input_needed:
             scatter = Scatter(layout.blocks(dx), produce, scatter_tiles if can_tile else None, prepare_scatter)
-        call = Call(_NAME, "backward", settled, gather, scatter, shapes)
+        call = Call(_NAME, "backward", settled, gather, scatter, shapes, prefetch=prefetch)
         if gather is None and scatter is None:
             pass
         elif settled.mode == "fused":
@@ -345,6 +365,9 @@ def _(
     group_name: str,
     dim: int,
     config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
+    recomputed: Tensor,
     input_needed: bool,
     weights_needed: Sequence[bool],
     biases_needed: Sequence[bool],
@@ -356,11 +379,11 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, has_bias, ctx.group_name, ctx.dim, ctx.config_key, keep = inputs
+    x, weights, biases, has_bias, ctx.group_name, ctx.dim, ctx.config_key, keep, *ctx.ahead = inputs
     ctx.set_materialize_grads(False)
     # What was gathered holds x.
-    ctx.save_for_backward(None if keep else x, output[-1] if keep else None, *weights)
-    ctx.shapes = [one.shape for one in output[:-1]]
+    ctx.save_for_backward(output[-1], None if keep else x, output[-2] if keep else None, *weights)
+    ctx.shapes = [one.shape for one in output[:-2]]
     ctx.weights_needed = [one.requires_grad for one in weights]
     needed = iter([one.requires_grad for one in biases])
     ctx.biases_needed = [present and next(needed) for present in has_bias]
@@ -368,7 +391,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    x, gathered, *weights = ctx.saved_tensors
+    recomputed, x, gathered, *weights = ctx.saved_tensors
     if x is None:
         group = group_by_name(ctx.group_name)
         rows = gathered.shape[ctx.dim] // group.size()
@@ -382,6 +405,8 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         ctx.group_name,
         ctx.dim,
         ctx.config_key,
+        *ctx.ahead,
+        recomputed,
         ctx.needs_input_grad[0],
         ctx.weights_needed,
         ctx.biases_needed,
@@ -390,7 +415,8 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
     dweights = [grad if needed else None for grad, needed in zip(rest[:count], ctx.weights_needed, strict=True)]
     of_weights = zip(rest[count:], ctx.biases_needed, ctx.has_bias, strict=True)
     dbiases = [grad if needed else None for grad, needed, present in of_weights if present]
-    return dx if ctx.needs_input_grad[0] else None, dweights, dbiases, None, None, None, None, None
+    nothing = (None, None, None, None, None, [None] * len(ctx.ahead[0]), None)
+    return dx if ctx.needs_input_grad[0] else None, dweights, dbiases, *nothing
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

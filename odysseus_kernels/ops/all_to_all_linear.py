@@ -25,6 +25,7 @@ from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.comm.transport import Call, Transport
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._ahead import Shards, take_ahead, tell_ahead
 from odysseus_kernels.ops._heads import all_to_all, check_mode, exchange_parts, tokens_of_ranks
 from odysseus_kernels.ops._products import ProductSum, multiply, multiply_lines
 from odysseus_kernels.ops._validate import check_linear, group_by_name
@@ -43,6 +44,8 @@ def all_to_all_linear(
     group: Group,
     zero3_group: Group = None,
     config: OverlapConfig | None = None,
+    prefetch: Shards = None,
+    prefetch_backward: Shards = None,
 ) -> Tensor:
     """``y = all_to_all(x) @ all_gather(weight_shard, 1).T + all_gather(bias_shard)``, differentiable.
 
@@ -65,6 +68,8 @@ def all_to_all_linear(
         zero3_group: the ranks that weight and bias are cut over; None is ``group``.  With Ring attention outside of
             Ulysses these are the ranks of all rings.
         config: mode, transport, time limit.
+        prefetch, prefetch_backward: what every rank gathers next with ``zero3_group`` after this operator, or after its
+            backward, sent ahead meanwhile (:func:`zero3_linear`).
 
     Returns:
         [..., L/N, n].
@@ -83,13 +88,14 @@ def all_to_all_linear(
     check_tensors(_NAME, x=x, weight_shard=weight_shard, bias_shard=bias_shard)
     config = check_config(config)
     check_mode(_NAME, config)
+    ahead = tell_ahead(_NAME, weight_shard, prefetch, prefetch_backward)
     x, weight_shard, bias_shard = under_autocast(x.device, x, weight_shard, bias_shard)
     resolved = resolve_group(group)
     owners = resolved if zero3_group is None else resolve_group(zero3_group)
     _check(x, weight_shard, bias_shard, resolved.size(), owners.size())
     keep = torch.is_grad_enabled() and weight_shard.requires_grad
     output, _ = torch.ops.odysseus.all_to_all_linear(
-        x, weight_shard, bias_shard, resolved.group_name, owners.group_name, config.key(), keep
+        x, weight_shard, bias_shard, resolved.group_name, owners.group_name, config.key(), keep, *ahead
     )
     return output  # type: ignore[no-any-return]
 
@@ -154,12 +160,15 @@ def _forward(
     owners_name: str,
     config_key: str,
     keep: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> list[Tensor]:
     """The output, and what was received [world, batch, L/world, k/world] if it is to be kept, else an empty tensor."""
     group, owners = group_by_name(group_name), group_by_name(owners_name)
     config = OverlapConfig.from_key(config_key)
     together = group_name == owners_name
     world, shards = group.size(), owners.size()
+    prefetch = take_ahead(ahead, ahead_text, "forward")
     features, width = weight_shard.shape
     whole = tokens_of_ranks(x.contiguous(), world)
     rows = whole.shape[2]
@@ -167,7 +176,7 @@ def _forward(
     shapes = f"x {list(x.shape)}"
     bias = None
     if bias_shard is not None:
-        bias = functional.all_gather(bias_shard, owners, operator=_NAME, config=config)
+        bias = functional.all_gather(bias_shard, owners, operator=_NAME, config=config, keeps_ahead=True)
     output = received = x.new_empty(0)
     shared = (weight_shard.contiguous(),)
     total = ProductSum(x, 0, 0)
@@ -192,9 +201,9 @@ def _forward(
         call = Call(_NAME, "forward", settled, shapes=shapes)
         if fused and together:
             exchange = Exchange(visit, shared, (whole.contiguous(),))
-            transport.execute(dataclasses.replace(call, exchange=exchange))
+            transport.execute(dataclasses.replace(call, exchange=exchange, prefetch=prefetch))
         elif fused:
-            transport.execute(dataclasses.replace(call, exchange=Exchange(visit_owner, shared)))
+            transport.execute(dataclasses.replace(call, exchange=Exchange(visit_owner, shared), prefetch=prefetch))
         else:
             if together:
                 received = received if keep else x.new_empty(whole.shape)
@@ -226,6 +235,8 @@ def _(
     owners_name: str,
     config_key: str,
     keep: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> list[Tensor]:
     world = group_by_name(group_name).size()
     rows, width = x.shape[-2] // world, x.shape[-1]
@@ -241,6 +252,8 @@ def _backward(
     group_name: str,
     owners_name: str,
     config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
     input_needed: bool,
     weight_needed: bool,
     bias_needed: bool,
@@ -250,6 +263,7 @@ def _backward(
     config = OverlapConfig.from_key(config_key)
     together = group_name == owners_name
     world, shards = group.size(), owners.size()
+    prefetch = take_ahead(ahead, ahead_text, "backward") if input_needed else None
     features, width = weight_shard.shape
     rows, across = grad.shape[-2], width * shards // world
     incoming = grad.reshape(-1, features)
@@ -289,12 +303,14 @@ def _backward(
         fused = settled.mode != "unfused"
         call = Call(_NAME, "backward", settled, shapes=shapes)
         if fused and together:
-            transport.execute(dataclasses.replace(call, exchange=Exchange(visit, shared, (), sums, outgoing)))
+            exchange = Exchange(visit, shared, (), sums, outgoing)
+            transport.execute(dataclasses.replace(call, exchange=exchange, prefetch=prefetch))
             return
         if input_needed:
             product = grad.new_empty((incoming.shape[0], across * world))
         if fused:
-            transport.execute(dataclasses.replace(call, exchange=Exchange(visit_owner, shared, (), sums)))
+            exchange = Exchange(visit_owner, shared, (), sums)
+            transport.execute(dataclasses.replace(call, exchange=exchange, prefetch=prefetch))
             return
         if input_needed:
             weight = functional.all_gather(weight_shard, owners, operator=_NAME, dim=1, phase="backward", config=config)
@@ -315,7 +331,9 @@ def _backward(
             all_to_all(_NAME, "backward", group, config, outgoing, fill, shapes)
     if bias_needed:
         total = incoming.sum(0, dtype=wide)
-        summed = functional.reduce_scatter(total, owners, operator=_NAME, phase="backward", config=config)
+        summed = functional.reduce_scatter(
+            total, owners, operator=_NAME, phase="backward", config=config, keeps_ahead=True
+        )
         dbias = summed.to(grad.dtype)
     return [dx, dweight, dbias]
 
@@ -328,6 +346,8 @@ def _(
     group_name: str,
     owners_name: str,
     config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
     input_needed: bool,
     weight_needed: bool,
     bias_needed: bool,
@@ -343,19 +363,19 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _, weight_shard, _, ctx.group_name, ctx.owners_name, ctx.config_key, keep = inputs
+    _, weight_shard, _, ctx.group_name, ctx.owners_name, ctx.config_key, keep, *ctx.ahead = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1] if keep else None, weight_shard)
 
 
-def _autograd_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     received, weight_shard = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
     results = torch.ops.odysseus.all_to_all_linear_backward(
-        grads[0], received, weight_shard, ctx.group_name, ctx.owners_name, ctx.config_key, *needed
+        grads[0], received, weight_shard, ctx.group_name, ctx.owners_name, ctx.config_key, *ctx.ahead, *needed
     )
     gradients = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, [None] * len(ctx.ahead[0]), None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

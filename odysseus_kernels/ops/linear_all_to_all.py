@@ -25,6 +25,7 @@ from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.comm.transport import Call, Transport
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._ahead import Shards, choose_ahead, recomputed_flag, take_ahead, tell_ahead
 from odysseus_kernels.ops._heads import all_to_all, check_mode, exchange_parts, tokens_of_ranks
 from odysseus_kernels.ops._products import ProductSum, multiply_lines, project
 from odysseus_kernels.ops._projections import Projections, check_projections
@@ -46,6 +47,9 @@ def linear_all_to_all(
     heads: int | None = None,
     zero3_group: Group = None,
     config: OverlapConfig | None = None,
+    prefetch: Shards = None,
+    prefetch_backward: Shards = None,
+    prefetch_recomputed: Shards = None,
 ) -> Tensor: ...
 
 
@@ -59,6 +63,9 @@ def linear_all_to_all(
     heads: Sequence[int] | None = None,
     zero3_group: Group = None,
     config: OverlapConfig | None = None,
+    prefetch: Shards = None,
+    prefetch_backward: Shards = None,
+    prefetch_recomputed: Shards = None,
 ) -> tuple[Tensor, ...]: ...
 
 
@@ -71,6 +78,9 @@ def linear_all_to_all(
     heads: int | Sequence[int] | None = None,
     zero3_group: Group = None,
     config: OverlapConfig | None = None,
+    prefetch: Shards = None,
+    prefetch_backward: Shards = None,
+    prefetch_recomputed: Shards = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """``y = all_to_all(x @ all_gather(weight_shard).T + all_gather(bias_shard))``, differentiable.
 
@@ -96,6 +106,9 @@ def linear_all_to_all(
         zero3_group: the ranks that the weights are cut over; None is ``group``.  With Ring attention outside of
             Ulysses these are the ranks of all rings.
         config: mode, transport, time limit.
+        prefetch, prefetch_backward: what every rank gathers next with ``zero3_group`` after this operator, or after its
+            backward, sent ahead meanwhile (:func:`zero3_linear`).
+        prefetch_recomputed: the latter where a checkpoint has computed this operator's forward again.
 
     Returns:
         [..., L, n/N], or a tuple of them.
@@ -120,12 +133,13 @@ def linear_all_to_all(
     resolved = resolve_group(group)
     owners = resolved if zero3_group is None else resolve_group(zero3_group)
     sharers = check_projections(_NAME, weights, heads, resolved.size(), owners.size())
+    ahead = tell_ahead(_NAME, weights[0], prefetch, prefetch_backward, prefetch_recomputed)
     present = [one for one in biases if one is not None]
     has_bias = [one is not None for one in biases]
     outputs = torch.ops.odysseus.linear_all_to_all(
-        x, weights, present, has_bias, sharers, resolved.group_name, owners.group_name, config.key()
+        x, weights, present, has_bias, sharers, resolved.group_name, owners.group_name, config.key(), *ahead
     )
-    return outputs[0] if single else tuple(outputs)
+    return outputs[0] if single else tuple(outputs[:-1])
 
 
 @torch.library.custom_op("odysseus::linear_all_to_all", mutates_args=())
@@ -138,10 +152,16 @@ def _forward(
     group_name: str,
     owners_name: str,
     config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> list[Tensor]:
-    """``biases`` holds one for each weight that ``has_bias``: lists of optional tensors have no gradients."""
+    """One output for each weight, and last a flag.
+
+    ``biases`` holds one for each weight that ``has_bias``: lists of optional tensors have no gradients.
+    """
     config = OverlapConfig.from_key(config_key)
     sizes = Projections(_NAME, x, weights, sharers, group_name, owners_name)
+    prefetch = take_ahead(ahead, ahead_text, "forward")
     remaining = iter(biases)
     bias_of = [next(remaining) if present else None for present in has_bias]
     lines = x.reshape(sizes.lines, sizes.features)
@@ -177,10 +197,10 @@ def _forward(
 
     def multiply_whole(which: Sequence[int]) -> None:
         for i in which:
-            weight = functional.all_gather(weights[i], sizes.owners, operator=_NAME, config=config)
+            weight = functional.all_gather(weights[i], sizes.owners, operator=_NAME, config=config, keeps_ahead=True)
             bias = bias_of[i]
             if bias is not None:
-                bias = functional.all_gather(bias, sizes.owners, operator=_NAME, config=config)
+                bias = functional.all_gather(bias, sizes.owners, operator=_NAME, config=config, keeps_ahead=True)
             products[i] = x.new_empty((sizes.lines, sizes.cuts[i].features))
             multiply_lines(products[i], lines, weight.t(), bias)
 
@@ -189,12 +209,13 @@ def _forward(
         products.clear()
         multiply_whole(sizes.whole if fused else range(len(weights)))
         call = Call(_NAME, "forward", settled, shapes=sizes.shapes)
+        exchanged = dataclasses.replace(call, prefetch=prefetch)
         if fused and sizes.together:
-            transport.execute(dataclasses.replace(call, exchange=Exchange(visit, shared, received=received)))
+            transport.execute(dataclasses.replace(exchanged, exchange=Exchange(visit, shared, received=received)))
             return
         if fused and sizes.split:
             products.update({i: x.new_empty((sizes.lines, sizes.cuts[i].features)) for i in sizes.split})
-            transport.execute(dataclasses.replace(call, exchange=Exchange(visit_owner, shared)))
+            transport.execute(dataclasses.replace(exchanged, exchange=Exchange(visit_owner, shared)))
         if sizes.together:
             exchange_parts(transport, call, received, fill)
 
@@ -202,7 +223,7 @@ def _forward(
     dispatch(sizes.owners, config, x.device, run, phase)
     if not sizes.together:
         all_to_all(_NAME, "forward", sizes.group, config, received, fill, sizes.shapes)
-    return outputs
+    return [*outputs, recomputed_flag()]
 
 
 @_forward.register_fake
@@ -215,9 +236,12 @@ def _(
     group_name: str,
     owners_name: str,
     config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> list[Tensor]:
     sizes = Projections(_NAME, x, weights, sharers, group_name, owners_name)
-    return [x.new_empty((*x.shape[:-2], sizes.rows * sizes.world, cut.width)) for cut in sizes.cuts]
+    outputs = [x.new_empty((*x.shape[:-2], sizes.rows * sizes.world, cut.width)) for cut in sizes.cuts]
+    return [*outputs, torch.empty((), dtype=torch.bool)]
 
 
 @torch.library.custom_op("odysseus::linear_all_to_all_backward", mutates_args=())
@@ -229,6 +253,9 @@ def _backward(
     group_name: str,
     owners_name: str,
     config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
+    recomputed: Tensor,
     input_needed: bool,
     weights_needed: Sequence[bool],
     biases_needed: Sequence[bool],
@@ -236,6 +263,7 @@ def _backward(
     """[dx, dweights..., dbiases...]; an empty tensor stands for a gradient that is not needed."""
     config = OverlapConfig.from_key(config_key)
     sizes = Projections(_NAME, x, weights, sharers, group_name, owners_name)
+    prefetch = choose_ahead(ahead, ahead_text, recomputed) if input_needed else None
     wide = accumulator_dtype(x.dtype)
     lines = x.reshape(sizes.lines, sizes.features)
     dx = x.new_empty(0)
@@ -290,24 +318,22 @@ def _backward(
         for i, part in zip(used, parts, strict=True):
             whole_grads[i] = sizes.cuts[i].sum_sharers(part).reshape(sizes.lines, sizes.cuts[i].features)
 
+    # These come behind the exchange, which sends ahead what is gathered after them.
+    afterwards: dict[str, Any] = {"phase": "backward", "config": config, "keeps_ahead": True}
+
     def multiply_whole(which: Sequence[int]) -> None:
         for i in which:
             grad = whole_grads[i]
             if input_needed:
-                weight = functional.all_gather(
-                    weights[i], sizes.owners, operator=_NAME, phase="backward", config=config
-                )
+                weight = functional.all_gather(weights[i], sizes.owners, operator=_NAME, **afterwards)
                 summed.add(grad, weight)
             if weights_needed[i]:
                 full = x.new_empty((sizes.cuts[i].features, sizes.features))
                 multiply_lines(full, grad.t(), lines)
-                dweights[i] = functional.reduce_scatter(
-                    full, sizes.owners, operator=_NAME, phase="backward", config=config
-                )
+                dweights[i] = functional.reduce_scatter(full, sizes.owners, operator=_NAME, **afterwards)
             if biases_needed[i]:
-                dbiases[i] = functional.reduce_scatter(
-                    grad.sum(0, dtype=wide), sizes.owners, operator=_NAME, phase="backward", config=config
-                )
+                total = grad.sum(0, dtype=wide)
+                dbiases[i] = functional.reduce_scatter(total, sizes.owners, operator=_NAME, **afterwards)
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         nonlocal dx, summed
@@ -319,7 +345,7 @@ def _backward(
             whole_grads.update({i: x.new_zeros((sizes.lines, sizes.cuts[i].features), dtype=wide) for i in whole})
             addressed = tuple(grad.contiguous() for grad in incoming)
             exchange = Exchange(visit, shared, addressed, sums)
-            transport.execute(dataclasses.replace(call, exchange=exchange))
+            transport.execute(dataclasses.replace(call, exchange=exchange, prefetch=prefetch))
             whole_grads.update({i: whole_grads[i].to(x.dtype) for i in whole})
         else:
             if sizes.together:
@@ -327,7 +353,8 @@ def _backward(
                 exchange_parts(transport, call, parts, fill)
             assemble()
             if fused and (shared or sums):
-                transport.execute(dataclasses.replace(call, exchange=Exchange(visit_owner, shared, (), sums)))
+                exchange = Exchange(visit_owner, shared, (), sums)
+                transport.execute(dataclasses.replace(call, exchange=exchange, prefetch=prefetch))
         multiply_whole(whole)
         dx = summed.total().view(x.shape) if input_needed else dx
 
@@ -351,6 +378,9 @@ def _(
     group_name: str,
     owners_name: str,
     config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
+    recomputed: Tensor,
     input_needed: bool,
     weights_needed: Sequence[bool],
     biases_needed: Sequence[bool],
@@ -362,10 +392,10 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, has_bias, ctx.sharers, ctx.group_name, ctx.owners_name, ctx.config_key = inputs
+    x, weights, biases, has_bias, ctx.sharers, ctx.group_name, ctx.owners_name, ctx.config_key, *ctx.ahead = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *weights)
-    ctx.shapes = [one.shape for one in output]
+    ctx.save_for_backward(output[-1], x, *weights)
+    ctx.shapes = [one.shape for one in output[:-1]]
     ctx.weights_needed = [one.requires_grad for one in weights]
     needed = iter([one.requires_grad for one in biases])
     ctx.biases_needed = [present and next(needed) for present in has_bias]
@@ -373,8 +403,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    x, *weights = ctx.saved_tensors
-    incoming = [x.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=True)]
+    recomputed, x, *weights = ctx.saved_tensors
+    incoming = [x.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=False)]
     dx, *rest = torch.ops.odysseus.linear_all_to_all_backward(
         incoming,
         x,
@@ -383,6 +413,8 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         ctx.group_name,
         ctx.owners_name,
         ctx.config_key,
+        *ctx.ahead,
+        recomputed,
         ctx.needs_input_grad[0],
         ctx.weights_needed,
         ctx.biases_needed,
@@ -391,7 +423,8 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
     dweights = [grad if needed else None for grad, needed in zip(rest[:count], ctx.weights_needed, strict=True)]
     of_weights = zip(rest[count:], ctx.biases_needed, ctx.has_bias, strict=True)
     dbiases = [grad if needed else None for grad, needed, present in of_weights if present]
-    return dx if ctx.needs_input_grad[0] else None, dweights, dbiases, None, None, None, None, None
+    nothing = (None, None, None, None, None, [None] * len(ctx.ahead[0]), None)
+    return dx if ctx.needs_input_grad[0] else None, dweights, dbiases, *nothing
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

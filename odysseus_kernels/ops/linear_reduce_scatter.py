@@ -7,6 +7,7 @@ transport's contract (``comm/host/transport.py``, ``comm/collective/transport.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops import _tiles
+from odysseus_kernels.ops._ahead import Shards, take_ahead, tell_ahead
 from odysseus_kernels.ops._products import CommonBiasGradient, Layout, WeightGradient, multiply, project
 from odysseus_kernels.ops._validate import check_bias, check_dim, check_linear, group_by_name
 
@@ -36,6 +38,7 @@ def linear_reduce_scatter(
     group: dist.ProcessGroup | DeviceMesh | None,
     dim: int = -2,
     config: OverlapConfig | None = None,
+    prefetch: Shards = None,
 ) -> Tensor:
     """``y = reduce_scatter(x @ weight.T, dim) + bias``, row-parallel, differentiable.
 
@@ -56,6 +59,7 @@ def linear_reduce_scatter(
         group: the ranks; None is the default group.
         dim: dimension of x that is cut over the ranks; not the last.
         config: mode, transport, pieces, time limit.
+        prefetch: what every rank gathers next with this group, sent ahead meanwhile (:func:`zero3_linear`).
 
     Returns:
         [..., L/N, ..., n], this rank's rows of the sum.
@@ -72,6 +76,7 @@ def linear_reduce_scatter(
     """
     check_tensors(_NAME, x=x, weight=weight, bias=bias)
     key = check_config(config).key()
+    ahead = tell_ahead(_NAME, weight, prefetch)
     x, weight, bias = under_autocast(x.device, x, weight, bias)
     check_linear(_NAME, x, weight)
     check_bias(_NAME, x, weight, bias)
@@ -82,13 +87,23 @@ def linear_reduce_scatter(
             f"{_NAME}: expected dimension {dim} of x to divide by {resolved.size()} ranks, got x {list(x.shape)}; "
             f"shard_sequence pads a batch so that it does"
         )
-    return torch.ops.odysseus.linear_reduce_scatter(x, weight, bias, resolved.group_name, dim, key)
+    return torch.ops.odysseus.linear_reduce_scatter(x, weight, bias, resolved.group_name, dim, key, *ahead)
 
 
 @torch.library.custom_op("odysseus::linear_reduce_scatter", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, dim: int, config_key: str) -> Tensor:
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    group_name: str,
+    dim: int,
+    config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
+) -> Tensor:
     group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
     world = group.size()
+    prefetch = take_ahead(ahead, ahead_text, "forward")
     layout = Layout.of(x.shape, dim)
     whole = layout.blocks(x.contiguous())
     rows = layout.rows // world
@@ -110,7 +125,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, di
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         scatter = Scatter(out, produce, tiles if can_tile else None, prepare)
-        call = Call(_NAME, "forward", settled, None, scatter, shapes)
+        call = Call(_NAME, "forward", settled, None, scatter, shapes, prefetch=prefetch)
         if settled.mode != "unfused":
             transport.execute(call)
             return
@@ -139,7 +154,16 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, di
 
 
 @_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, dim: int, config_key: str) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    group_name: str,
+    dim: int,
+    config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
+) -> Tensor:
     layout = Layout.of(x.shape, dim)
     return x.new_empty(layout.shape(layout.rows // group_by_name(group_name).size(), weight.shape[0]))
 
@@ -252,18 +276,18 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.group_name, ctx.dim, ctx.config_key = inputs
+    x, weight, _, ctx.group_name, ctx.dim, ctx.config_key, ctx.ahead, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
     results = torch.ops.odysseus.linear_reduce_scatter_backward(
         grad, x, weight, ctx.group_name, ctx.dim, ctx.config_key, *needed
     )
     gradients = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
-    return *gradients, None, None, None
+    return *gradients, None, None, None, [None] * len(ctx.ahead), None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -21,6 +21,7 @@ from odysseus_kernels.attention.layout import with_key_mask
 from odysseus_kernels.comm.arguments import check_config, refuse_second_derivative
 from odysseus_kernels.comm.groups import resolve_group
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._ahead import Shards, choose_ahead, recomputed_flag, take_ahead, tell_ahead
 from odysseus_kernels.ops._attention_block import Block
 from odysseus_kernels.ops._attention_pieces import ForwardPieces, Pieces, Settings
 from odysseus_kernels.ops._pipeline_validate import check_pipelined_attention, piece_edges
@@ -54,6 +55,9 @@ def pipelined_attention(
     first_head: int = 0,
     kernel: str = "sdpa",
     config: OverlapConfig | None = None,
+    prefetch: Shards = None,
+    prefetch_backward: Shards = None,
+    prefetch_recomputed: Shards = None,
 ) -> Tensor:
     """Causal self-attention of a sequence that is cut over N ranks, with its projections, differentiable.
 
@@ -88,6 +92,9 @@ def pipelined_attention(
         norm_eps: of these norms.
         documents, key_mask, window, scale, dropout, dropout_seed, first_head, kernel: as in :func:`ring_attention`.
         config: mode, transport, what is kept for backward, time limit.
+        prefetch, prefetch_backward, prefetch_recomputed: what every rank gathers next with ``group`` after this
+            operator's forward, after its backward, and after a backward whose forward a checkpoint has computed again;
+            sent ahead meanwhile (:func:`zero3_linear`).
 
     Returns:
         [B, T/N, d], striped as x is.
@@ -144,6 +151,7 @@ def pipelined_attention(
         settled.key(),
         settings.key(),
         keep,
+        *tell_ahead(_NAME, output_weight, prefetch, prefetch_backward, prefetch_recomputed),
     )
     return cast(Tensor, found[0])
 
@@ -164,15 +172,19 @@ def _forward(
     config_key: str,
     settings_key: str,
     keep: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> list[Tensor]:
-    """[y, q, k, v, out, log-sum-exp, q and k before their norms, gathered x]; what is not kept is an empty tensor."""
+    """[y, q, k, v, out, log-sum-exp, q and k before their norms, gathered x, flag]; empty where it is not kept."""
     group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
     ring = group_by_name(ring_name) if ring_name else None
     block = Block(
         x, weights, output_weight, rotation, head_norms, documents, group, ring, config, Settings.of(settings_key)
     )
     remaining = iter(biases)
-    return block.forward([next(remaining) if present else None for present in has_bias], output_bias, keep=keep)
+    of_weights = [next(remaining) if present else None for present in has_bias]
+    prefetch = take_ahead(ahead, ahead_text, "forward")
+    return [*block.forward(of_weights, output_bias, prefetch, keep=keep), recomputed_flag()]
 
 
 @_forward.register_fake
@@ -191,9 +203,12 @@ def _(
     config_key: str,
     settings_key: str,
     keep: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> list[Tensor]:
     pieces = Pieces(Settings.of(settings_key), group_by_name(group_name).size())
-    return ForwardPieces(x, weights, output_weight, bool(head_norms), pieces, keep=keep).results
+    made = ForwardPieces(x, weights, output_weight, bool(head_norms), pieces, keep=keep).results
+    return [*made, torch.empty((), dtype=torch.bool)]
 
 
 @torch.library.custom_op("odysseus::pipelined_attention_backward", mutates_args=())
@@ -215,6 +230,9 @@ def _backward(
     biases_needed: Sequence[bool],
     output_needed: Sequence[bool],
     norms_needed: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
+    recomputed: Tensor,
 ) -> list[Tensor]:
     """[dx, dweights..., dbiases..., doutput_weight, doutput_bias, dnorms...]; empty tensors where not needed."""
     group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
@@ -222,9 +240,11 @@ def _backward(
     block = Block(
         x, weights, output_weight, rotation, head_norms, documents, group, ring, config, Settings.of(settings_key)
     )
+    prefetch = choose_ahead(ahead, ahead_text, recomputed) if input_needed else None
     return block.backward(
-        grad.contiguous(), saved, input_needed, weights_needed, biases_needed, output_needed, norms_needed=norms_needed
-    )
+        grad.contiguous(), saved, input_needed, weights_needed, biases_needed, output_needed, prefetch,
+        norms_needed=norms_needed,
+    )  # fmt: skip
 
 
 @_backward.register_fake
@@ -246,6 +266,9 @@ def _(
     biases_needed: Sequence[bool],
     output_needed: Sequence[bool],
     norms_needed: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
+    recomputed: Tensor,
 ) -> list[Tensor]:
     return [
         x.new_empty(x.shape if input_needed else (0,)),
@@ -258,9 +281,10 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, ctx.has_bias, output_weight, output_bias, rotation, norms, documents, *settings, _ = inputs
+    x, weights, biases, ctx.has_bias, output_weight, output_bias, rotation, norms, documents, *rest = inputs
     ctx.set_materialize_grads(False)
-    ctx.settings = settings
+    *ctx.settings, _, ahead, ahead_text = rest
+    ctx.ahead = ahead, ahead_text
     ctx.counts = len(rotation), len(norms)
     ctx.save_for_backward(x, *weights, output_weight, documents, *rotation, *norms, *output[1:])
     ctx.weights_needed = [one.requires_grad for one in weights]
@@ -274,6 +298,7 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
     x, wq, wk, wv, output_weight, documents, *rest = ctx.saved_tensors
     rotations, norms = ctx.counts
     rotation, head_norms, saved = rest[:rotations], rest[rotations : rotations + norms], rest[rotations + norms :]
+    recomputed = saved.pop()
     grad = x.new_zeros(x.shape) if grads[0] is None else grads[0]
     dx, *found = torch.ops.odysseus.pipelined_attention_backward(
         grad,
@@ -290,6 +315,8 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         ctx.biases_needed,
         ctx.output_needed,
         ctx.norms_needed,
+        *ctx.ahead,
+        recomputed,
     )
     of_biases = zip(found[3:6], ctx.biases_needed, ctx.has_bias, strict=True)
     return (
@@ -301,6 +328,8 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         [None] * rotations,
         [one if ctx.norms_needed else None for one in found[8:]],
         *[None] * 6,
+        [None] * len(ctx.ahead[0]),
+        None,
     )
 
 

@@ -8,6 +8,7 @@ held; unfused, all are gathered first.  Every rank takes part in every visit, wh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._ahead import Shards, take_ahead, tell_ahead
 from odysseus_kernels.ops._experts import ACTIVATIONS, Routing, expert_backward, expert_forward
 from odysseus_kernels.ops._validate import check_experts, group_by_name
 
@@ -40,6 +42,8 @@ def zero3_experts(
     activation: str = "silu",
     group: dist.ProcessGroup | DeviceMesh | None,
     config: OverlapConfig | None = None,
+    prefetch: Shards = None,
+    prefetch_backward: Shards = None,
 ) -> Tensor:
     """A mixture of gated experts on this rank's tokens, differentiable.
 
@@ -65,6 +69,8 @@ def zero3_experts(
         activation: ``"silu"``, ``"gelu"``, ``"gelu_pytorch_tanh"`` or ``"relu"``.
         group: the ranks; None is the default group.
         config: mode (``"auto"``, ``"fused"`` or ``"unfused"``), transport, pieces, time limit.
+        prefetch, prefetch_backward: what every rank gathers next with this group after this operator, or after its
+            backward, sent ahead meanwhile (:func:`zero3_linear`).
 
     Returns:
         [T, d].
@@ -78,6 +84,7 @@ def zero3_experts(
         down_shard=down_shard,
     )  # fmt: skip
     settings = check_config(config)
+    ahead = tell_ahead(_NAME, gate_up_shard, prefetch, prefetch_backward)
     x, gate_up_shard, down_shard = under_autocast(x.device, x, gate_up_shard, down_shard)
     check_experts(_NAME, x, top_k_index, top_k_weights, gate_up_shard, down_shard)
     if activation not in ACTIVATIONS:
@@ -89,8 +96,9 @@ def zero3_experts(
         tensor.requires_grad for tensor in (x, top_k_weights, gate_up_shard, down_shard)
     )
     y, _ = torch.ops.odysseus.zero3_experts(
-        x, top_k_index, top_k_weights, gate_up_shard, down_shard, activation, resolved.group_name, settings.key(), keep
-    )
+        x, top_k_index, top_k_weights, gate_up_shard, down_shard, activation, resolved.group_name, settings.key(), keep,
+        *ahead,
+    )  # fmt: skip
     return y
 
 
@@ -105,11 +113,14 @@ def _forward(
     group_name: str,
     config_key: str,
     keep: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> tuple[Tensor, Tensor]:
     """y, and the products with gate and up [T * k, 2i] in the order of experts if they are to be kept, else nothing."""
     group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
     world, (held, width, _) = group.size(), gate_up_shard.shape
     act, wide = ACTIVATIONS[activation], accumulator_dtype(x.dtype)
+    prefetch = take_ahead(ahead, ahead_text, "forward")
     routing = Routing.of(top_k_index, top_k_weights, held * world, wide)
     y = x.new_empty(x.shape, dtype=wide)
     kept = x.new_empty((top_k_index.numel() if keep else 0, width))
@@ -127,7 +138,7 @@ def _forward(
         y.zero_()
         call = Call(_NAME, "forward", settled, shapes=activation, exchange=Exchange(visit, shared=shards))
         if settled.mode != "unfused":
-            transport.execute(call)
+            transport.execute(dataclasses.replace(call, prefetch=prefetch))
         else:
             _unfused(transport, call)
 
@@ -187,6 +198,8 @@ def _(
     group_name: str,
     config_key: str,
     keep: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((top_k_index.numel() if keep else 0, gate_up_shard.shape[1]))
 
@@ -203,10 +216,13 @@ def _backward(
     activation: str,
     group_name: str,
     config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
     needed: list[bool],
 ) -> list[Tensor]:
     """[dx, dtop_k_weights, dgate_up, ddown]; an empty tensor stands for a gradient that is not needed."""
     input_needed, routing_needed, gate_up_needed, down_needed = needed
+    prefetch = take_ahead(ahead, ahead_text, "backward") if input_needed else None
     group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
     world, (held, _, _) = group.size(), gate_up_shard.shape
     act, wide = ACTIVATIONS[activation], accumulator_dtype(x.dtype)
@@ -248,7 +264,7 @@ def _backward(
             dx.zero_()
         call = Call(_NAME, "backward", settled, exchange=Exchange(visit, shared=shared, sums=sums))
         if settled.mode != "unfused":
-            transport.execute(call)
+            transport.execute(dataclasses.replace(call, prefetch=prefetch))
         else:
             _unfused(transport, call)
 
@@ -273,6 +289,8 @@ def _(
     activation: str,
     group_name: str,
     config_key: str,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
     needed: list[bool],
 ) -> list[Tensor]:
     arguments = (x, top_k_weights, gate_up_shard, down_shard)
@@ -280,19 +298,20 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, top_k_index, top_k_weights, gate_up_shard, down_shard, *ctx.settings, _ = inputs
+    x, top_k_index, top_k_weights, gate_up_shard, down_shard, *settings, _, ahead, text = inputs
+    ctx.settings = (*settings, ahead, text)
     ctx.set_materialize_grads(False)  # the gradient of what is kept does not exist
     ctx.save_for_backward(x, top_k_index, top_k_weights, output[1], gate_up_shard, down_shard)
 
 
-def _autograd_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     x, *others = ctx.saved_tensors
     grad = torch.zeros_like(x) if grad is None else grad
     of_x, _, of_routing, of_gate_up, of_down = ctx.needs_input_grad[:5]
     needed = [of_x, of_routing, of_gate_up, of_down]
     results = torch.ops.odysseus.zero3_experts_backward(grad, x, *others, *ctx.settings, needed)
     dx, drouting, dgate_up, ddown = (one if wanted else None for one, wanted in zip(results, needed, strict=True))
-    return dx, None, drouting, dgate_up, ddown, None, None, None, None
+    return dx, None, drouting, dgate_up, ddown, None, None, None, None, [None] * len(ctx.settings[-2]), None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

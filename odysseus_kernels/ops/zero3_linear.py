@@ -7,6 +7,7 @@ transport holds the pieces in flight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,18 +16,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from odysseus_kernels.comm import functional
-from odysseus_kernels.comm.arguments import (
-    autocasts,
-    check_config,
-    check_tensors,
-    refuse_second_derivative,
-    under_autocast,
-)
+from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._ahead import Shards, take_ahead, tell_ahead
 from odysseus_kernels.ops._products import add_wide
 from odysseus_kernels.ops._validate import check_bias, check_linear, group_by_name
 
@@ -42,8 +38,8 @@ def zero3_linear(
     *,
     group: dist.ProcessGroup | DeviceMesh | None,
     config: OverlapConfig | None = None,
-    prefetch: Tensor | None = None,
-    prefetch_backward: Tensor | None = None,
+    prefetch: Shards = None,
+    prefetch_backward: Shards = None,
 ) -> Tensor:
     """``y = x @ all_gather(weight_shard).T + all_gather(bias_shard)``, differentiable.
 
@@ -64,8 +60,9 @@ def zero3_linear(
         bias_shard: [n/N] or None.
         group: the ranks; None is the default group.
         config: mode, transport, pieces, time limit.
-        prefetch: weight shard of the zero3_linear that every rank calls next with this group; it is sent ahead while
-            this product runs and must not change before that call.  If another call comes first, it is dropped.
+        prefetch: weight shard of the zero3_linear that every rank calls next with this group, or a tuple of all that an
+            operator with an exchange shares (the weights of :func:`linear_all_to_all`); it is sent ahead while this
+            product runs and must not change before that call.  If another call comes first, it is dropped.
         prefetch_backward: the same for the backward of this operator.
 
     Returns:
@@ -84,32 +81,14 @@ def zero3_linear(
         >>> weight_shard.grad[0, 0].item()  # the rows of both ranks
         11.0
     """
-    check_tensors(
-        _NAME, x=x, weight_shard=weight_shard, bias_shard=bias_shard, prefetch=prefetch,
-        prefetch_backward=prefetch_backward,
-    )  # fmt: skip
+    check_tensors(_NAME, x=x, weight_shard=weight_shard, bias_shard=bias_shard)
     key = check_config(config).key()
-    if autocasts(x.device):
-        # What travels is made in each call: there is nothing yet that could be sent ahead.
-        prefetch = prefetch_backward = None
-        x, weight_shard, bias_shard = under_autocast(x.device, x, weight_shard, bias_shard)
+    ahead = tell_ahead(_NAME, weight_shard, prefetch, prefetch_backward)
+    x, weight_shard, bias_shard = under_autocast(x.device, x, weight_shard, bias_shard)
     check_linear(_NAME, x, weight_shard, "weight_shard")
     check_bias(_NAME, x, weight_shard, bias_shard, "bias_shard")
-    for name, ahead_shard in (("prefetch", prefetch), ("prefetch_backward", prefetch_backward)):
-        if ahead_shard is not None:
-            _check_prefetch(name, weight_shard, ahead_shard)
     resolved = resolve_group(group)
-    ahead = None if prefetch is None else prefetch.detach()
-    ahead_backward = None if prefetch_backward is None else prefetch_backward.detach()
-    return torch.ops.odysseus.zero3_linear(x, weight_shard, bias_shard, resolved.group_name, key, ahead, ahead_backward)
-
-
-def _check_prefetch(name: str, weight_shard: Tensor, shard: Tensor) -> None:
-    if shard.ndim != 2 or shard.dtype != weight_shard.dtype or shard.device != weight_shard.device:
-        raise ValueError(
-            f"{_NAME}: expected {name} to be a weight shard [n/N, K] of dtype {weight_shard.dtype} on "
-            f"{weight_shard.device}, got {list(shard.shape)}, {shard.dtype} on {shard.device}"
-        )
+    return torch.ops.odysseus.zero3_linear(x, weight_shard, bias_shard, resolved.group_name, key, *ahead)
 
 
 @torch.library.custom_op("odysseus::zero3_linear", mutates_args=())
@@ -119,10 +98,11 @@ def _forward(
     bias_shard: Tensor | None,
     group_name: str,
     config_key: str,
-    prefetch: Tensor | None,
-    prefetch_backward: Tensor | None,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> Tensor:
     group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
+    prefetch = take_ahead(ahead, ahead_text, "forward")
     features = weight_shard.shape[0]
     lines = x.reshape(-1, x.shape[-1])
     output = x.new_empty((lines.shape[0], features * group.size()))
@@ -137,7 +117,7 @@ def _forward(
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         shard = weight_shard.contiguous().unsqueeze(0)
-        call = Call(_NAME, "forward", settled, Gather(shard, consume, _as_shard(prefetch)))
+        call = Call(_NAME, "forward", settled, Gather(shard, consume), prefetch=prefetch)
         if settled.mode != "unfused":
             transport.execute(call)
             return
@@ -171,13 +151,6 @@ def _product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         torch.addmm(bias, a, b, out=out)
 
 
-def _as_shard(tensor: Tensor | None) -> Tensor | None:
-    """What can be sent ahead: only a tensor that the transport will be given again, and whose changes are counted."""
-    if tensor is None or not tensor.is_contiguous() or tensor.is_inference():
-        return None
-    return tensor.unsqueeze(0)
-
-
 def _whole(transport: Transport, call: Call) -> Tensor:
     """The whole weight [n, K], by one collective."""
     assert call.gather is not None
@@ -194,8 +167,8 @@ def _(
     bias_shard: Tensor | None,
     group_name: str,
     config_key: str,
-    prefetch: Tensor | None,
-    prefetch_backward: Tensor | None,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_shard.shape[0] * group_by_name(group_name).size()))
 
@@ -207,7 +180,8 @@ def _backward(
     weight_shard: Tensor,
     group_name: str,
     config_key: str,
-    prefetch: Tensor | None,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
     input_needed: bool,
     weight_needed: bool,
     bias_needed: bool,
@@ -215,6 +189,8 @@ def _backward(
     """[dx, dweight, dbias]; an empty tensor stands for a gradient that is not needed."""
     group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
     world = group.size()
+    # Without an input gradient nothing comes before this layer in backward.
+    prefetch = take_ahead(ahead, ahead_text, "backward") if input_needed else None
     features = weight_shard.shape[0]
     lines = x.reshape(-1, x.shape[-1])
     incoming = grad.reshape(-1, features * world)
@@ -247,10 +223,10 @@ def _backward(
         started = False
         gather = scatter = None
         if input_needed:
-            gather = Gather(weight_shard.contiguous().unsqueeze(0), consume, _as_shard(prefetch))
+            gather = Gather(weight_shard.contiguous().unsqueeze(0), consume)
         if weight_needed:
             scatter = Scatter(dweight.unsqueeze(0), produce)
-        call = Call(_NAME, "backward", settled, gather, scatter)
+        call = Call(_NAME, "backward", settled, gather, scatter, prefetch=prefetch)
         if settled.mode != "unfused":
             transport.execute(call)
             return
@@ -278,7 +254,8 @@ def _(
     weight_shard: Tensor,
     group_name: str,
     config_key: str,
-    prefetch: Tensor | None,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
     input_needed: bool,
     weight_needed: bool,
     bias_needed: bool,
@@ -291,18 +268,16 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight_shard, _, ctx.group_name, ctx.config_key, _, prefetch_backward = inputs
-    ctx.save_for_backward(x, weight_shard, prefetch_backward)
+    x, weight_shard, _, *ctx.settings = inputs
+    # What is sent ahead is not saved: hooks on saved tensors would have it copied or checked.
+    ctx.save_for_backward(x, weight_shard)
 
 
-def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight_shard, prefetch = ctx.saved_tensors
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad[:3]
-    results = torch.ops.odysseus.zero3_linear_backward(
-        grad, x, weight_shard, ctx.group_name, ctx.config_key, prefetch, *needed
-    )
+    results = torch.ops.odysseus.zero3_linear_backward(grad, *ctx.saved_tensors, *ctx.settings, *needed)
     gradients = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
-    return *gradients, None, None, None, None
+    return *gradients, None, None, [None] * len(ctx.settings[2]), None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -8,6 +8,7 @@ leave while the next part is multiplied.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.comm.transport import Call, Transport
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops._ahead import Shards, take_ahead, tell_ahead
 from odysseus_kernels.ops._cross_entropy import (
     LossGradients,
     add_statistics,
@@ -51,6 +53,7 @@ def zero3_linear_cross_entropy(
     chunk_rows: int = 1024,
     reduction: Literal["sum", "none"] = "sum",
     config: OverlapConfig | None = None,
+    prefetch_backward: Shards = None,
 ) -> Tensor:
     """Sum of -log softmax(hidden @ all_gather(weight_shard).T + all_gather(bias_shard))[target] over valid rows.
 
@@ -73,6 +76,8 @@ def zero3_linear_cross_entropy(
         chunk_rows: rows whose logits are held at a time.
         reduction: ``"sum"``, or ``"none"`` for the loss of each row, minus the log-probability of its target.
         config: mode, transport, pieces, time limit; mode ``"tiles"`` means ``"fused"`` here.
+        prefetch_backward: what every rank gathers next with this group after this operator's backward, sent ahead
+            meanwhile (:func:`zero3_linear`).
 
     Returns:
         In fp32 (fp64 for fp64), a scalar: the sum over this rank's rows, zero without valid ones; or [...], of each
@@ -85,6 +90,7 @@ def zero3_linear_cross_entropy(
     """
     check_tensors(_NAME, hidden=hidden, targets=targets, weight_shard=weight_shard, bias_shard=bias_shard)
     key = check_config(config).key()
+    ahead = tell_ahead(_NAME, weight_shard, None, prefetch_backward)
     hidden, weight_shard, bias_shard = under_autocast(hidden.device, hidden, weight_shard, bias_shard)
     check_loss_input(
         _NAME,
@@ -100,7 +106,7 @@ def zero3_linear_cross_entropy(
     rows = hidden.reshape(-1, hidden.shape[-1])
     each, labels = check_reduction(_NAME, reduction), targets.reshape(-1).long()
     losses, _ = torch.ops.odysseus.zero3_linear_cross_entropy(
-        rows, labels, weight_shard, bias_shard, resolved.group_name, key, ignore_index, chunk_rows, each
+        rows, labels, weight_shard, bias_shard, resolved.group_name, key, ignore_index, chunk_rows, each, *ahead
     )
     return losses.view(targets.shape) if each else losses  # type: ignore[no-any-return]
 
@@ -116,6 +122,8 @@ def _forward(
     ignore_index: int,
     chunk_rows: int,
     each: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> tuple[Tensor, Tensor]:
     """(sum of losses, or the loss of each row; logsumexp of each row)."""
     group, config = group_by_name(group_name), loss_config(config_key)
@@ -158,6 +166,8 @@ def _(
     ignore_index: int,
     chunk_rows: int,
     each: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
 ) -> tuple[Tensor, Tensor]:
     log_sums = hidden.new_empty(hidden.shape[:1], dtype=accumulator_dtype(hidden.dtype))
     return log_sums.new_empty(log_sums.shape if each else ()), log_sums
@@ -176,6 +186,8 @@ def _backward(
     ignore_index: int,
     chunk_rows: int,
     each: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
     hidden_needed: bool,
     weight_needed: bool,
     bias_needed: bool,
@@ -184,6 +196,7 @@ def _backward(
     group, config = group_by_name(group_name), loss_config(config_key)
     count = weight_shard.shape[0]
     wide = accumulator_dtype(hidden.dtype)
+    prefetch = take_ahead(ahead, ahead_text, "backward") if hidden_needed else None
     shared = _shared(weight_shard, bias_shard)
     dhidden = hidden.new_empty(hidden.shape if hidden_needed else (0,), dtype=wide)
     dweight = weight_shard.new_empty(weight_shard.shape if weight_needed else (0,))
@@ -214,9 +227,8 @@ def _backward(
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         dhidden.zero_()
-        execute_exchange(
-            transport, Call(_NAME, "backward", settled, exchange=Exchange(visit, shared=shared, sums=sums))
-        )
+        exchange = Exchange(visit, shared=shared, sums=sums)
+        execute_exchange(transport, Call(_NAME, "backward", settled, exchange=exchange, prefetch=prefetch))
 
     nbytes = sum(part.nbytes for part in sums)
     phase = loss_phase(_NAME, "backward", hidden.shape[0] * group.size(), weight_shard, weight_shard.nbytes, nbytes)
@@ -237,6 +249,8 @@ def _(
     ignore_index: int,
     chunk_rows: int,
     each: bool,
+    ahead: Sequence[Tensor],
+    ahead_text: str,
     hidden_needed: bool,
     weight_needed: bool,
     bias_needed: bool,
@@ -253,11 +267,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(hidden, targets, output[1], weight_shard, bias_shard)
 
 
-def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     needed = [ctx.needs_input_grad[index] for index in (0, 2, 3)]
     results = torch.ops.odysseus.zero3_linear_cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.settings, *needed)
     dhidden, dweight, dbias = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
-    return dhidden, None, dweight, dbias, *[None] * len(ctx.settings)
+    nothing = [None] * (len(ctx.settings) - 2)
+    return dhidden, None, dweight, dbias, *nothing, [None] * len(ctx.settings[-2]), None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.errors import FallbackWarning
+from odysseus_kernels.nn.ahead import link_modules
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.mlp import MLPSpec
@@ -156,3 +157,5 @@ def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part],
             module.experts_spec = part.spec
         if hasattr(module, "setup_sequence"):
             module.setup_sequence()
+    order = [part for part in parts if part.role in ("attention", "mlp", "experts", "head")]
+    link_modules([part.module for part in order], [part.module for part in order if part.role == "attention"], group)

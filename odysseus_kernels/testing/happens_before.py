@@ -24,6 +24,7 @@ from typing import NamedTuple
 from odysseus_kernels.comm.schedules.leases import Lease, LeaseTable
 from odysseus_kernels.comm.schedules.steps import (
     PARTIAL,
+    SENT,
     SHARD,
     ChunkOrder,
     Kind,
@@ -32,6 +33,7 @@ from odysseus_kernels.comm.schedules.steps import (
     Schedule,
     Step,
     publication,
+    sends_ahead_at,
     symmetric_schedule,
 )
 
@@ -53,6 +55,7 @@ class CallSpec:
     scatter_pieces: int = 1
     order: ChunkOrder = "ring"
     prefetch: bool = False  # sends the next call's shard ahead
+    addressed: bool = False  # gives each rank something of its own, which nobody can send ahead
 
 
 class Access(NamedTuple):
@@ -106,16 +109,21 @@ class Event:
 MakeSchedule = Callable[..., Schedule]
 
 
-def bind(world: int, calls: Sequence[CallSpec], make: MakeSchedule = symmetric_schedule) -> list[list[Event]]:
+def bind(
+    world: int,
+    calls: Sequence[CallSpec],
+    make: MakeSchedule = symmetric_schedule,
+    sends_at: Callable[[Schedule], int] = sends_ahead_at,
+) -> list[list[Event]]:
     """For each rank, the events of ``calls`` back to back, with nothing between the calls but their credits."""
-    return [_Binder(world, rank, make).run(calls) for rank in range(world)]
+    return [_Binder(world, rank, make, sends_at).run(calls) for rank in range(world)]
 
 
 class _Binder:
     """One rank's executor without data; leases in the order of ``SymmetricHostTransport._prepare``."""
 
-    def __init__(self, world: int, rank: int, make: MakeSchedule) -> None:
-        self._world, self._rank, self._make = world, rank, make
+    def __init__(self, world: int, rank: int, make: MakeSchedule, sends_at: Callable[[Schedule], int]) -> None:
+        self._world, self._rank, self._make, self._sends_at = world, rank, make, sends_at
         self._table = LeaseTable(WINDOWS, CELLS)
         self._events: list[Event] = []
 
@@ -129,22 +137,29 @@ class _Binder:
                 order=call.order,
                 gather_pieces=call.gather_pieces,
                 scatter_pieces=call.scatter_pieces,
-                published=ahead is not None,
+                published=ahead is not None and not call.addressed,
+                sent=ahead is not None and call.addressed,
             )
             leases: dict[str, Lease] = {}
-            if SHARD in schedule.counts:
-                leases[SHARD] = ahead or self._table.lease()
-            if PARTIAL in schedule.counts:
-                leases[PARTIAL] = self._table.lease()
-            clean = {SHARD} if ahead is not None else set()
+            clean = set()
+            if ahead is not None:
+                arrived = SENT if call.addressed else SHARD
+                leases[arrived] = ahead
+                clean.add(arrived)
+            for name in (SHARD, PARTIAL):
+                if name in schedule.counts and name not in leases:
+                    leases[name] = self._table.lease()
             upcoming = calls[number + 1] if call.prefetch else None
             pending = self._table.lease() if upcoming is not None else None
             ahead = None
-            for step in schedule.steps:
-                if pending is not None and upcoming is not None and step.kind not in (Kind.COPY, Kind.SIGNAL):
+            sends_at = self._sends_at(schedule)
+            for index, step in enumerate(schedule.steps):
+                if pending is not None and upcoming is not None and index == sends_at:
                     clean_ahead: set[str] = set()
-                    for early in publication(self._rank, upcoming.gather_pieces):
-                        self._add(number + 1, early, {SHARD: pending}, clean_ahead)
+                    pieces = 1 if upcoming.program.startswith("exchange") else upcoming.gather_pieces
+                    name = SENT if upcoming.addressed else SHARD
+                    for early in publication(self._rank, pieces, name):
+                        self._add(number + 1, early, {name: pending}, clean_ahead)
                     ahead, pending = pending, None
                 self._add(number, step, leases, clean)
             for name, lease in leases.items():

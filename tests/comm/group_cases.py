@@ -140,6 +140,24 @@ def stepped_weights(rank: int, world: int, transport: str) -> None:
             optimizer.zero_grad()
 
 
+def step_between(rank: int, world: int, transport: str) -> dict[str, int]:
+    """An optimizer's step comes right after the call that sent the weight ahead, and before the one that uses it."""
+    torch.manual_seed(0)
+    config = ody.OverlapConfig(transport=transport, timeout_s=20)
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("seq",))
+    full = torch.randn(8, 6)
+    weight = torch.nn.Parameter(DTensor.from_local(full.chunk(world)[rank].clone(), mesh, [Shard(0)]))
+    optimizer = torch.optim.SGD([weight], lr=0.5, foreach=True)
+    x, first = torch.randn(4, 6), torch.randn(3, 6)
+    weight.grad = torch.ones_like(weight)
+    with torch.no_grad(), ody.CommRecorder() as record:
+        ody.zero3_linear(x, first, group=None, config=config, prefetch=weight.to_local())
+        optimizer.step()
+        y = ody.zero3_linear(x, weight.to_local(), group=None, config=config)
+    torch.testing.assert_close(y, x @ (full - 0.5).t(), rtol=1e-5, atol=1e-5)  # fp32, sums of 6 terms
+    return record.ahead()
+
+
 def adopted(rank: int, world: int, transport: str, bias: bool) -> list[bool]:
     """Whether each gather of a two-layer network found its weight sent ahead, forward and backward."""
     found = []

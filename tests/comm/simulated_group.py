@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
+from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.transport import Call, Gather, Scatter
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.testing.simulated_device import SimulatedMachine
@@ -37,11 +38,11 @@ class Group:
 
     # ---- calls with what must come of them ---------------------------------------------------------------------------
 
-    def gather_part(self, batch: int, rows: int, prefetch: list[Tensor] | None = None) -> tuple[list[Gather], Any]:
+    def gather_part(self, batch: int, rows: int) -> tuple[list[Gather], Any]:
         shards = [self.random(batch, rows, WIDTH) for _ in range(self.world)]
-        return self.gather_of(shards, prefetch)
+        return self.gather_of(shards)
 
-    def gather_of(self, shards: list[Tensor], prefetch: list[Tensor] | None = None) -> tuple[list[Gather], Any]:
+    def gather_of(self, shards: list[Tensor]) -> tuple[list[Gather], Any]:
         seen = [torch.full((self.world, *shards[0].shape), torch.nan, dtype=torch.float64) for _ in shards]
         order: list[list[int]] = [[] for _ in shards]
 
@@ -58,8 +59,7 @@ class Group:
                 assert torch.equal(seen[rank], torch.stack(shards))
                 assert list(dict.fromkeys(order[rank])) == [(rank + hop) % self.world for hop in range(self.world)]
 
-        ahead = prefetch or [None] * self.world
-        gathers = [Gather(shards[r], consume(r), ahead[r]) for r in range(self.world)]
+        gathers = [Gather(shards[r], consume(r)) for r in range(self.world)]
         return gathers, check
 
     def scatter_part(self, batch: int, rows: int, dtype: torch.dtype = torch.float64) -> tuple[list[Scatter], Any]:
@@ -85,8 +85,17 @@ class Group:
 
         return [Scatter(outs[rank], produce(rank)) for rank in range(self.world)], check
 
-    def enqueue(self, gathers: Any, scatters: Any, config: OverlapConfig, **options: Any) -> None:
+    def enqueue(
+        self,
+        gathers: Any,
+        scatters: Any,
+        config: OverlapConfig,
+        prefetch: list[Tensor] | None = None,
+        **options: Any,
+    ) -> None:
         for rank, transport in enumerate(self.transports):
+            if prefetch is not None:
+                options["prefetch"] = Prefetch.of_gather(prefetch[rank])
             gather = gathers[rank] if gathers else None
             scatter = scatters[rank] if scatters else None
             transport.execute(Call("operator", "forward", config, gather, scatter, **options))

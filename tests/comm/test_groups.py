@@ -52,6 +52,12 @@ def test_weights_sent_ahead_before_an_optimizer_step(ranks: RankPools, transport
     ranks(2).run(cases.stepped_weights, transport)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_step_between_sending_and_using(ranks: RankPools, transport: str) -> None:
+    for found in ranks(2).run(cases.step_between, transport):
+        assert found == {"served": 0, "open": 2, "dropped": 1}
+
+
 @pytest.mark.parametrize("bias", (False, True))
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_weights_sent_ahead_are_used(ranks: RankPools, transport: str, bias: bool) -> None:

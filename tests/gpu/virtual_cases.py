@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.schedules.steps import SHARD
 from odysseus_kernels.comm.transport import Call, Gather, Scatter
 from odysseus_kernels.config import OverlapConfig
@@ -79,13 +80,21 @@ class Group:
 
         return [Scatter(outs[rank], produce(rank)) for rank in range(self.world)], check
 
-    def enqueue(self, gathers: Any, scatters: Any, config: OverlapConfig = CONFIG, absent: int | None = None) -> None:
+    def enqueue(
+        self,
+        gathers: Any,
+        scatters: Any,
+        config: OverlapConfig = CONFIG,
+        absent: int | None = None,
+        prefetch: list[Tensor] | None = None,
+    ) -> None:
         for rank, transport in enumerate(self.transports):
             if rank != absent:
                 gather = gathers[rank] if gathers else None
                 scatter = scatters[rank] if scatters else None
                 with torch.cuda.stream(self.streams[rank]):
-                    transport.execute(Call("operator", "forward", config, gather, scatter))
+                    ahead = None if prefetch is None else Prefetch.of_gather(prefetch[rank])
+                    transport.execute(Call("operator", "forward", config, gather, scatter, prefetch=ahead))
 
     def synchronize(self) -> None:
         for transport in self.transports:
@@ -126,21 +135,22 @@ def back_to_back(rank: int, processes: int, world: int, dtype: str, seed: int) -
 
 
 def sent_ahead(rank: int, processes: int, world: int) -> None:
-    """A shard that was sent ahead serves the next call; one that nobody wants is dropped."""
+    """A shard that a gather or a scatter sent ahead serves the next call; one that nobody wants is dropped."""
     group = Group(world)
     first = [group.numbers(1, 16, WIDTH) for _ in range(world)]
     second = [group.numbers(1, 16, WIDTH) for _ in range(world)]
     begin, check_begin = group.gather(16, first)
-    begin = [dataclasses.replace(gather, prefetch=shard) for gather, shard in zip(begin, second, strict=True)]
     follow, check_follow = group.gather(16, second)
-    follow = [dataclasses.replace(gather, prefetch=shard) for gather, shard in zip(follow, first, strict=True)]
     other, check_other = group.gather(9)
+    scatters, check_scatters = group.scatter(9)
     torch.cuda.synchronize()
     for _ in range(10):
-        group.enqueue(begin, None)
-        group.enqueue(follow, None)
+        group.enqueue(None, scatters, prefetch=first)
+        group.enqueue(begin, None, prefetch=second)
+        group.enqueue(follow, None, prefetch=first)
         group.enqueue(other, None)  # not what was sent ahead
         group.synchronize()
+        check_scatters()
         check_begin()
         check_follow()
         check_other()

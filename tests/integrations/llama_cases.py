@@ -23,6 +23,7 @@ class Case:
     """A model, a batch and how to run them; 12 heads and sizes that 1, 2, 3 and 4 ranks divide."""
 
     kv_heads: int = 12
+    layers: int = 2
     vocabulary: int = VOCABULARY
     tied: bool = False
     bias: bool = False
@@ -46,7 +47,7 @@ class Case:
             vocab_size=self.vocabulary,
             hidden_size=96,
             intermediate_size=144,
-            num_hidden_layers=2,
+            num_hidden_layers=self.layers,
             num_attention_heads=12,
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,

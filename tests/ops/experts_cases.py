@@ -192,7 +192,7 @@ def opcheck(rank: int, world: int) -> None:
     for keep in (True, False):
         # Without keeping there is nothing to go backward from: the public function keeps wherever gradients are wanted.
         tensors = [tensor.detach().requires_grad_(keep and tensor.is_floating_point()) for tensor in data.own()]
-        torch.library.opcheck(torch.ops.odysseus.zero3_experts.default, (*tensors, "silu", name, key, keep))
+        torch.library.opcheck(torch.ops.odysseus.zero3_experts.default, (*tensors, "silu", name, key, keep, [], ""))
 
 
 def compiled(rank: int, world: int) -> None:

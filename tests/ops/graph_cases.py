@@ -22,14 +22,14 @@ def run_opcheck(rank: int, world: int) -> None:
 
     x, weights, biases = tensor(2, 4, 8), [tensor(6, 8), tensor(3, 8)], [tensor(6)]
     for keep in (False, True):
-        arguments = (x, weights, biases, [True, False], name, 1, key, keep)
+        arguments = (x, weights, biases, [True, False], name, 1, key, keep, [], "")
         torch.library.opcheck(torch.ops.odysseus.all_gather_linear.default, arguments)
     whole = tensor(2, 2 * world, 8)
     torch.library.opcheck(
-        torch.ops.odysseus.linear_reduce_scatter.default, (whole, weights[0], biases[0], name, 1, key)
+        torch.ops.odysseus.linear_reduce_scatter.default, (whole, weights[0], biases[0], name, 1, key, [], "")
     )
-    for ahead in (None, torch.randn(4, 8)):
-        arguments = (x, weights[0], biases[0], name, key, ahead, ahead)
+    for ahead, text in (([], ""), ([torch.randn(4, 8), torch.randn(3, 8)], "gather:1 gather:1 shared:0")):
+        arguments = (x, weights[0], biases[0], name, key, ahead, text)
         torch.library.opcheck(torch.ops.odysseus.zero3_linear.default, arguments)
 
 

@@ -252,7 +252,7 @@ def opcheck(rank: int, world: int) -> None:
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     targets = torch.tensor([0, 4, IGNORE, 2, 1, 3])
     for bias, each in itertools.product((None, torch.randn(5, requires_grad=True)), (False, True)):
-        arguments: tuple[Any, ...] = (hidden, targets, weight, bias, name, key, IGNORE, 4, each)
+        arguments: tuple[Any, ...] = (hidden, targets, weight, bias, name, key, IGNORE, 4, each, [], "")
         torch.library.opcheck(torch.ops.odysseus.zero3_linear_cross_entropy.default, arguments)
         for sharded in (True, False):
             arguments = (hidden, targets, weight, bias, [5] * world, sharded, name, key, IGNORE, 4, each)

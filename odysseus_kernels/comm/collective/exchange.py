@@ -18,9 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
+from odysseus_kernels.comm.collective.ahead import Ahead, send_ahead
 from odysseus_kernels.comm.collective.lanes import Lane
+from odysseus_kernels.comm.collective.run import pieces_ahead
 from odysseus_kernels.comm.exchange import Exchange
-from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule
+from odysseus_kernels.comm.prefetch import Prefetch
+from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule, sends_ahead_after
 from odysseus_kernels.comm.schedules.steps import Kind, Step, Task
 from odysseus_kernels.comm.transport import Call
 
@@ -31,13 +34,15 @@ class ExchangeRun:
     """The buffers and handles of one exchange."""
 
     def __init__(self, call: Call, exchange: Exchange, lane: Lane, rank: int, world: int) -> None:
-        self._exchange, self._lane = exchange, lane
+        self._call, self._exchange, self._lane = call, exchange, lane
         self._rank, self._world = rank, world
         self._program = call.program
         self._device = call.device
         shared = [(tuple(tensor.shape), tensor.dtype) for tensor in exchange.shared]
         addressed = [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in exchange.addressed]
-        self._given = Bundle.of((*shared, *addressed))
+        self._given, self._rest = Bundle.of((*shared, *addressed)), Bundle.of(tuple(addressed))
+        # What the first visit's rank shares, if that was sent ahead and it gives more.
+        self._first: tuple[Tensor, ...] | None = None
         self._made = made_bundle(exchange)
         held = held_bundle(exchange, world, call.config.reduce_dtype)
         self._intake = Intake(exchange, world, call.config.reduce_dtype, self._empty(held.nbytes))
@@ -46,13 +51,34 @@ class ExchangeRun:
         # Kept until the transfer has finished: the backend reads them.
         self._sent: dict[tuple[Task, int], Tensor] = {}
 
-    def steps(self, wait: Callable[[Any], None]) -> None:
-        """Runs the schedule; ``wait`` finishes what the lane has issued."""
-        for step in collective_schedule(self._program, self._world, self._rank).steps:
+    def adopt(self, ahead: Ahead | None) -> bool:
+        """Takes over what the first hop shares if it was sent ahead, and has arrived; says whether it was."""
+        if ahead is None or not ahead.sent.serves(self._call):
+            return False
+        if self._exchange.addressed:
+            shared = self._exchange.shared
+            specs = tuple((tuple(tensor.shape), tensor.dtype) for tensor in shared)
+            self._first = Bundle.of(specs).tensors(ahead.arrived)
+            return True
+        key = (Task.GIVEN, 0)
+        self._slots["given", 0], self._slots["giving", 0] = ahead.arrived, ahead.own
+        self._work[key], self._sent[key] = ahead.work, ahead.own
+        return True
+
+    def steps(self, wait: Callable[[Any], None], prefetch: Prefetch | None) -> Ahead | None:
+        """Runs the schedule; ``wait`` finishes what the lane has issued.  Returns ``prefetch``, sent meanwhile."""
+        ahead = None
+        schedule = collective_schedule(self._program, self._world, self._rank)
+        sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
+        for index, step in enumerate(schedule.steps):
             assert step.task is not None
             key = (step.task, step.piece)
             if step.kind is Kind.ISSUE:
-                self._issue(step, *key)
+                if key not in self._work:  # a first hop that was sent ahead is under way already
+                    self._issue(step, *key)
+                if index == sends_after and prefetch is not None:
+                    pieces = pieces_ahead(self._call, prefetch)
+                    ahead = send_ahead(self._call, prefetch, pieces, self._lane, self._rank, self._world)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop(key))
                 del self._sent[key]
@@ -60,6 +86,7 @@ class ExchangeRun:
                 self._intake.take(step.rank, self._made.tensors(self._slot("taken", step.piece, self._made)))
             else:
                 self._visit(step)
+        return ahead
 
     def _visit(self, step: Step) -> None:
         exchange, rank = self._exchange, self._rank
@@ -68,7 +95,9 @@ class ExchangeRun:
             return
         given: tuple[Tensor, ...] = ()
         made: tuple[Tensor, ...] = ()
-        if exchange.gives:
+        if self._first is not None and step.piece == 0:
+            given = (*self._first, *self._rest.tensors(self._slot("given", 0, self._given)))
+        elif exchange.gives:
             given = self._given.tensors(self._slot("given", step.piece, self._given))
         if exchange.makes:
             made = self._made.tensors(self._slot("made", step.piece, self._made))
@@ -79,7 +108,11 @@ class ExchangeRun:
         source = step.rank
         target = (2 * self._rank - source) % self._world
         if task is Task.GIVEN:
-            sent, received = self._giving(hop, target), self._slot("given", hop, self._given)
+            received = self._slot("given", hop, self._given)
+            if self._first is not None and hop == 0:
+                sent, received = self._giving_rest(target), received[: self._rest.nbytes]
+            else:
+                sent = self._giving(hop, target)
         else:
             sent, received = self._slot("made", hop, self._made), self._slot("taken", hop, self._made)
         leaving, arriving = [0] * self._world, [0] * self._world
@@ -103,6 +136,13 @@ class ExchangeRun:
             for place, tensor in zip(tensors, exchange.shared, strict=False):
                 place.copy_(tensor.detach())
         for place, tensor in zip(tensors[len(exchange.shared) :], exchange.addressed, strict=True):
+            place.copy_(tensor[target].detach())
+        return raw
+
+    def _giving_rest(self, target: int) -> Tensor:
+        """The same without what is shared; in memory of its own, as a later hop's lies otherwise."""
+        raw = self._empty(self._rest.nbytes)
+        for place, tensor in zip(self._rest.tensors(raw), self._exchange.addressed, strict=True):
             place.copy_(tensor[target].detach())
         return raw
 

@@ -13,11 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, as_bytes
+from odysseus_kernels.comm.collective.ahead import Ahead, send_ahead
 from odysseus_kernels.comm.collective.lanes import Lane
+from odysseus_kernels.comm.collective.run import pieces_ahead
 from odysseus_kernels.comm.meeting.backend import all_gather_single
 from odysseus_kernels.comm.pipeline import Pipeline
+from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
-from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule
+from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule, sends_ahead_after
 from odysseus_kernels.comm.schedules.steps import Kind, Step, Task
 from odysseus_kernels.comm.transport import Call
 
@@ -32,7 +35,7 @@ class PipelineRun:
     """
 
     def __init__(self, call: Call, pipeline: Pipeline, lane: Lane, rank: int, world: int) -> None:
-        self._pipeline, self._lane = pipeline, lane
+        self._call, self._pipeline, self._lane = call, pipeline, lane
         self._rank, self._world = rank, world
         self._program = call.program
         self._bundles = [
@@ -50,8 +53,13 @@ class PipelineRun:
             nbytes = PieceSum.held_bytes(pipeline.out, world, dtype, pipeline.most_rows)
             self._sums = PieceSum(pipeline.out, world, dtype, self._bytes(nbytes))
 
-    def steps(self, wait: Callable[[Any], None]) -> None:
-        """Runs the schedule; ``wait`` finishes what the lane has issued."""
+    def adopt(self, ahead: Ahead | None) -> bool:
+        """Uses nothing that was sent ahead: what it gathers is made just before."""
+        return False
+
+    def steps(self, wait: Callable[[Any], None], prefetch: Prefetch | None) -> Ahead | None:
+        """Runs the schedule; ``wait`` finishes what the lane has issued.  Returns ``prefetch``, sent meanwhile."""
+        ahead = None
         pieces = len(self._pipeline.spans)
         schedule = collective_schedule(
             self._program,
@@ -61,16 +69,21 @@ class PipelineRun:
             scatter_pieces=pieces,
             holds=self._pipeline.holds,
         )
-        for step in schedule.steps:
+        sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
+        for index, step in enumerate(schedule.steps):
             assert step.task is not None
             if step.kind is Kind.ISSUE:
                 self._issue(step.task, step.piece)
+                if index == sends_after and prefetch is not None:
+                    count = pieces_ahead(self._call, prefetch)
+                    ahead = send_ahead(self._call, prefetch, count, self._lane, self._rank, self._world)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop((step.task, step.piece)))
                 if step.task is Task.ALL_GATHER:
                     del self._sent[step.piece]
             else:
                 self._compute(step)
+        return ahead
 
     def _issue(self, task: Task, index: int) -> None:
         group = self._lane.group

@@ -5,7 +5,6 @@ The concurrency contract is that of ``comm/collective/transport.py``.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,30 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from odysseus_kernels.comm.collective.ahead import Ahead, send_ahead
 from odysseus_kernels.comm.collective.lanes import Lane
 from odysseus_kernels.comm.meeting.backend import all_gather_single
+from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
-from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule
+from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule, sends_ahead_after
 from odysseus_kernels.comm.schedules.steps import Kind, Step, Task, piece_bounds
-from odysseus_kernels.comm.sent_ahead import SentAhead
 from odysseus_kernels.comm.transport import Call, Scatter, row_pieces
 
-__all__ = ["Ahead", "CollectiveRun"]
+__all__ = ["CollectiveRun", "pieces_ahead"]
 
 # Pieces of a shard: enough that the first product starts early, few and large enough that issuing them and multiplying
 # narrow blocks does not cost more than it hides (on two cores, 4 MB pieces did best from 4 MB to 32 MB).
 _PIECES = 4
 _PIECE_BYTES = 4 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Ahead:
-    """The first piece of a shard that the next call is expected to gather, under way or arrived."""
-
-    sent: SentAhead
-    work: Any
-    piece: Tensor  # what the backend reads
-    gathered: Tensor
 
 
 class CollectiveRun:
@@ -67,14 +57,14 @@ class CollectiveRun:
         """Takes over the first piece if it was sent ahead; says whether it was."""
         if ahead is None or not ahead.sent.serves(self._call, self._pieces[Task.ALL_GATHER]):
             return False
-        self._buffers["gathered", 0] = ahead.gathered
+        self._buffers["gathered", 0] = ahead.arrived
+        self._sent[Task.ALL_GATHER, 0] = ahead.own
         self._work[Task.ALL_GATHER, 0] = ahead.work
         return True
 
-    def steps(self, wait: Callable[[Any], None], *, sends_ahead: bool) -> Ahead | None:
-        """Runs the schedule; ``wait`` waits for a handle.  Returns what was sent ahead meanwhile for the next call."""
+    def steps(self, wait: Callable[[Any], None], prefetch: Prefetch | None) -> Ahead | None:
+        """Runs the schedule; ``wait`` waits for a handle.  Returns ``prefetch``, sent meanwhile for the next call."""
         ahead = None
-        prefetch = self._call.gather.prefetch if self._call.gather and sends_ahead else None
         schedule = collective_schedule(
             self._call.program,
             self._world,
@@ -82,13 +72,14 @@ class CollectiveRun:
             gather_pieces=self._pieces[Task.ALL_GATHER],
             scatter_pieces=self._pieces[Task.ALL_TO_ALL],
         )
-        for step in schedule.steps:
+        sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
+        for index, step in enumerate(schedule.steps):
             assert step.task is not None
             if step.kind is Kind.ISSUE:
                 # A first piece that was sent ahead is under way already.
                 if (step.task, step.piece) not in self._work:
                     self._issue(step.task, step.piece)
-                if prefetch is not None and (step.task, step.piece + 1) == (Task.ALL_GATHER, self._gather_pieces):
+                if index == sends_after and prefetch is not None:
                     ahead = self._send_ahead(prefetch)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop((step.task, step.piece)))
@@ -97,20 +88,8 @@ class CollectiveRun:
                 self._compute(step)
         return ahead
 
-    @property
-    def _gather_pieces(self) -> int:
-        return self._pieces[Task.ALL_GATHER]
-
-    def _send_ahead(self, shard: Tensor) -> Ahead:
-        pieces = _pieces(self._call.config.chunks_per_rank, shard)
-        start, stop = piece_bounds(shard.shape[1], pieces, 0)
-        piece = shard[:, start:stop].contiguous()
-        most = -(-shard.shape[1] // pieces)
-        gathered = shard.new_empty(self._world * shard.shape[0] * most * shard.shape[2])
-        target = gathered[: self._world * piece.numel()]
-        group = self._lane.group
-        work = self._lane.issue(lambda: all_gather_single(target, piece.view(-1), group, async_op=True))
-        return Ahead(SentAhead.of(self._call, shard, pieces), work, piece, gathered)
+    def _send_ahead(self, prefetch: Prefetch) -> Ahead:
+        return send_ahead(self._call, prefetch, pieces_ahead(self._call, prefetch), self._lane, self._rank, self._world)
 
     def _block(self, name: str, piece: int, like: Tensor, rows: int, slots: int, most: int) -> Tensor:
         """Buffer ``name`` of ``piece``: [slots, batch, rows, width], made once for each of the pieces in flight."""
@@ -183,3 +162,8 @@ class CollectiveRun:
 def _pieces(chunks_per_rank: int | Literal["auto"], chunk: Tensor) -> int:
     size = chunk.numel() * chunk.element_size()
     return row_pieces(chunks_per_rank, chunk.shape[1], auto=max(1, min(_PIECES, size // _PIECE_BYTES)))
+
+
+def pieces_ahead(call: Call, prefetch: Prefetch) -> int:
+    """Pieces into which the call that ``call`` sends ahead for will cut its gather."""
+    return _pieces(call.config.chunks_per_rank, prefetch.shard) if prefetch.kind == "gather" else 1

@@ -26,11 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import as_bytes
+from odysseus_kernels.comm.collective.ahead import Ahead
 from odysseus_kernels.comm.collective.exchange import ExchangeRun
 from odysseus_kernels.comm.collective.handshakes import Handshakes
 from odysseus_kernels.comm.collective.lanes import Lane, make_lane
 from odysseus_kernels.comm.collective.pipeline import PipelineRun
-from odysseus_kernels.comm.collective.run import Ahead, CollectiveRun
+from odysseus_kernels.comm.collective.run import CollectiveRun
 from odysseus_kernels.comm.meeting.backend import WaitTimeoutError, all_gather_single, reduce_scatter_single
 from odysseus_kernels.comm.meeting.membership import lost_members_soon
 from odysseus_kernels.comm.meeting.texts import Meeting
@@ -57,9 +58,15 @@ class _Departure:
 
 
 class CollectiveTransport(Transport):
-    """Any process group with asynchronous all-gather and all-to-all; made by ``comm/groups.py``."""
+    """Any process group with asynchronous all-gather and all-to-all; made by ``comm/groups.py``.
+
+    Attributes:
+        stands_in: the current call is one that the symmetric transport does not serve.  The next one may be served
+            there, so that nothing is sent ahead for it here.
+    """
 
     name = "collective"
+    stands_in = False
 
     def __init__(self, meeting: Meeting) -> None:
         super().__init__(meeting.group.rank(), meeting.group.size())
@@ -150,25 +157,31 @@ class CollectiveTransport(Transport):
 
     def _execute(self, call: Call) -> None:
         with self._errors(call):
+            lane = self._begin(call)
+            run: CollectiveRun | ExchangeRun | PipelineRun
             if call.exchange is not None:
-                lane = self._prepare(call)
-                exchange = ExchangeRun(call, call.exchange, lane, self.rank, self.world)
-                exchange.steps(lambda work: self._wait(call, work))
-                return
-            if call.pipeline is not None:
-                pipeline = PipelineRun(call, call.pipeline, self._prepare(call), self.rank, self.world)
-                pipeline.steps(lambda work: self._wait(call, work))
-                return
-            run = CollectiveRun(call, self._begin(call), self.rank, self.world)
-            self._handshake(call, ", prefetched" if run.adopt(self._take_ahead(call)) else "")
-            ahead = run.steps(lambda work: self._wait(call, work), sends_ahead=not self._capturing)
-            if not (call.keeps_ahead or self._capturing):
+                run = ExchangeRun(call, call.exchange, lane, self.rank, self.world)
+            elif call.pipeline is not None:
+                run = PipelineRun(call, call.pipeline, lane, self.rank, self.world)
+            else:
+                run = CollectiveRun(call, lane, self.rank, self.world)
+            ahead = self._take_ahead(call)
+            served = run.adopt(ahead)
+            if not call.keeps_ahead:
+                self._note_ahead(call, served=served, dropped=ahead is not None and not served)
+            self._handshake(call, ", prefetched" if served else "")
+            # Unfused, a whole is gathered by one collective, which has no first piece.
+            sends = not (self._capturing or self.stands_in or call.keeps_ahead or call.config.mode == "unfused")
+            ahead = run.steps(lambda work: self._wait(call, work), call.prefetch if sends else None)
+            if ahead is not None:
                 self._ahead = ahead
 
     def _prepare(self, call: Call) -> Lane:
         """For a call that uses nothing that was sent ahead."""
         lane = self._begin(call)
-        self._take_ahead(call)
+        dropped = self._take_ahead(call) is not None
+        if not call.keeps_ahead:
+            self._note_ahead(call, served=False, dropped=dropped)
         self._handshake(call)
         return lane
 
@@ -207,7 +220,7 @@ class CollectiveTransport(Transport):
             # Gloo's reduce-scatter is an all-reduce (torch 2.13) whose wait can neither look up nor end early.
             super().reduce_scatter(call, full)
             return
-        call = dataclasses.replace(call, gather=None)
+        call = self._scatter_part(call, scatter)
         with self._lock, self._errors(call):
             lane = self._prepare(call)
             out = scatter.out.view(-1)

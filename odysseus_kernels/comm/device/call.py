@@ -110,6 +110,7 @@ class Scratch:
     """
 
     def __init__(self, gather: Gather | None, scatter: Scatter | None, whole: Tensor | None = None) -> None:
+        self.prefetch: Tensor | None = None  # what this call sends ahead
         self.gather, self.scatter, self.whole = gather, scatter, whole
         self.shard: Block | None = None
         self.out: Block | None = None
@@ -139,7 +140,7 @@ class Scratch:
             local.get(SLOT, whole),
             local.get(STAGE, whole),
             self.scatter.out.data_ptr() if self.scatter is not None else 0,
-            self.gather.prefetch.data_ptr() if self.gather is not None and self.gather.prefetch is not None else 0,
+            self.prefetch.data_ptr() if self.prefetch is not None else 0,
         ]
 
     def slots(self, dtype: torch.dtype) -> Tensor:

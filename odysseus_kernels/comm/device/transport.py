@@ -101,7 +101,7 @@ class SymmetricDeviceTransport(Transport):
                 if not self.broken:
                     self._forget(self._device.restore(held))
                     if self._ahead is not None:  # perhaps to a window that no longer exists: the next call drops it
-                        self._ahead = (dataclasses.replace(self._ahead[0], version=-1), self._ahead[1])
+                        self._ahead = (dataclasses.replace(self._ahead[0], pieces=-1), self._ahead[1])
 
     def synchronize(self) -> None:
         """Waits until everything that was enqueued has happened.
@@ -145,8 +145,7 @@ class SymmetricDeviceTransport(Transport):
             if target == self.rank:  # the others' leave from where they are
                 block.copy_(full[target, :, start:stop])
 
-        call = dataclasses.replace(call, gather=None, scatter=dataclasses.replace(scatter, produce=copy))
-        self._run_whole(call, full)
+        self._run_whole(self._scatter_part(call, dataclasses.replace(scatter, produce=copy)), full)
 
     def _run_whole(self, call: Call, whole: Tensor) -> None:
         assert whole.is_contiguous()
@@ -228,12 +227,15 @@ class SymmetricDeviceTransport(Transport):
             leases[RECEIVE] = self._leases[RECEIVE].lease()
             sizes[RECEIVE, leases[RECEIVE].window] = receive_bytes(scratch.out, self.world, sets)
             ended.append((RECEIVE, leases[RECEIVE]))
-        if gather is not None and gather.prefetch is not None and not (tiles or whole or self._device.capturing()):
-            scratch.ahead = Block.of(gather.prefetch, self._gather_pieces(call, gather.prefetch))
+        prefetch = call.prefetch
+        # What an exchange shares is another transport's.
+        if prefetch is not None and prefetch.kind == "gather" and not (tiles or whole or self._device.capturing()):
+            shard = scratch.prefetch = prefetch.shard
+            scratch.ahead = Block.of(shard, self._gather_pieces(call, shard))
             leases[AHEAD] = self._leases[SHARD].lease()
             sizes[SHARD, leases[AHEAD].window] = scratch.ahead.nbytes
             if not call.keeps_ahead:
-                self._ahead = (SentAhead.of(call, gather.prefetch, scratch.ahead.pieces), leases[AHEAD])
+                self._ahead = (SentAhead.of(call, prefetch, scratch.ahead.pieces), leases[AHEAD])
         self._device.begin(call, ", prefetched" if taken else "")
         grown = {place: size for place, size in sizes.items() if size > self._device.backed(*place)}
         if grown:
@@ -337,11 +339,14 @@ class SymmetricDeviceTransport(Transport):
 
         ``pieces`` is 0 for a call that cannot use it.
         """
-        if self._ahead is None or call.keeps_ahead or self._device.capturing():
+        if call.keeps_ahead or self._device.capturing():
             return None
-        (sent, lease), self._ahead = self._ahead, None
-        if sent.serves(call, pieces):
-            return lease
+        held, self._ahead = self._ahead, None
+        served = held is not None and held[0].serves(call, pieces)
+        self._note_ahead(call, served=served, dropped=held is not None and not served)
+        if held is None or served:
+            return None if held is None else held[1]
+        lease = held[1]
         nothing = Scratch(None, None)
         nothing.windows = {SHARD: lease.window}
         key = ("drop", "", False, False, (), tuple(nothing.windows.items()))

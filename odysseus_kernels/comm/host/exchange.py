@@ -23,20 +23,30 @@ class HostExchange:
     """The buffers of one exchange and what its steps do.
 
     Attributes:
-        given: what this rank publishes; None if it gives nothing.
+        given: what this rank publishes, or all that it gives if that was sent ahead (``taken``); or None.
+        sent: what it shares, if that was sent ahead and it gives more; ``given`` has the rest then.
         made: what it makes for others; None if it makes nothing.
     """
 
     def __init__(
-        self, exchange: Exchange, rank: int, world: int, reduce_dtype: torch.dtype, leases: LeaseTable, windows: Windows
+        self,
+        exchange: Exchange,
+        rank: int,
+        world: int,
+        reduce_dtype: torch.dtype,
+        leases: LeaseTable,
+        windows: Windows,
+        taken: BundleBuffer | None = None,
     ) -> None:
         self._exchange, self._rank, self._world = exchange, rank, world
         self._reduce_dtype, self._windows = reduce_dtype, windows
-        self.given: BundleBuffer | None = None
+        self.sent = taken if exchange.addressed else None
+        self.given = None if exchange.addressed else taken
         self.made: BundleBuffer | None = None
         self._intake: Intake | None = None
-        if exchange.gives:
-            shared = [(tuple(tensor.shape), tensor.dtype) for tensor in exchange.shared]
+        self._published = () if self.sent is not None else exchange.shared
+        if exchange.gives and self.given is None:
+            shared = [(tuple(tensor.shape), tensor.dtype) for tensor in self._published]
             addressed = [((world - 1, *tensor.shape[1:]), tensor.dtype) for tensor in exchange.addressed]
             self.given = BundleBuffer(leases.lease(), Bundle.of((*shared, *addressed)))
         if exchange.makes:
@@ -52,11 +62,11 @@ class HostExchange:
     @torch.no_grad()  # windows are memory, not part of anybody's graph
     def publish(self) -> None:
         assert self.given is not None
-        rank, exchange = self._rank, self._exchange
+        rank, shared = self._rank, self._published
         published = self._windows.cell(rank, self.given, 0)
-        for target, tensor in zip(published, exchange.shared, strict=False):
+        for target, tensor in zip(published, shared, strict=False):
             target.copy_(tensor)
-        for target, tensor in zip(published[len(exchange.shared) :], exchange.addressed, strict=True):
+        for target, tensor in zip(published[len(shared) :], self._exchange.addressed, strict=True):
             target[:rank].copy_(tensor[:rank])
             target[rank:].copy_(tensor[rank + 1 :])
 
@@ -69,9 +79,11 @@ class HostExchange:
         made: tuple[Tensor, ...] = ()
         if self.given is not None:
             published = self._windows.cell(peer, self.given, 0)
-            shared = len(exchange.shared)
+            shared = len(self._published)
             slot = rank - (rank > peer)  # nobody publishes a part for itself
             given = (*published[:shared], *(tensor[slot] for tensor in published[shared:]))
+        if self.sent is not None:
+            given = (*self._windows.cell(peer, self.sent, 0), *given)
         if self.made is not None:
             made = self._windows.cell(rank, self.made, step.writes[0].part)
         exchange.visit(peer, given, made)

@@ -27,9 +27,20 @@ from odysseus_kernels.comm.host.peers import Peers
 from odysseus_kernels.comm.host.pipeline import HostPipeline
 from odysseus_kernels.comm.host.windows import BundleBuffer, PartialBuffer, ShardBuffer, Windows
 from odysseus_kernels.comm.mismatch import short_text
+from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
 from odysseus_kernels.comm.schedules.leases import LeaseTable
-from odysseus_kernels.comm.schedules.steps import SHARD, Kind, Schedule, Step, Task, publication, symmetric_schedule
+from odysseus_kernels.comm.schedules.steps import (
+    SENT,
+    SHARD,
+    Kind,
+    Schedule,
+    Step,
+    Task,
+    publication,
+    sends_ahead_at,
+    symmetric_schedule,
+)
 from odysseus_kernels.comm.sent_ahead import SentAhead
 from odysseus_kernels.comm.transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
 from odysseus_kernels.errors import CapacityWarning, CommunicationError
@@ -57,7 +68,8 @@ class Rendezvous(Protocol):
     def __call__(self, text: str) -> list[str]: ...
 
 
-_Buffer = ShardBuffer | PartialBuffer | BundleBuffer
+_Given = ShardBuffer | BundleBuffer
+_Buffer = _Given | PartialBuffer
 
 
 class _Buffers:
@@ -65,14 +77,15 @@ class _Buffers:
 
     shard: ShardBuffer | None = None
     partial: PartialBuffer | None = None
-    ahead: ShardBuffer | None = None  # for the shard that the call sends ahead
+    ahead: _Given | None = None  # for what the call sends ahead; it outlives the call
     exchange: HostExchange | None = None  # instead of the others
     pipeline: HostPipeline | None = None  # likewise
 
     def __getitem__(self, name: str) -> _Buffer:
         found: _Buffer | None
         if self.exchange is not None:
-            found = self.exchange.given if name == SHARD else self.exchange.made
+            of = self.exchange
+            found = of.given if name == SHARD else of.sent if name == SENT else of.made
         elif self.pipeline is not None:
             found = self.pipeline.given if name == SHARD else self.pipeline.made
         else:
@@ -103,7 +116,7 @@ class SymmetricHostTransport(Transport):
         self.lasting = False
         self.step = 0
         self._refused: int | None = None
-        self._ahead: tuple[SentAhead, ShardBuffer] | None = None
+        self._ahead: tuple[SentAhead, _Given] | None = None
 
     @classmethod
     def connect(
@@ -190,13 +203,11 @@ class SymmetricHostTransport(Transport):
         if call.scatter is not None and buffers.partial is not None:
             held = self._windows.held(self.rank, buffers.partial)
             sums = PieceSum(call.scatter.out, self.world, call.config.reduce_dtype, held)
-        prefetch = call.gather.prefetch if call.gather is not None else None
-        for step in schedule.steps:
-            if prefetch is not None and step.kind not in (Kind.COPY, Kind.SIGNAL):
-                # Right after the call's own publication: peers have the whole call to read it.
-                assert buffers.ahead is not None
-                self._publish_ahead(call, prefetch, buffers.ahead)
-                prefetch = None
+        sends_at = sends_ahead_at(schedule) if buffers.ahead is not None else -1
+        for index, step in enumerate(schedule.steps):
+            if index == sends_at:
+                assert buffers.ahead is not None and call.prefetch is not None
+                self._publish_ahead(call, call.prefetch, buffers.ahead)
             if step.kind is Kind.WAIT:
                 self._wait(call, step, buffers)
             elif buffers.exchange is not None and step.kind in (Kind.COMPUTE, Kind.COPY):
@@ -207,7 +218,7 @@ class SymmetricHostTransport(Transport):
                 self._compute(call, step, buffers, sums)
             elif step.kind is Kind.COPY:
                 assert call.gather is not None and buffers.shard is not None
-                self._copy(call, step, buffers.shard, call.gather.shard)
+                self._copy(call, step, buffers.shard, (call.gather.shard,))
             else:
                 self._set(step, buffers[step.word.buffer] if step.word else buffers[SHARD])
         for name in schedule.counts:
@@ -222,35 +233,39 @@ class SymmetricHostTransport(Transport):
         gather_pieces = self._gather_pieces(call, gather.shard) if gather else spans
         scatter_pieces = self._scatter_pieces(call, scatter) if scatter else spans
         taken = self._take_ahead(call, gather_pieces)
+        more = taken is not None and call.exchange is not None and bool(call.exchange.addressed)
         schedule = symmetric_schedule(
             call.program,
             self.world,
             self.rank,
             gather_pieces=gather_pieces,
             scatter_pieces=scatter_pieces,
-            published=taken is not None,
+            published=taken is not None and not more,
+            sent=more,
         )
-        if gather:
-            buffers.shard = taken or ShardBuffer.of(self._leases.lease(), gather.shard, gather_pieces)
-            if taken is None:
-                new.append(buffers.shard)
+        if gather and isinstance(taken, ShardBuffer):
+            buffers.shard = taken
+        elif gather:
+            buffers.shard = ShardBuffer.of(self._leases.lease(), gather.shard, gather_pieces)
+            new.append(buffers.shard)
         if scatter:
             lease = self._leases.lease()
             buffers.partial = PartialBuffer.of(lease, scatter.out, scatter_pieces, self.world, call.config.reduce_dtype)
             new.append(buffers.partial)
         if call.exchange is not None:
+            sent = taken if isinstance(taken, BundleBuffer) else None
+            dtype = call.config.reduce_dtype
             buffers.exchange = HostExchange(
-                call.exchange, self.rank, self.world, call.config.reduce_dtype, self._leases, self._windows
+                call.exchange, self.rank, self.world, dtype, self._leases, self._windows, sent
             )
-            new.extend(buffers.exchange.buffers)
+            new.extend(buffer for buffer in buffers.exchange.buffers if buffer is not sent)
         if call.pipeline is not None:
             buffers.pipeline = HostPipeline(
                 call.pipeline, self.rank, self.world, call.config.reduce_dtype, self._leases, self._windows
             )
             new.extend(buffers.pipeline.buffers)
-        if gather and gather.prefetch is not None:
-            pieces = self._gather_pieces(call, gather.prefetch)
-            buffers.ahead = ShardBuffer.of(self._leases.lease(), gather.prefetch, pieces)
+        if call.prefetch is not None and (call.prefetch.kind == "gather" or call.config.mode != "unfused"):
+            buffers.ahead = self._ahead_buffer(call, call.prefetch)
             new.append(buffers.ahead)
         try:
             self._agree(call, new, ", prefetched" if taken else "")
@@ -333,10 +348,9 @@ class SymmetricHostTransport(Transport):
         else:
             self._host.set_done(word.owner, buffer.lease.window, word.cell, value)
 
-    def _copy(self, call: Call, step: Step, buffer: ShardBuffer, shard: Tensor) -> None:
+    def _copy(self, call: Call, step: Step, buffer: _Given, tensors: Sequence[Tensor]) -> None:
         self._collect(call, buffer)
-        start, stop = buffer.bounds(step.piece)
-        self._windows.shard(self.rank, buffer, step.piece).copy_(shard[:, start:stop])
+        self._windows.publish(self.rank, buffer, step.piece, tensors)
 
     def _compute(self, call: Call, step: Step, buffers: _Buffers, sums: PieceSum | None) -> None:
         if step.task is Task.CONSUME:
@@ -390,22 +404,30 @@ class SymmetricHostTransport(Transport):
             self._peers.wait_done(call, credit.reader, window, credit.cell, credit.count, "an earlier call's buffer")
         buffer.clean = True
 
-    # ---- prefetch --------------------------------------------------------------------------------------------------
+    # ---- what is sent ahead ------------------------------------------------------------------------------------------
 
-    def _publish_ahead(self, call: Call, shard: Tensor, buffer: ShardBuffer) -> None:
+    def _ahead_buffer(self, call: Call, prefetch: Prefetch) -> _Given:
+        lease = self._leases.lease()
+        if prefetch.kind == "shared":
+            return BundleBuffer.of_tensors(lease, prefetch.tensors)
+        return ShardBuffer.of(lease, prefetch.shard, self._gather_pieces(call, prefetch.shard))
+
+    def _publish_ahead(self, call: Call, prefetch: Prefetch, buffer: _Given) -> None:
         for step in publication(self.rank, buffer.pieces):
             if step.kind is Kind.COPY:
-                self._copy(call, step, buffer, shard)
+                self._copy(call, step, buffer, prefetch.tensors)
             else:
                 self._set(step, buffer)
-        self._ahead = (SentAhead.of(call, shard, buffer.pieces), buffer)
+        self._ahead = (SentAhead.of(call, prefetch, buffer.pieces), buffer)
 
-    def _take_ahead(self, call: Call, pieces: int) -> ShardBuffer | None:
-        """The window that already holds the call's shard; anything else that was sent ahead is dropped."""
-        if self._ahead is None or call.keeps_ahead:
+    def _take_ahead(self, call: Call, pieces: int) -> _Given | None:
+        """The window that already holds what the call gathers; anything else that was sent ahead is dropped."""
+        if call.keeps_ahead:
             return None
-        (sent, buffer), self._ahead = self._ahead, None
-        if sent.serves(call, pieces):
-            return buffer
-        self._leases.give_back(buffer.lease, (buffer.pieces,), ())
+        held, self._ahead = self._ahead, None
+        served = held is not None and held[0].serves(call, pieces)
+        self._note_ahead(call, served=served, dropped=held is not None and not served)
+        if held is None or served:
+            return None if held is None else held[1]
+        self._leases.give_back(held[1].lease, (held[1].pieces,), ())
         return None

@@ -6,6 +6,7 @@ Nothing here copies.  A tensor over a peer's window is that peer's memory; what 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,6 +97,12 @@ class BundleBuffer:
     held_bytes: int = 0
     clean: bool = False
 
+    pieces = 1  # it is published at once
+
+    @staticmethod
+    def of_tensors(lease: Lease, tensors: Sequence[Tensor]) -> BundleBuffer:
+        return BundleBuffer(lease, Bundle.of(tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)))
+
     @property
     def cell_bytes(self) -> int:
         return -(-self.bundle.nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -161,6 +168,16 @@ class Windows:
         """Bytes for the sum in progress."""
         start = buffer.cells * buffer.cell_bytes
         return self.raw(rank, buffer.lease.window)[start : start + buffer.held_bytes]
+
+    @torch.no_grad()  # windows are memory, not part of anybody's graph
+    def publish(self, rank: int, buffer: ShardBuffer | BundleBuffer, piece: int, tensors: Sequence[Tensor]) -> None:
+        """Copies a piece of what is sent into ``rank``'s window, which is this rank's own."""
+        if isinstance(buffer, ShardBuffer):
+            start, stop = buffer.bounds(piece)
+            self.shard(rank, buffer, piece).copy_(tensors[0][:, start:stop])
+            return
+        for target, tensor in zip(self.cell(rank, buffer, 0), tensors, strict=True):
+            target.copy_(tensor)
 
     def clear(self) -> None:
         self._raw.clear()

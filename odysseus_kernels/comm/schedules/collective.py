@@ -20,7 +20,7 @@ from odysseus_kernels.comm.schedules.steps import (
     chunk_order,
 )
 
-__all__ = ["IN_FLIGHT", "collective_schedule"]
+__all__ = ["IN_FLIGHT", "collective_schedule", "sends_ahead_after"]
 
 _RECEIVED = "received"
 _GIVING = "giving"
@@ -132,6 +132,17 @@ def collective_schedule(
     if program in ("gather", "gather+scatter"):
         steps.extend(gather())
     return Schedule(tuple(steps), {}, {})
+
+
+def sends_ahead_after(schedule: Schedule) -> int:
+    """Index of the step after which a call of ``schedule`` issues the first transfer of what it sends ahead.
+
+    Behind all that it gathers or is given itself, which it needs sooner, or else behind all that it sends: a process
+    group carries out collectives in the order of their issue.
+    """
+    issued = [index for index, step in enumerate(schedule.steps) if step.kind is Kind.ISSUE]
+    given = [index for index in issued if schedule.steps[index].task in (Task.ALL_GATHER, Task.GIVEN)]
+    return (given or issued)[-1]
 
 
 def _pairwise(world: int, rank: int, *, given: bool, made: bool) -> Iterator[Step]:

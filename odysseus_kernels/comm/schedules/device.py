@@ -177,10 +177,13 @@ class _Gather(Builder):
         if fetching:
             self._end_fetches(ahead)
 
+    def send_ahead(self, pieces: int) -> None:
+        """A shard for a later call, into a window of its own."""
+        for step, value in self._publication(AHEAD, pieces) if pieces else ():
+            self._publish(step, value)
+
     def _end_fetches(self, ahead: int) -> None:
-        if ahead:
-            for step, value in self._publication(AHEAD, ahead):
-                self._publish(step, value)
+        self.send_ahead(ahead)
         # The last copy of each stream: those before are done then, too.
         self.depend(SIGNALS, *self._newest_fetch.values())
         for source in dict.fromkeys(source for source, _ in self._fetches):
@@ -330,7 +333,7 @@ def device_schedule(
         gather_pieces, scatter_pieces: pieces into which a chunk is cut.
         slots: local slots for pieces that were pulled.
         published: the shard lies in the window already: an earlier call sent it ahead.
-        ahead: pieces of a shard that a gather sends ahead, for a later call; its window is named ``"ahead"``.
+        ahead: pieces of a shard sent ahead for a later call, in the window ``"ahead"``; by a scatter before its sums.
 
     Raises:
         ValueError: fewer than two ranks, a rank or a number of pieces out of range, or an unknown program.
@@ -351,6 +354,7 @@ def device_schedule(
     elif gathers:
         builder.publish_and_fetch()
     else:
+        builder.send_ahead(ahead)
         builder.scatter(scatter_pieces)
     if gathers:
         builder.finish_gather(ahead)

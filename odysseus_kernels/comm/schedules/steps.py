@@ -35,6 +35,7 @@ from typing import Literal, NamedTuple, get_args
 __all__ = [
     "SHARD",
     "PARTIAL",
+    "SENT",
     "ChunkOrder",
     "Kind",
     "Program",
@@ -45,6 +46,8 @@ __all__ = [
     "Word",
     "chunk_order",
     "piece_bounds",
+    "publication",
+    "sends_ahead_at",
     "symmetric_schedule",
 ]
 
@@ -55,6 +58,8 @@ Program = Literal[
 
 SHARD = "shard"
 PARTIAL = "partial"
+# What an exchange shares and an earlier call has sent ahead, beside what it gives each rank for itself.
+SENT = "sent"
 PROGRAMS = ", ".join(f'"{name}"' for name in get_args(Program))
 # Two cells for outgoing partial results: one is read by its target while the next is computed.
 PARTIAL_CELLS = 2
@@ -177,34 +182,44 @@ def piece_bounds(rows: int, pieces: int, piece: int) -> tuple[int, int]:
     return rows * piece // pieces, rows * (piece + 1) // pieces
 
 
-def _publish(rank: int, pieces: int) -> Iterator[Step]:
-    ready = Word(rank, SHARD, 0, rank)
+def _publish(rank: int, pieces: int, buffer: str = SHARD) -> Iterator[Step]:
+    ready = Word(rank, buffer, 0, rank)
     for piece in range(pieces):
-        yield Step(Kind.COPY, Task.PUBLISH, rank, piece, writes=(Region(rank, SHARD, piece),))
+        yield Step(Kind.COPY, Task.PUBLISH, rank, piece, writes=(Region(rank, buffer, piece),))
         yield Step(Kind.SIGNAL, word=ready, value=piece + 1)
 
 
-def _consume(world: int, rank: int, order: ChunkOrder, pieces: int, task: Task = Task.CONSUME) -> Iterator[Step]:
+def _consume(
+    world: int, rank: int, order: ChunkOrder, pieces: int, task: Task = Task.CONSUME, *, sent: bool = False
+) -> Iterator[Step]:
     for source in chunk_order(world, rank, order):
         if source == rank:
             # The local shard is read where the caller has it: whole, and without waiting for anything.
             yield Step(Kind.COMPUTE, task, rank, -1)
             continue
+        early = (Region(source, SENT, 0),) if sent else ()  # its owner signalled that before its shard
         for piece in range(pieces):
             yield Step(Kind.WAIT, rank=source, piece=piece, word=Word(source, SHARD, 0, source), value=piece + 1)
-            yield Step(Kind.COMPUTE, task, source, piece, reads=(Region(source, SHARD, piece),))
+            yield Step(Kind.COMPUTE, task, source, piece, reads=(Region(source, SHARD, piece), *early))
         # One release for the whole chunk: the owner overwrites it at once or not at all.
         yield Step(Kind.RELEASE, rank=source, word=Word(source, SHARD, 0, rank), value=pieces)
+        yield from (Step(Kind.RELEASE, rank=source, word=Word(source, SENT, 0, rank), value=1) for _ in early)
 
 
 def _scatter(
-    world: int, rank: int, pieces: int, make: Task = Task.PRODUCE, take: Task = Task.ADD, *, given: bool = False
+    world: int,
+    rank: int,
+    pieces: int,
+    make: Task = Task.PRODUCE,
+    take: Task = Task.ADD,
+    *,
+    given: tuple[str, ...] = (),
 ) -> Iterator[Step]:
     """Partial results leave piece by piece; within a piece the ring is walked and the rank's own part comes last.
 
     A target adds what it is sent one send later than it was produced, so that in step with its peers it never waits.
-    Pieces outside, targets inside: then the sum in progress is one piece, not a chunk.  With ``given`` what is made for
-    a rank is made from that rank's shard.
+    Pieces outside, targets inside: then the sum in progress is one piece, not a chunk.  What is made for a rank is made
+    from that rank's buffers ``given``.
     """
     sends = [(piece, hop) for piece in range(pieces) for hop in range(world - 1)]
 
@@ -221,8 +236,8 @@ def _scatter(
 
     for index, (piece, hop) in enumerate(sends):
         cell, value, peer = index % PARTIAL_CELLS, index // PARTIAL_CELLS + 1, target(hop)
-        shard = (Region(peer, SHARD, 0),) if given else ()
-        if given:
+        shard = tuple(Region(peer, buffer, 0) for buffer in given)
+        if given:  # what was sent ahead its owner signalled before its shard
             yield Step(Kind.WAIT, rank=peer, word=Word(peer, SHARD, 0, peer), value=1)
         if index >= PARTIAL_CELLS:
             reader = target(sends[index - PARTIAL_CELLS][1])
@@ -230,8 +245,7 @@ def _scatter(
             yield Step(Kind.WAIT, rank=reader, piece=piece, word=credit, value=value - 1)
         yield Step(Kind.COMPUTE, make, peer, piece, reads=shard, writes=(Region(rank, PARTIAL, cell),))
         yield Step(Kind.SIGNAL, rank=peer, piece=piece, word=Word(rank, PARTIAL, cell, rank), value=value)
-        if given:
-            yield Step(Kind.RELEASE, rank=peer, word=Word(peer, SHARD, 0, rank), value=1)
+        yield from (Step(Kind.RELEASE, rank=peer, word=Word(peer, buffer, 0, rank), value=1) for buffer in given)
         if hop > 0:
             yield from add(index - 1)
         if hop == world - 2:
@@ -305,12 +319,14 @@ def symmetric_schedule(
     gather_pieces: int = 1,
     scatter_pieces: int = 1,
     published: bool = False,
+    sent: bool = False,
 ) -> Schedule:
     """Steps of ``rank`` for ``program`` on a transport whose ranks read one another's buffers.
 
     ``gather+scatter`` publishes first, then scatters, then consumes: the shards arrive while the scattered product
-    runs.  ``published`` leaves the publication out because a prefetch has already done it.  An exchange is in ring
-    order and in one piece; a pipeline has as many pieces to gather as to scatter.
+    runs.  ``published`` leaves the publication out because an earlier call has sent the shard ahead.  An exchange is in
+    ring order and in one piece; with ``sent`` what it shares was sent ahead, and it publishes the rest.  A pipeline has
+    as many pieces to gather as to scatter.
 
     Raises:
         ValueError: fewer than two ranks, no such program, or a rank or a number of pieces out of range.
@@ -333,23 +349,38 @@ def symmetric_schedule(
     if program not in ("scatter", "exchange:made"):
         counts[SHARD] = (gather_pieces,)
         readers[SHARD] = (tuple(peer for peer in range(world) if peer != rank),)
+        if sent:
+            counts[SENT], readers[SENT] = (1,), readers[SHARD]
         if not (published or pipeline):
             steps.extend(_publish(rank, gather_pieces))
     if program not in ("gather", "exchange:given", "pipeline:given"):
         counts[PARTIAL], readers[PARTIAL] = _scatter_lease(world, rank, scatter_pieces)
         if exchange:
-            steps.extend(_scatter(world, rank, 1, Task.VISIT, Task.TAKE, given=program == "exchange"))
+            given = () if program == "exchange:made" else (SHARD, SENT) if sent else (SHARD,)
+            steps.extend(_scatter(world, rank, 1, Task.VISIT, Task.TAKE, given=given))
         elif not pipeline:
             steps.extend(_scatter(world, rank, scatter_pieces))
     if program in ("gather", "gather+scatter"):
         steps.extend(_consume(world, rank, order, gather_pieces))
     if program == "exchange:given":
-        steps.extend(_consume(world, rank, "ring", 1, Task.VISIT))
+        steps.extend(_consume(world, rank, "ring", 1, Task.VISIT, sent=sent))
     if pipeline:
         steps.extend(_pipeline(world, rank, gather_pieces, given=program == "pipeline:given"))
     return Schedule(tuple(steps), counts, readers)
 
 
-def publication(rank: int, gather_pieces: int = 1) -> tuple[Step, ...]:
-    """The steps of a prefetch: the publication that a later ``published`` schedule leaves out."""
-    return tuple(_publish(rank, gather_pieces))
+def publication(rank: int, gather_pieces: int = 1, buffer: str = SHARD) -> tuple[Step, ...]:
+    """The steps that send ahead: the publication that a later schedule, ``published`` or with ``sent``, leaves out."""
+    return tuple(_publish(rank, gather_pieces, buffer))
+
+
+def sends_ahead_at(schedule: Schedule) -> int:
+    """Index of the step before which a call of ``schedule`` runs the :func:`publication` of what it sends ahead.
+
+    Right after its own publication, so that peers have the whole call to read it; or, where it publishes nothing,
+    before it first waits: what it makes for its peers is not held up.  No step depends on it, and it depends on none.
+    """
+    kinds = [step.kind for step in schedule.steps]
+    if kinds[0] in (Kind.COPY, Kind.SIGNAL):
+        return next(index for index, kind in enumerate(kinds) if kind not in (Kind.COPY, Kind.SIGNAL))
+    return kinds.index(Kind.WAIT)

@@ -82,8 +82,8 @@ def test_a_shard_that_a_trial_sent_ahead_is_sent_again() -> None:
     with ExitStack() as trials:
         for transport in group.transports:
             trials.enter_context(transport.trial())
-        gathers, check = group.gather_of(first, prefetch=second)
-        group.enqueue(gathers, None, CONFIG)
+        gathers, check = group.gather_of(first)
+        group.enqueue(gathers, None, CONFIG, second)
         group.checks.append(check)
         group.run(0)
     assert reserved(group) == 0

@@ -13,6 +13,7 @@ import torch
 from simulated_group import CONFIG, WIDTH, Group
 from torch import Tensor
 
+from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.comm.schedules.steps import piece_bounds
 from odysseus_kernels.comm.transport import (
     Call,
@@ -109,13 +110,13 @@ def test_a_shard_sent_ahead_serves_the_next_call_or_none(seed: int) -> None:
     group = Group(3, seed)
     first = [group.random(1, 6, WIDTH) for _ in range(3)]
     second = [group.random(1, 4, WIDTH) for _ in range(3)]
-    gathers, check = group.gather_of(first, prefetch=second)
-    group.enqueue(gathers, None, CONFIG)
+    gathers, check = group.gather_of(first)
+    group.enqueue(gathers, None, CONFIG, second)
     group.checks.append(check)
     if seed % 2:
         group.run(seed)
-    gathers, check = group.gather_of(second, prefetch=first)  # the shard that was sent ahead
-    group.enqueue(gathers, None, CONFIG)
+    gathers, check = group.gather_of(second)  # the shard that was sent ahead
+    group.enqueue(gathers, None, CONFIG, first)
     group.checks.append(check)
     gathers, check = group.gather_part(1, 4)  # another one: what was sent ahead is dropped
     group.enqueue(gathers, None, CONFIG)
@@ -131,13 +132,31 @@ def test_a_shard_sent_ahead_serves_the_next_call_or_none(seed: int) -> None:
     group.run(seed)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_shard_that_a_scatter_sends_ahead(seed: int) -> None:
+    group = Group(3, seed)
+    for rows in (4, 6, 5, 4):
+        shards = [group.random(1, rows, WIDTH) for _ in range(3)]
+        scatters, check = group.scatter_part(2, 7)
+        with CommRecorder() as record:
+            group.enqueue(None, scatters, CONFIG, shards)
+            group.checks.append(check)
+            gathers, check = group.gather_of(shards)
+            group.enqueue(gathers, None, CONFIG)
+            group.checks.append(check)
+        assert record.ahead() == {"served": 3, "open": 0, "dropped": 0}
+        if seed % 2:
+            group.run(seed)
+    group.run(seed)
+
+
 @pytest.mark.parametrize("between", ("unfused", "scatter", "tiles"))
 def test_any_other_call_drops_what_was_sent_ahead(between: str) -> None:
     """An optimizer may change the shard after it, without a trace in the tensor that was sent."""
     group = Group(3)
     first, second = ([group.random(1, 4, WIDTH) for _ in range(3)] for _ in range(2))
-    gathers, check = group.gather_of(first, prefetch=second)
-    group.enqueue(gathers, None, CONFIG)
+    gathers, check = group.gather_of(first)
+    group.enqueue(gathers, None, CONFIG, second)
     group.checks.append(check)
     if between == "scatter":
         scatters, check = group.scatter_part(1, 4)
@@ -179,8 +198,8 @@ def test_an_error_in_the_middle_of_a_call_ends_the_transport(error: Exception) -
 def test_a_call_that_does_not_fit_leaves_everything_as_it_was() -> None:
     group = Group(2)
     small, second = ([group.random(1, 2, WIDTH) for _ in range(2)] for _ in range(2))
-    gathers, check = group.gather_of(small, prefetch=second)
-    group.enqueue(gathers, None, CONFIG)
+    gathers, check = group.gather_of(small)
+    group.enqueue(gathers, None, CONFIG, second)
     group.checks.append(check)
     for _ in range(12):  # more often than there are windows
         large, _ = group.gather_part(1, 50)

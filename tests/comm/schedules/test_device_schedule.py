@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from schedule_edits import Edit, depends, one_part, swap, waits_for, without
 
 from odysseus_kernels.comm.schedules.device import (
+    AHEAD,
     FINAL,
     PREVIOUS_USE,
     RECEIVE,
@@ -124,7 +125,49 @@ def test_a_shard_sent_ahead_is_used_by_the_next_call_or_dropped(world: int) -> N
         prove(bind_device(world, [*calls[:2], *calls[3:]]))
 
 
+@pytest.mark.parametrize("world", (2, 3, 8))
+def test_a_shard_that_a_scatter_sends_ahead(world: int) -> None:
+    calls = [
+        DeviceCall("scatter", windows=(0, 0, 1), scatter_pieces=3, ahead=2),
+        DeviceCall("gather", windows=(1, 0, 2), gather_pieces=2, published=True),
+        DeviceCall("scatter", windows=(0, 1, 1), scatter_pieces=1, ahead=1),
+        DeviceCall("gather+scatter", windows=(1, 0, 2), scatter_pieces=2, published=True, ahead=1),
+        DeviceCall("gather", "drop", windows=(2, 0, 3)),
+    ]
+    events = bind_device(world, [*calls, *calls[:2]])
+    prove(events)
+    prove(collapsed(events))
+    prove_replays(events)
+    for seed in range(5):
+        interleave(by_stream(events), seed)
+
+
 # ---- schedules that are broken on purpose ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    (
+        pytest.param(
+            without(lambda s: s.kind is Kind.WAIT and s.word is not None and s.word.buffer == AHEAD),
+            "not ordered",
+            id="overwritten while it is read",
+        ),
+        pytest.param(
+            without(lambda s: s.kind is Kind.SIGNAL and s.word is not None and s.word.buffer == AHEAD),
+            "no signal",
+            id="never signalled",
+        ),
+    ),
+)
+def test_a_broken_way_to_send_ahead_is_caught(edit: Edit, found: str) -> None:
+    calls = [
+        DeviceCall("scatter", windows=(0, 0, 1), ahead=1),
+        DeviceCall("gather", windows=(1, 0, 2), published=True),
+    ] * 2
+    prove(bind_device(3, calls))
+    with pytest.raises(ScheduleError, match=found):
+        prove(bind_device(3, calls, edit))
 
 
 @pytest.mark.parametrize("world", (3, 4, 8))

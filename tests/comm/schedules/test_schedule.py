@@ -69,6 +69,9 @@ CALLS = st.builds(
     gather_pieces=st.integers(1, 3),
     scatter_pieces=st.integers(1, 5),
     order=st.sampled_from(("ring", "sequence")),
+    addressed=st.booleans(),
+).map(
+    lambda call: dataclasses.replace(call, addressed=call.addressed and call.program in ("exchange", "exchange:given"))
 )
 
 
@@ -80,12 +83,10 @@ CALLS = st.builds(
     seed=st.integers(0, 99),
 )
 def test_any_sequence_of_calls(world: int, calls: list[CallSpec], ahead: set[int], seed: int) -> None:
-    gathers = [call.program.startswith("gather") for call in calls]
-    # What can be sent ahead is the shard of a call that gathers, by one that gathers too.
+    # Any call may send ahead what the next one gathers, or shares in an exchange.
+    gathers = [call.program not in ("scatter", "exchange:made") for call in calls]
     calls = [
-        dataclasses.replace(
-            call, prefetch=index in ahead and gathers[index] and index + 1 < len(calls) and gathers[index + 1]
-        )
+        dataclasses.replace(call, prefetch=index in ahead and index + 1 < len(calls) and gathers[index + 1])
         for index, call in enumerate(calls)
     ]
     events = bind(world, calls)
