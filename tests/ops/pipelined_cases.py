@@ -278,7 +278,7 @@ def graphs(rank: int, world: int) -> None:
             torch.ops.odysseus.pipelined_attention.default,
             (
                 x, [wq, wk, wv], [bq, bk, bv], [True] * 3, wo, bo, [], [], None,
-                groups(world, 1)[0].group_name, "", config.key(), key, keep,
+                groups(world, 1)[0].group_name, "", config.key(), key, keep, [], "",
             ),
         )  # fmt: skip
 
