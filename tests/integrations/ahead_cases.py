@@ -59,8 +59,9 @@ def _model(case: Case | FamilyCase, strategy: str, transport: str) -> Any:
     return model
 
 
-def _batch(case: Case | FamilyCase, strategy: str) -> Any:
-    return shard_sequence(case.whole_batch(), sequence_mesh(torch.distributed.get_world_size()), strategy)
+def _batch(case: Case | FamilyCase, strategy: str, pieces: int = 1) -> Any:
+    mesh = sequence_mesh(torch.distributed.get_world_size())
+    return shard_sequence(case.whole_batch(), mesh, strategy, pieces=pieces)
 
 
 def _trained(model: Any, step: Callable[[Any, int], None], steps: int) -> list[torch.Tensor]:
@@ -89,9 +90,11 @@ def _same(
     return counts(record), record.ahead()["dropped"]
 
 
-def training(rank: int, world: int, case: Case, strategy: str, transport: str, batches: int = 2) -> tuple[Counts, int]:
+def training(
+    rank: int, world: int, case: Case, strategy: str, transport: str, batches: int = 2, pieces: int = 1
+) -> tuple[Counts, int]:
     """Steps of an optimizer, ``batches`` accumulated for each; one step for a single batch."""
-    batch = _batch(case, strategy)
+    batch = _batch(case, strategy, pieces)
 
     def step(model: Any, number: int) -> None:
         for _ in range(batches):

@@ -52,6 +52,14 @@ def test_all_gathers_but_the_first_are_served(ranks: RankPools, strategy: str, t
         assert found == times(expected(strategy, checkpointing=checkpoint != "none"), PASSES)
 
 
+@EVERYWHERE
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_pipelined_attention_sends_ahead(ranks: RankPools, transport: str, checkpointing: bool) -> None:
+    case = Case(layers=3, checkpointing=checkpointing)
+    for found, dropped in ranks(2).run(cases.training, case, "odysseus", transport, 1, 4):
+        assert (found, dropped) == (expected("odysseus", checkpointing=checkpointing), 0)
+
+
 @BOTH
 @EVERYWHERE
 def test_a_selective_checkpoint(ranks: RankPools, strategy: str, transport: str) -> None:
