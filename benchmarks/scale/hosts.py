@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Two hosts on this machine, joined by a link of a given rate: ``python benchmarks/scale/hosts.py --rate 120mbit x.py``.
+"""Two hosts on this machine with a link of a given rate: ``python benchmarks/scale/hosts.py --rate 120mbit x.py``.
 
 Each host is a network namespace with one rank in it, pinned to a core of its own; a veth pair joins them, and a token
 bucket (``tc qdisc tbf``) limits what each sends.  Ranks find the variables that torchrun sets, and
@@ -22,11 +22,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
-__all__ = ["COMMANDS", "HOSTS", "Hosts", "HostsError", "parse_rate", "run_on_hosts"]
+__all__ = ["COMMANDS", "HOSTS", "INTERFACE", "Hosts", "HostsError", "ask_hosts", "parse_rate", "run_on_hosts"]
 
 HOSTS = 2
 COMMANDS = {"ip": "iproute2", "tc": "iproute2"} | dict.fromkeys(
@@ -34,7 +35,9 @@ COMMANDS = {"ip": "iproute2", "tc": "iproute2"} | dict.fromkeys(
 )
 """Commands that are used, and the package of Debian and Fedora alike (``iproute`` there) that has them."""
 
-_INTERFACE = "odysseus0"
+INTERFACE = "odysseus0"
+"""Each host's end of the link."""
+
 _PORT = 29500  # in a namespace of its own, where nobody else listens
 _START_LIMIT_S = 20.0
 _COMMAND_LIMIT_S = 10.0
@@ -43,7 +46,7 @@ _POLL_S = 0.02
 _UNITS = {"": 1e6, "bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _SLOWEST, _FASTEST = 1e5, 1e11
 _LEAST_BURST = 32 << 10
-_BURST_S, _QUEUE_S = 0.002, 0.1
+_BURST_S, _QUEUE_S = 0.004, 0.05
 _LEAST_QUEUE = 256 << 10
 
 
@@ -59,7 +62,7 @@ def parse_rate(text: str) -> float:
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(bit|kbit|mbit|gbit|)", text.strip().lower())
     if match is None:
-        raise ValueError(f"rate: expected a number of Mb/s, or one with kbit, mbit or gbit, such as 120mbit, got {text!r}")
+        raise ValueError(f"rate: expected Mb/s, or a number with kbit, mbit or gbit such as 120mbit, got {text!r}")
     rate = float(match[1]) * _UNITS[match[2]]
     if not _SLOWEST <= rate <= _FASTEST:
         raise ValueError(f"rate: expected 100kbit to 100gbit, got {text!r}")
@@ -95,19 +98,27 @@ class Hosts:
         command: what each host runs, the same on both.
         environment: variables set beside those of this process and of the ranks.
         threads: of each rank.
+        pass_fds: file descriptors that ranks inherit.
 
     Raises:
         HostsError: what is needed is missing, or a step failed; says which.
     """
 
     def __init__(
-        self, rate: float, command: Sequence[str], *, environment: Mapping[str, str] | None = None, threads: int = 1
+        self,
+        rate: float,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        threads: int = 1,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         check_machine()
         self.rate = rate
         self._command = list(command)
         self._environment = {**os.environ, **(environment or {})}
         self._threads = threads
+        self._pass_fds = tuple(pass_fds)
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Hosts:
@@ -179,7 +190,7 @@ class Hosts:
             "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": _address(0),
             "MASTER_PORT": str(_PORT),
-            "GLOO_SOCKET_IFNAME": _INTERFACE,
+            "GLOO_SOCKET_IFNAME": INTERFACE,
             "ODYSSEUS_HOST": f"host{rank}",
             "OMP_NUM_THREADS": str(self._threads),
             "MKL_NUM_THREADS": str(self._threads),
@@ -189,7 +200,9 @@ class Hosts:
         # At the launcher's end before the line, read fails, and so does the shell.
         command += ["sh", "-c", 'read go && exec "$@" </dev/null', "sh", *self._command]
         # A session of its own: Ctrl-C reaches the launcher alone, which ends the ranks.
-        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, start_new_session=True, pass_fds=self._pass_fds
+        )
 
     def _join(self) -> None:
         """Both ends of the link, with addresses and limits; made inside of the namespaces, so that no end is lost."""
@@ -197,7 +210,7 @@ class Hosts:
         for process in self.processes:
             self._await_namespace(process)
         first, second = (str(pid) for pid in pids)
-        ends = [_INTERFACE, "netns", first, "type", "veth", "peer", "name", _INTERFACE, "netns", second]
+        ends = [INTERFACE, "netns", first, "type", "veth", "peer", "name", INTERFACE, "netns", second]
         _call(["ip", "link", "add", "name", *ends])
         burst = max(_LEAST_BURST, round(self.rate / 8 * _BURST_S))
         queue = max(_LEAST_QUEUE, round(self.rate / 8 * _QUEUE_S))
@@ -205,9 +218,9 @@ class Hosts:
         for rank, pid in enumerate(pids):
             inside = ["nsenter", "--target", str(pid), "--net"]
             _call([*inside, "ip", "link", "set", "lo", "up"])
-            _call([*inside, "ip", "address", "add", f"{_address(rank)}/24", "dev", _INTERFACE])
-            _call([*inside, "tc", "qdisc", "add", "dev", _INTERFACE, "root", "tbf", *limit])
-            _call([*inside, "ip", "link", "set", _INTERFACE, "up"])
+            _call([*inside, "ip", "address", "add", f"{_address(rank)}/24", "dev", INTERFACE])
+            _call([*inside, "tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit])
+            _call([*inside, "ip", "link", "set", INTERFACE, "up"])
 
     def _await_namespace(self, process: subprocess.Popen[bytes]) -> None:
         own = os.readlink("/proc/self/ns/net")
@@ -285,13 +298,42 @@ def run_on_hosts(
         return hosts.wait(timeout, grace)
 
 
+def ask_hosts(
+    rate: float, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout: float | None = None
+) -> tuple[list[int], str]:
+    """As :func:`run_on_hosts`, for a program that takes ``--report-fd N`` as its last arguments and writes text there.
+
+    A pipe and no file: nothing is left of it if the launcher is killed.
+
+    Returns:
+        Exit codes, and what was written.
+    """
+    read, write = os.pipe()
+    found: list[str] = []
+
+    def collect() -> None:
+        with os.fdopen(read, encoding="utf-8") as stream:
+            found.append(stream.read())
+
+    reader = threading.Thread(target=collect, name="what the hosts report", daemon=True)
+    reader.start()
+    command = [sys.executable, *arguments, "--report-fd", str(write)]
+    try:
+        with _ended_by_signals(), Hosts(rate, command, environment=environment, pass_fds=[write]) as hosts:
+            codes = hosts.wait(timeout)
+    finally:
+        os.close(write)  # the last writer: the reader comes to the end
+        reader.join(_COMMAND_LIMIT_S)
+    return codes, "".join(found)
+
+
 def main() -> int:
     """Runs a script on both hosts; the exit status is the first rank's that is not 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", default="1gbit", help="of the link: 120mbit, 1gbit, or a number of Mb/s")
     parser.add_argument("--threads", type=int, default=1, help="intra-op threads of each rank")
     parser.add_argument("--timeout", type=float, metavar="S", help="seconds after which both ranks are killed")
-    parser.add_argument("--grace", type=float, default=_GRACE_S, metavar="S", help="that a rank may outlive a failed one")
+    parser.add_argument("--grace", type=float, default=_GRACE_S, metavar="S", help="a rank may outlive a failed one")
     parser.add_argument("-m", dest="module", action="store_true", help="the first argument is a module")
     parser.add_argument("script", help="Python file, or module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
