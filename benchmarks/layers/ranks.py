@@ -7,6 +7,7 @@ of the timing; then all take turns within each round (``measure.py``).  A varian
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,11 +101,18 @@ def _measure(case: LayerCase, settings: LayerSettings) -> dict[str, Any]:
     turns(list(runnables), settings.warm_up)
     first_wrong = wrong()
     sent, memory, on_interface = {}, {}, {}
-    for name, variant in variants.items():
-        if settings.interface and variant.kind != "alone" and name not in first_wrong:
+
+    def counted_step(name: str) -> None:
+        if settings.interface:
             on_interface[name] = bytes_on_interface(settings.interface, runnables[name].step)
+        else:
+            runnables[name].step()
+
+    for name, variant in variants.items():
         if variant.kind == "ours" and name not in first_wrong:
-            sent[name] = _bytes(case, variant, work, runnables[name], dtype)
+            sent[name] = _bytes(case, variant, work, functools.partial(counted_step, name), dtype)
+        elif variant.kind == "peer" and settings.interface and name not in first_wrong:
+            counted_step(name)
         if settings.memory and name not in first_wrong:
             dist.barrier()
             memory[name] = _memory(case, variant, work, runnables[name], dtype)
@@ -153,12 +161,12 @@ def expected_traffic(case: LayerCase, variant: Variant, world: int, element_size
 
 
 def _bytes(
-    case: LayerCase, variant: Variant, work: LayerWorkload, runnable: Runnable, dtype: torch.dtype
+    case: LayerCase, variant: Variant, work: LayerWorkload, step: Callable[[], None], dtype: torch.dtype
 ) -> dict[str, Any]:
     """What the recorder counts in a step, on the rank that sends most, beside the formula."""
     dist.barrier()
     with CommRecorder() as record:
-        runnable.step()
+        step()
     pipelined = variant.pipeline is not None
     counted: dict[str, int] = {}
     beside: dict[str, int] = {}

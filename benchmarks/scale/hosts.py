@@ -39,6 +39,8 @@ INTERFACE = "odysseus0"
 """Each host's end of the link."""
 
 _PORT = 29500  # in a namespace of its own, where nobody else listens
+# In the mount namespace of the host alone: c10d asks for the names of peers, and no name server can be reached there.
+_NO_NAME_SERVER = "mount --bind /dev/null /etc/resolv.conf 2>/dev/null"
 _START_LIMIT_S = 20.0
 _COMMAND_LIMIT_S = 10.0
 _GRACE_S = 15.0
@@ -198,7 +200,7 @@ class Hosts:
         command = ["taskset", "--cpu-list", str(core), "setpriv", "--pdeathsig", "KILL"]
         command += ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
         # At the launcher's end before the line, read fails, and so does the shell.
-        command += ["sh", "-c", 'read go && exec "$@" </dev/null', "sh", *self._command]
+        command += ["sh", "-c", f'{_NO_NAME_SERVER}; read go && exec "$@" </dev/null', "sh", *self._command]
         # A session of its own: Ctrl-C reaches the launcher alone, which ends the ranks.
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, start_new_session=True, pass_fds=self._pass_fds

@@ -22,7 +22,8 @@ def product_rate(seconds: float = _SECONDS, size: int = _SIZE) -> float:
     """FLOP/s of ``size`` cubed products in fp32, the median over ``seconds``, with the threads that torch has."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
-    out, samples = torch.empty(size, size), []
+    samples: list[float] = []
+    out = torch.empty(size, size)
     torch.mm(a, b, out=out)
     end = time.perf_counter() + seconds
     while not samples or time.perf_counter() < end:
