@@ -30,10 +30,9 @@ from types import TracebackType
 __all__ = ["COMMANDS", "HOSTS", "INTERFACE", "Hosts", "HostsError", "ask_hosts", "parse_rate", "run_on_hosts"]
 
 HOSTS = 2
-COMMANDS = {"ip": "iproute2", "tc": "iproute2"} | dict.fromkeys(
-    ("unshare", "nsenter", "setpriv", "taskset"), "util-linux"
-)
-"""Commands that are used, and the package of Debian and Fedora alike (``iproute`` there) that has them."""
+_IPROUTE = "iproute2 (Fedora: iproute and iproute-tc)"
+COMMANDS = {"ip": _IPROUTE, "tc": _IPROUTE} | dict.fromkeys(("unshare", "nsenter", "setpriv", "taskset"), "util-linux")
+"""Commands that are used, and the package that has them."""
 
 INTERFACE = "odysseus0"
 """Each host's end of the link."""
@@ -79,7 +78,7 @@ def check_machine() -> None:
     absent = [name for name in COMMANDS if shutil.which(name) is None]
     if absent:
         packages = sorted({COMMANDS[name] for name in absent})
-        missing.append(f"the commands {', '.join(absent)}: install {' and '.join(packages)} (apt-get, dnf)")
+        missing.append(f"the commands {', '.join(absent)}: install {' and '.join(packages)}")
     if os.geteuid() != 0:
         missing.append(
             "root, for network namespaces and tc: run with sudo, or in a container with --cap-add NET_ADMIN "
@@ -94,6 +93,8 @@ def check_machine() -> None:
 
 class Hosts:
     """Two namespaces with a link, in each of which one command is started: a context manager.
+
+    For the main thread: that processes end with the launcher is bound to the thread that has started them.
 
     Args:
         rate: of the link, bits per second in each direction.

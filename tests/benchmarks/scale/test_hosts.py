@@ -127,7 +127,7 @@ def test_missing_commands_and_rights_are_named(
     assert hosts.main() == 2
     text = capsys.readouterr().err
     for part in (
-        "the commands tc, nsenter: install iproute2 and util-linux",
+        "the commands tc, nsenter: install iproute2 (Fedora: iproute and iproute-tc) and util-linux",
         "root, for network namespaces and tc: run with sudo",
         "2 cores, one for each host: this process may use 1",
     ):
