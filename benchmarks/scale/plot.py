@@ -68,8 +68,10 @@ def draw(document: dict[str, Any], path: Path, *others: dict[str, Any]) -> None:
         f"Scale model: 2 hosts of one core each on one machine, {document['arguments']['dtype']}, "
         f"{machine['processor']}",
         fontsize=9,
+        y=1 - 0.12 / (sum(heights) + 1),
+        va="top",
     )
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / (sum(heights) + 1)))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / (sum(heights) + 1)))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -134,6 +136,8 @@ def _draw_lines(axis: Any, title: str, label: str, series: dict[str, list[Point]
         style = next((line for mode, line in _STYLES.items() if f"{mode} " in name), "-.")
         axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=_color(name), label=name)
     axis.set_xscale("log", base=2)
+    places = sorted({at for points in series.values() for at, _ in points})
+    axis.set_xticks(places, [f"{at:.0f}" for at in places])
     axis.set_yscale("log")
     axis.set_title(title, fontsize=8)
     axis.set_xlabel(label, fontsize=8)

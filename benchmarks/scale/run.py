@@ -61,7 +61,9 @@ def check_options(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -
         parser.error("--hosts: expected --level operator or layer, got model")
     if parsed.level == "layer" and parsed.pipeline is None:
         parsed.pipeline = _PIECES
-    parsed.transports = ["collective"]  # hosts share no memory
+    if "collective" not in parsed.transports:
+        parser.error("--hosts: expected --transports collective, for hosts share no memory, got symmetric")
+    parsed.transports = ["collective"]
 
 
 def _check_link(text: str) -> None:

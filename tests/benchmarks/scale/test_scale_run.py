@@ -122,6 +122,7 @@ def test_a_rank_that_failed_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys:
         (["--link", "h100-nvlink@8"], "--link h100-nvlink@8: expected --hosts 2 beside it"),
         (["--hosts", "2", "--link", "100", "--threads", "2"], "expected --threads 1, got 2"),
         (["--hosts", "2", "--link", "100", "--level", "model"], "expected --level operator or layer, got model"),
+        (["--hosts", "2", "--link", "100", "--transports", "symmetric"], "hosts share no memory, got symmetric"),
         (["--level", "layer", "--shapes", "2048"], "expected tokens x hidden size, such as 2048x512"),
         (["--shapes", "2048x512"], "expected --level layer or model beside them"),
         (["--level", "layer", "--pipeline", "1"], "--pipeline: expected 2 to 64 pieces, got 1"),
