@@ -8,6 +8,9 @@ result that is wrong has no time.  Writes all samples to benchmarks/results/<mac
 ``--level layer`` and ``--level model`` measure a decoder layer, or a small whole model, under every strategy, beside
 its compute without communication and what a user would pick instead (``layers.py``).
 
+``--hosts 2 --link h100-nvlink@8`` runs two ranks on two hosts made on this machine, whose link is as slow against one
+thread as NVLink is against an H100 of eight: a scale model (``scale/``, docs/scale_model.md).
+
 With ``--device cuda`` and a single GPU, one rank of eight is measured against emulated links instead, in bfloat16
 (``emulated.py``): --ranks, --threads, --dtype, --transports and --full are for real ranks.
 """
@@ -36,6 +39,7 @@ from benchmarks.device import emulated
 from benchmarks.layers import run as layer_run
 from benchmarks.operators.cases import make_cases
 from benchmarks.operators.workload import TRANSPORTS
+from benchmarks.scale import run as scale_run
 from odysseus_kernels.testing.spawn import RankPool, RanksFailedError
 
 if TYPE_CHECKING:
@@ -65,12 +69,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder of the results (default benchmarks/results/<machine>)")
     emulated.add_options(parser)
     layer_run.add_options(parser)
+    scale_run.add_options(parser)
     parser.set_defaults(load_before=os.getloadavg()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="short shapes, fewer rounds: under a minute on two cores")
     size.add_argument("--full", action="store_true", help="the models' true widths: long, and gigabytes for each rank")
     parsed = parser.parse_args(arguments)
+    parsed.command_line = list(sys.argv[1:] if arguments is None else arguments)
     parsed.size = "quick" if parsed.quick else "full" if parsed.full else "default"
+    scale_run.check_options(parser, parsed)
     layer_run.check_options(parser, parsed)
     alone = parsed.device == "cuda" and "RANK" not in os.environ and torch.cuda.device_count() < 2
     parsed.emulated = alone and not parsed.memory
@@ -86,7 +93,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings | LayerSettings:
     """What ranks are told.  ValueError if no row is left."""
     if arguments.level != "operator":
-        return layer_run.make_layer_settings(arguments, world_size)
+        settings = layer_run.make_layer_settings(arguments, world_size)
+        return scale_run.on_hosts(settings) if arguments.hosts else settings
     from benchmarks.operators.workload import Settings
 
     size: Size = arguments.size
@@ -97,16 +105,15 @@ def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings | 
         repeats=arguments.repeats,
         transports=tuple(arguments.transports),
         memory=arguments.memory,
+        count_bytes=arguments.hosts is not None,
     )
 
 
-def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Everything that is written to the JSON file."""
-    from benchmarks.operators import report
-
+def describe_run(arguments: argparse.Namespace, world_size: int) -> dict[str, Any]:
+    """What is written of every run: where, when, and with which options."""
     names = ("threads", "dtype", "repeats", "cases", "transports", "device", "size")
     given = {"ranks": world_size, **{name: getattr(arguments, name) for name in names}}
-    common = {
+    return {
         "schema": SCHEMA,
         "kind": "memory" if arguments.memory else "overlap",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -116,6 +123,13 @@ def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence
         "commit": machine.commit(),
         "arguments": given,
     }
+
+
+def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that is written to the JSON file."""
+    from benchmarks.operators import report
+
+    common = describe_run(arguments, world_size)
     if arguments.level != "operator":
         return layer_run.make_layer_document(arguments, rows, common)
     if arguments.memory:
@@ -173,9 +187,10 @@ def write(document: dict[str, Any], folder: Path) -> list[Path]:
         return [path]
     from benchmarks.layers import plot as layer_plot
     from benchmarks.operators import plot
+    from benchmarks.scale import plot as scale_plot
 
     image = path.with_suffix(".png")
-    draw = plot.draw if document["kind"] == "overlap" else layer_plot.draw
+    draw = {"overlap": plot.draw, "scale": scale_plot.draw}.get(document["kind"], layer_plot.draw)
     draw(document, image)
     return [path, image]
 
@@ -222,9 +237,30 @@ def run_under_torchrun(arguments: argparse.Namespace) -> int:
         dist.destroy_process_group()
 
 
+def run_scale_model(arguments: argparse.Namespace) -> int:
+    """This process is a rank on one of the hosts, or starts them."""
+    settings = make_settings(arguments, scale_run.HOSTS)
+    if arguments.report_fd is not None:
+        return scale_run.run_rank(arguments, lambda rank, size: measure_rows(rank, size, settings))
+    count = len(settings.rows)
+    print(f"{count} rows on {scale_run.HOSTS} hosts; {arguments.size} shapes", file=sys.stderr, flush=True)
+    document = scale_run.run(arguments, Path(__file__).resolve(), describe_run(arguments, scale_run.HOSTS))
+    folder = arguments.output or _RESULTS / machine.machine_tag(arguments.device)
+    print("\n" + "\n".join(f"wrote {os.path.relpath(path)}" for path in write(document, folder)))
+    return int(any(row["wrong"] for part in document["parts"] for row in part["rows"]))
+
+
 def main() -> int:
     """Runs the benchmark; times decide nothing about the exit status, wrong results do."""
     arguments = parse()
+    if arguments.hosts:
+        try:
+            return run_scale_model(arguments)
+        except (ValueError, scale_run.HostsError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
     if "RANK" in os.environ:
         return run_under_torchrun(arguments)
     if arguments.emulated:

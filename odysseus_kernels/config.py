@@ -6,6 +6,8 @@ variable                 meaning
 ODYSSEUS_SHM_DIR         directory of the symmetric host transport's segments (default ``/dev/shm``)
 ODYSSEUS_CACHE_DIR       directory of what was measured for ``mode="auto"`` (default ``~/.cache/odysseus_kernels``,
                          or below XDG_CACHE_HOME)
+ODYSSEUS_HOST            name of this rank's host in place of its hostname: ranks with different names are on different
+                         hosts, even on one machine, and the symmetric transport is refused between them
 ======================== ============================================================================
 """
 
@@ -28,6 +30,7 @@ __all__ = [
     "Tune",
     "cache_directory",
     "hardware_queues",
+    "host_name",
     "launched_rank",
     "shared_memory_directory",
 ]
@@ -54,6 +57,11 @@ def cache_directory() -> Path:
     if found:
         return Path(found)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "odysseus_kernels"
+
+
+def host_name() -> str:
+    """What ODYSSEUS_HOST calls the host of this rank; empty if it is not set, which means the machine's hostname."""
+    return os.environ.get("ODYSSEUS_HOST", "").strip()
 
 
 @dataclasses.dataclass(frozen=True)

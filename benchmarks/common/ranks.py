@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -12,7 +13,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["largest_over_ranks", "with_progress", "worse"]
+__all__ = ["bytes_on_interface", "largest_over_ranks", "with_progress", "worse"]
+
+_INTERFACES = Path("/proc/self/net/dev")  # of this process's network namespace
+_TRANSMITTED = 8  # column of the bytes sent
 
 
 class _Named(Protocol):
@@ -40,6 +44,28 @@ def with_progress(rows: Sequence[Row], *, visible: bool) -> Iterator[Row]:
         yield case
         if visible:
             print(f"[{index}/{len(rows)}] {case.name} ({time.monotonic() - begin:.1f} s)", file=sys.stderr, flush=True)
+
+
+def bytes_on_interface(interface: str, call: Callable[[], Any]) -> int:
+    """Bytes that a network interface sends in ``call``, headers and a barrier's messages included, on the rank of most.
+
+    Raises:
+        ValueError: there is no such interface here.
+    """
+
+    def sent() -> int:
+        for line in _INTERFACES.read_text().splitlines():
+            name, _, counters = line.partition(":")
+            if name.strip() == interface:
+                return int(counters.split()[_TRANSMITTED])
+        raise ValueError(f"interface: expected one of {_INTERFACES}, got {interface!r}")
+
+    dist.barrier()
+    before = sent()
+    call()
+    dist.barrier()  # what this rank sent has arrived, or the others would not be here
+    found: int = largest_over_ranks({"sent": sent() - before})["sent"]
+    return found
 
 
 def worse(a: float, b: float) -> float:

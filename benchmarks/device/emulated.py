@@ -32,6 +32,7 @@ from benchmarks.device import report as emulated_report
 from benchmarks.device.cases import DEFAULT_LINKS, WORLD, EmulatedCase, make_emulated_cases
 from benchmarks.device.workload import MODES, EmulatedWorkload, Emulation, emulate, fake_group
 from odysseus_kernels import _ext
+from odysseus_kernels.planner.scale import LINKS
 from odysseus_kernels.testing.virtual_devices import link_of
 
 __all__ = ["add_options", "measure_case", "run"]
@@ -51,7 +52,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--link",
         nargs="+",
         default=list(DEFAULT_LINKS),
-        help='emulated links of a run on one GPU: "paced:<GB/s>" within its memory, "pcie" from and to pinned memory',
+        metavar="LINK",
+        help='emulated links of a run on one GPU: "paced:<GB/s>" within its memory, "pcie" from and to pinned memory; '
+        f"with --hosts, what joins them, one run for each: {', '.join(LINKS)} with @ and the modelled number of ranks "
+        "behind it, or a rate: 120mbit, 1gbit, or a number of Mb/s",
     )
     parser.add_argument(
         "--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no row on one GPU after so long"

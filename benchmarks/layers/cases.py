@@ -26,6 +26,7 @@ __all__ = [
     "Variant",
     "make_layer_cases",
     "make_variants",
+    "parse_shape",
 ]
 
 Level = Literal["layer", "model"]
@@ -95,6 +96,7 @@ class Variant:
         strategy: of ours and of the compute alone.
         ring: ring ranks R outside of seq.
         mode, transport, gathered: of ours.
+        pipeline: pieces in which the attention block of ours is pipelined, or None.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Variant:
     mode: str = ""
     transport: str = ""
     gathered: str = "regather"
+    pipeline: int | None = None
 
     @property
     def family(self) -> str:
@@ -141,6 +144,8 @@ LAYER_TARGETS = _targets()
 
 _CONTRACT_SIZES = ((4096, 512), (8192, 1024))
 _HEAD_DIM = 64
+PIPELINED = ("tp_sp", "odysseus")
+"""Strategies that gather the input of attention, and can do so piece by piece."""
 
 
 def _case(label: str, level: Level, tokens: int, hidden: int, *, groups: int = 1, **others: int) -> LayerCase:
@@ -148,17 +153,41 @@ def _case(label: str, level: Level, tokens: int, hidden: int, *, groups: int = 1
     return LayerCase(label, level, tokens, hidden, hidden * 11 // 4, heads, heads // groups, **others)
 
 
+def parse_shape(text: str) -> tuple[int, int]:
+    """(L, d) of ``"2048x512"``.
+
+    Raises:
+        ValueError: for anything else, and for a width that is not a multiple of a head's.
+    """
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text.strip().lower())
+    if match is None or int(match[2]) % _HEAD_DIM:
+        raise ValueError(
+            f"--shapes: expected tokens x hidden size, such as 2048x512, with a hidden size that {_HEAD_DIM} divides, "
+            f"got {text!r}"
+        )
+    return int(match[1]), int(match[2])
+
+
 def make_layer_cases(
-    level: Level, world_size: int, size: Size = "default", pattern: str = "", *, ring: int = 1
+    level: Level,
+    world_size: int,
+    size: Size = "default",
+    pattern: str = "",
+    *,
+    ring: int = 1,
+    shapes: Sequence[tuple[int, int]] = (),
 ) -> list[LayerCase]:
-    """The cases of ``level``, contract first, whose name ``pattern`` is found in.
+    """The cases of ``level``, contract first, whose name ``pattern`` is found in; or those of ``shapes``, (L, d) each.
 
     Lengths are those nearest to the table's that all ranks, and two blocks for each rank, divide.
 
     Raises:
         ValueError: if the pattern is not an expression, or is found in no case.
     """
-    if level == "layer":
+    if shapes:
+        sizes = {} if level == "layer" else {"layers": 2, "vocabulary": 4096}
+        cases = [_case("given", level, tokens, hidden, **sizes) for tokens, hidden in shapes]
+    elif level == "layer":
         cases = {
             "quick": [_case("quick", level, 512, 256), _case("quick GQA", level, 256, 256, groups=2)],
             "default": [
@@ -199,10 +228,12 @@ def make_variants(
     ring: int = 1,
     gathered: Sequence[str] = ("regather",),
     peers: Sequence[str] = (),
+    pipeline: int | None = None,
 ) -> list[Variant]:
     """Each strategy's compute alone, then its modes on each transport; the same across a ring; then the peers.
 
-    ``gathered="save"`` makes variants of its own for strategies that gather an input.
+    ``gathered="save"`` makes variants of its own for strategies that gather an input, and ``pipeline`` one on each
+    transport whose attention block is pipelined in so many pieces.
     """
     variants = []
     for rings in (1, ring) if ring > 1 else (1,):
@@ -210,7 +241,7 @@ def make_variants(
             family = strategy + (f"+ring{rings}" if rings > 1 else "")
             variants.append(Variant(f"{family} alone", "alone", strategy, rings))
             for how in gathered:
-                if how == "save" and strategy not in ("tp_sp", "odysseus"):
+                if how == "save" and strategy not in PIPELINED:
                     continue
                 suffix = " save" if how == "save" else ""
                 variants += [
@@ -218,4 +249,9 @@ def make_variants(
                     for transport in transports
                     for mode in ("unfused", "fused")
                 ]
+                if pipeline is not None and strategy in PIPELINED:
+                    variants += [
+                        Variant(f"{family} pipelined {t}{suffix}", "ours", strategy, rings, "fused", t, how, pipeline)
+                        for t in transports
+                    ]
     return variants + [Variant(peer, "peer") for peer in peers]

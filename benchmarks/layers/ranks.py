@@ -7,6 +7,7 @@ of the timing; then all take turns within each round (``measure.py``).  A varian
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.common.measure import slowest_rank, take_turns
-from benchmarks.common.ranks import largest_over_ranks, with_progress, worse
+from benchmarks.common.ranks import bytes_on_interface, largest_over_ranks, with_progress, worse
 from benchmarks.layers import peers
 from benchmarks.layers.cases import LayerCase, Variant
 from benchmarks.layers.checks import measure_checks
@@ -41,6 +42,7 @@ _OPERATORS = (
     "zero3_linear_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
     "sequence_loss",
+    "pipelined_attention",
 )
 """Operators that the formulas are about; positions and masks are counted beside them."""
 
@@ -55,6 +57,9 @@ class LayerSettings:
     repeats: int
     warm_up: int = 1
     seed: int = 1
+    memory: bool = True
+    interface: str = ""
+    """Network interface by whose counter every variant's bytes are taken, too; empty: by none."""
 
 
 def run_layer_rows(rank: int, world_size: int, settings: LayerSettings) -> list[dict[str, Any]]:
@@ -95,11 +100,20 @@ def _measure(case: LayerCase, settings: LayerSettings) -> dict[str, Any]:
 
     turns(list(runnables), settings.warm_up)
     first_wrong = wrong()
-    sent, memory = {}, {}
+    sent, memory, on_interface = {}, {}, {}
+
+    def counted_step(name: str) -> None:
+        if settings.interface:
+            on_interface[name] = bytes_on_interface(settings.interface, runnables[name].step)
+        else:
+            runnables[name].step()
+
     for name, variant in variants.items():
         if variant.kind == "ours" and name not in first_wrong:
-            sent[name] = _bytes(case, variant, work, runnables[name], dtype)
-        if name not in first_wrong:
+            sent[name] = _bytes(case, variant, work, functools.partial(counted_step, name), dtype)
+        elif variant.kind == "peer" and settings.interface and name not in first_wrong:
+            counted_step(name)
+        if settings.memory and name not in first_wrong:
             dist.barrier()
             memory[name] = _memory(case, variant, work, runnables[name], dtype)
     samples = turns([name for name in runnables if name not in first_wrong], settings.repeats)
@@ -118,6 +132,7 @@ def _measure(case: LayerCase, settings: LayerSettings) -> dict[str, Any]:
         "errors": errors,
         "wrong": wrong(),
         "bytes": sent,
+        "interface_bytes": on_interface,
         "memory": memory,
         "checks": checks,
         # A time of a wrong result is no time.
@@ -146,30 +161,41 @@ def expected_traffic(case: LayerCase, variant: Variant, world: int, element_size
 
 
 def _bytes(
-    case: LayerCase, variant: Variant, work: LayerWorkload, runnable: Runnable, dtype: torch.dtype
+    case: LayerCase, variant: Variant, work: LayerWorkload, step: Callable[[], None], dtype: torch.dtype
 ) -> dict[str, Any]:
     """What the recorder counts in a step, on the rank that sends most, beside the formula."""
     dist.barrier()
     with CommRecorder() as record:
-        runnable.step()
+        step()
+    pipelined = variant.pipeline is not None
     counted: dict[str, int] = {}
     beside: dict[str, int] = {}
     for row in record.rows():
         place = counted if row["operator"] in _OPERATORS else beside
-        name = f"{row['phase']} {row['operator']} {row['collective']}"
+        name = _traffic_name(str(row["phase"]), str(row["operator"]), str(row["collective"]), pipelined=pipelined)
         place[name] = place.get(name, 0) + int(row["bytes"])
     expected = expected_traffic(case, variant, work.world, dtype.itemsize)
-    formula = {" ".join(key): count for key, count in expected.items()}
+    formula: dict[str, int] = {}
+    for key, count in expected.items():
+        name = _traffic_name(*key, pipelined=pipelined)
+        formula[name] = formula.get(name, 0) + count
     # Every rank must agree with the formula, which is the same for all of them.
     unequal = torch.tensor([int(counted != formula)])
     dist.all_reduce(unequal)
     return {"recorded": counted, "formula": formula, "beside": beside, "equal": unequal.item() == 0}
 
 
+def _traffic_name(phase: str, operator: str, collective: str, *, pipelined: bool) -> str:
+    """A pipelined block is one operator, and sends what its two linear operators would: all three have one name."""
+    if pipelined and operator in ("all_gather_linear", "linear_reduce_scatter"):
+        operator = "pipelined_attention"
+    return f"{phase} {operator} {collective}"
+
+
 def _memory(
     case: LayerCase, variant: Variant, work: LayerWorkload, runnable: Runnable, dtype: torch.dtype
 ) -> dict[str, Any]:
     found: dict[str, Any] = largest_over_ranks(measure_memory_of_step(runnable, variant))
-    if variant.kind == "ours":
+    if variant.kind == "ours" and variant.pipeline is None:
         found["formula"] = expected_saved(case, variant, work.world, dtype.itemsize)
     return found

@@ -7,7 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.layers.cases import Variant, make_layer_cases, make_variants
+from benchmarks.layers.cases import Variant, make_layer_cases, make_variants, parse_shape
+from odysseus_kernels.config import MOST_PIECES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,15 +36,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gathered", nargs="+", choices=("regather", "save"), default=["regather"], help="what backward keeps"
     )
+    group.add_argument(
+        "--shapes", nargs="+", default=[], metavar="LxD", help="tokens x hidden size instead of the table, as 2048x512"
+    )
+    group.add_argument(
+        "--pipeline", type=int, metavar="P", help="also attention pipelined in P pieces (default with --hosts: 8)"
+    )
     group.add_argument("--no-peers", action="store_true", help="leave out torch's own parallelism")
 
 
 def check_options(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
     """Ends the program with usage where options do not go together; sets the default number of rounds."""
     if parsed.level == "operator":
-        if parsed.ring != 1 or parsed.strategies or parsed.no_peers:
-            parser.error("--ring, --strategies and --no-peers: expected --level layer or model beside them")
+        if parsed.ring != 1 or parsed.strategies or parsed.no_peers or parsed.shapes or parsed.pipeline:
+            parser.error(
+                "--ring, --strategies, --shapes, --pipeline and --no-peers: expected --level layer or model beside them"
+            )
         return
+    try:
+        parsed.shapes = [parse_shape(text) for text in parsed.shapes]
+    except ValueError as error:
+        parser.error(str(error))
+    if parsed.pipeline is not None and not 2 <= parsed.pipeline <= MOST_PIECES:
+        parser.error(f"--pipeline: expected 2 to {MOST_PIECES} pieces, got {parsed.pipeline}")
     if parsed.device != "cpu":
         parser.error(f"--level {parsed.level}: expected --device cpu, got {parsed.device}")
     if parsed.memory:
@@ -77,9 +92,16 @@ def make_layer_settings(arguments: argparse.Namespace, world_size: int) -> Layer
             raise ValueError(f"--strategies: expected some of {known}, got {name!r}")
     present = [] if arguments.no_peers else peers.present_peers(arguments.level)
     variants: list[Variant] = make_variants(
-        strategies, arguments.transports, ring=arguments.ring, gathered=arguments.gathered, peers=present
+        strategies,
+        arguments.transports,
+        ring=arguments.ring,
+        gathered=arguments.gathered,
+        peers=present,
+        pipeline=arguments.pipeline,
     )
-    cases = make_layer_cases(arguments.level, world_size, arguments.size, arguments.cases, ring=arguments.ring)
+    cases = make_layer_cases(
+        arguments.level, world_size, arguments.size, arguments.cases, ring=arguments.ring, shapes=arguments.shapes
+    )
     return LayerSettings(tuple(cases), tuple(variants), arguments.dtype, arguments.repeats)
 
 

@@ -179,12 +179,23 @@ class LayerWorkload:
     def _ours(self, variant: Variant) -> Runnable:
         # A key of its own for each variant: fused and unfused differ in the buffers that they need.
         mesh = self.mesh(variant.ring, variant.name)
-        settings = OverlapConfig(mode=variant.mode, transport=variant.transport, gathered=variant.gathered)  # type: ignore[arg-type]
+        pieces = variant.pipeline or 1
+        if self.case.tokens % (self.world * pieces):
+            raise ValueError(
+                f"{variant.name}: expected tokens that {self.world} ranks x {pieces} pieces divide, got "
+                f"{self.case.tokens}"
+            )
+        settings = OverlapConfig(
+            mode=variant.mode,  # type: ignore[arg-type]
+            transport=variant.transport,  # type: ignore[arg-type]
+            gathered=variant.gathered,  # type: ignore[arg-type]
+            pipeline=variant.pipeline,
+        )
         model = copy.deepcopy(self.stock)
         numbered = {"input_ids": torch.arange(self.case.tokens)[None]}
-        positions = shard_sequence(numbered, mesh, variant.strategy)["input_ids"][0]
+        positions = shard_sequence(numbered, mesh, variant.strategy, pieces=pieces)["input_ids"][0]
         model = parallelize(model, mesh, strategy=variant.strategy, config=settings)
-        batch = shard_sequence(self.batch, mesh, variant.strategy)
+        batch = shard_sequence(self.batch, mesh, variant.strategy, pieces=pieces)
         runnable = self.runnable(model, positions, batch)
         runnable.mesh, runnable.model, runnable.batch = mesh, model, batch
         return runnable

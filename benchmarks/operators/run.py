@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common.measure import slowest_rank, take_turns
-from benchmarks.common.ranks import with_progress, worse
+from benchmarks.common.ranks import largest_over_ranks, with_progress, worse
 from benchmarks.operators.cases import Case
 from benchmarks.operators.memory import measure_memory
 from benchmarks.operators.workload import Settings, Workload
+from odysseus_kernels.comm.recorder import CommRecorder
 
 __all__ = ["run_rows"]
 
@@ -59,6 +60,13 @@ def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[s
     samples = take_turns(timed, rounds=settings.repeats, barrier=dist.barrier, synchronize=synchronize, last=check)
     wrong = _wrong(errors, work.tolerance)
     samples = slowest_rank(samples, dist.get_world_size())
+    sent = {}
+    if settings.count_bytes:
+        for name in (name for name in samples if name.partition(" ")[0] in ("unfused", "fused")):
+            dist.barrier()
+            with CommRecorder() as record:
+                calls[name]()
+            sent[name] = largest_over_ranks({"sent": record.bytes()})["sent"]
     return {
         **dataclasses.asdict(case),
         "part": case.part,
@@ -67,6 +75,7 @@ def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[s
         "tolerance": work.tolerance,
         "errors": _worst_rank(errors),
         "wrong": wrong,
+        "bytes": sent,
         # A time of a wrong result is no time.
         "samples_s": {name: values for name, values in samples.items() if name not in wrong},
     }

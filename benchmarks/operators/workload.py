@@ -61,6 +61,7 @@ class Settings:
     transports: tuple[str, ...] = TRANSPORTS
     memory: bool = False
     seed: int = 1
+    count_bytes: bool = False
 
 
 class Workload:

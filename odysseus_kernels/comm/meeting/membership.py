@@ -8,6 +8,8 @@ import socket
 import time
 from pathlib import Path
 
+from odysseus_kernels.config import host_name
+
 __all__ = ["Member", "lost_members", "lost_members_soon", "this_member"]
 
 
@@ -29,10 +31,14 @@ class Member:
 
 
 def this_member() -> Member:
-    """What this process tells the others of itself."""
+    """What this process tells the others of itself.
+
+    ODYSSEUS_HOST divides a machine into several and never joins two: what is found of the machine stays in its name.
+    """
+    found, named = _read("/proc/sys/kernel/random/boot_id") or socket.gethostname(), host_name()
     return Member(
-        socket.gethostname(),
-        _read("/proc/sys/kernel/random/boot_id") or socket.gethostname(),
+        named or socket.gethostname(),
+        f"{found} {named}" if named else found,
         _link("/proc/self/ns/pid"),
         os.getpid(),
         _state(os.getpid())[1],

@@ -1,0 +1,27 @@
+"""A rank that sends, and one that receives and reports bits per second; without torch, which takes seconds to start."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+
+megabytes, report = float(sys.argv[1]), int(sys.argv[3])
+address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+if os.environ["RANK"] == "0":
+    with socket.create_server(address) as server:
+        connection, _ = server.accept()
+    received, begin = len(connection.recv(1 << 20)), time.perf_counter()
+    while got := len(connection.recv(1 << 20)):
+        received += got
+    os.write(report, str(8 * received / (time.perf_counter() - begin)).encode())
+else:
+    for _ in range(200):
+        try:
+            connection = socket.create_connection(address, 5)
+            break
+        except OSError:
+            time.sleep(0.05)
+    connection.sendall(bytes(int(megabytes * 1e6)))
+    connection.close()
