@@ -30,6 +30,7 @@ __all__ = [
     "hardware_queues",
     "launched_rank",
     "shared_memory_directory",
+    "socket_interface",
 ]
 
 Mode = Literal["auto", "fused", "tiles", "unfused"]
@@ -141,6 +142,11 @@ class OverlapConfig:
             tile_bytes=int(tile_bytes),
             pipeline="auto" if pipeline == "auto" else None if pipeline == "None" else int(pipeline),
         )
+
+
+def socket_interface() -> str:
+    """The network interface by which Gloo is told to connect, its first if there are several; empty if it is not."""
+    return os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0].strip()
 
 
 def hardware_queues() -> str:
