@@ -6,6 +6,8 @@ variable                 meaning
 ODYSSEUS_SHM_DIR         directory of the symmetric host transport's segments (default ``/dev/shm``)
 ODYSSEUS_CACHE_DIR       directory of what was measured for ``mode="auto"`` (default ``~/.cache/odysseus_kernels``,
                          or below XDG_CACHE_HOME)
+GLOO_SOCKET_IFNAME       network interface of Gloo, and of connections between CPU ranks beside it (default: that of the
+                         host name's address)
 ======================== ============================================================================
 """
 

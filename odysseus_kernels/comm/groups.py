@@ -160,7 +160,7 @@ class GroupTransports:
         if self._collective is None:
             if self._meeting.members is None:
                 self._meeting.introduce(config, device, self._completed, self._step)
-            self._collective = CollectiveTransport(self._meeting)
+            self._collective = CollectiveTransport.connect(self._meeting, config, device)
         return self._collective
 
     def settle(

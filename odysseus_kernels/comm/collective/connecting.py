@@ -113,8 +113,7 @@ def accept_peers(listener: socket.socket, token: bytes, peers: set[int], deadlin
     found: dict[int, socket.socket] = {}
     hellos: dict[socket.socket, bytes] = {}
     listener.setblocking(False)
-    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as failed:
-        failed.callback(lambda: [one.close() for one in (*found.values(), *hellos)])
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as opened:
         selector.register(listener, selectors.EVENT_READ)
         while len(found) < len(peers):
             left = deadline - time.monotonic()
@@ -125,7 +124,7 @@ def accept_peers(listener: socket.socket, token: bytes, peers: set[int], deadlin
                 assert isinstance(one, socket.socket)
                 if one is listener:
                     with contextlib.suppress(OSError):  # gone again
-                        connection, _ = listener.accept()
+                        connection = opened.enter_context(listener.accept()[0])
                         connection.setblocking(False)
                         hellos[connection] = b""
                         selector.register(connection, selectors.EVENT_READ)
@@ -145,9 +144,9 @@ def accept_peers(listener: socket.socket, token: bytes, peers: set[int], deadlin
                     found[peer] = one
                 else:
                     one.close()
-        failed.pop_all()
         for stranger in hellos:
             stranger.close()
+        opened.pop_all()
     return found
 
 

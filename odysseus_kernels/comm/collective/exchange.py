@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
@@ -84,11 +83,8 @@ class ExchangeRun:
             sent, received = self._slot("made", hop, self._made), self._slot("taken", hop, self._made)
         leaving, arriving = [0] * self._world, [0] * self._world
         leaving[target], arriving[source] = sent.numel(), received.numel()
-        group = self._lane.group
         self._sent[task, hop] = sent
-        self._work[task, hop] = self._lane.issue(
-            lambda: dist.all_to_all_single(received, sent, arriving, leaving, group, async_op=True)
-        )
+        self._work[task, hop] = self._lane.all_to_all(received, sent, arriving, leaving)
 
     def _giving(self, hop: int, target: int) -> Tensor:
         """What ``target`` is given.  A single tensor leaves from where it is; others are packed, shared ones once."""

@@ -11,6 +11,7 @@ what is under way: it shuts the connections down, on which the threads return.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -84,7 +85,7 @@ class Links:
         blocks += [(self._senders[peer], block) for peer, block in sent.items() if block.numel()]
         transfer = Transfer(len(blocks))
         for courier, block in blocks:
-            courier.take(self._number, memoryview(as_bytes(block.detach()).numpy()), transfer)
+            courier.take(self._number, as_bytes(block).numpy().data, transfer)
         return transfer
 
     def close(self) -> None:
@@ -113,10 +114,8 @@ class _Courier:
     def close(self, *, shut_down: bool) -> None:
         self._blocks.put(None)
         if shut_down:
-            try:
+            with contextlib.suppress(OSError):  # the peer was first
                 self._connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the peer was first
             self._thread.join(_JOIN_S)
         self._connection.close()
 

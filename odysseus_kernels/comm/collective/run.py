@@ -10,11 +10,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.collective.lanes import Lane
-from odysseus_kernels.comm.meeting.backend import all_gather_single
 from odysseus_kernels.comm.reduce import PieceSum
 from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule
 from odysseus_kernels.comm.schedules.steps import Kind, Step, Task, piece_bounds
@@ -108,8 +106,7 @@ class CollectiveRun:
         most = -(-shard.shape[1] // pieces)
         gathered = shard.new_empty(self._world * shard.shape[0] * most * shard.shape[2])
         target = gathered[: self._world * piece.numel()]
-        group = self._lane.group
-        work = self._lane.issue(lambda: all_gather_single(target, piece.view(-1), group, async_op=True))
+        work = self._lane.all_gather(target, piece.view(-1))
         return Ahead(SentAhead.of(self._call, shard, pieces), work, piece, gathered)
 
     def _block(self, name: str, piece: int, like: Tensor, rows: int, slots: int, most: int) -> Tensor:
@@ -141,22 +138,17 @@ class CollectiveRun:
         return peer - (peer > self._rank)
 
     def _issue(self, task: Task, piece: int) -> None:
-        group = self._lane.group
         if task is Task.ALL_GATHER:
             assert self._call.gather is not None
             start, stop, gathered = self._gathered(piece)
             own = self._call.gather.shard[:, start:stop].contiguous()
             self._sent[task, piece] = own
-            self._work[task, piece] = self._lane.issue(
-                lambda: all_gather_single(gathered.view(-1), own.view(-1), group, async_op=True)
-            )
+            self._work[task, piece] = self._lane.all_gather(gathered.view(-1), own.view(-1))
             return
         _, _, sent = self._exchanged("sent", piece)
         _, _, received = self._exchanged("received", piece)
         splits = [0 if peer == self._rank else sent[0].numel() for peer in range(self._world)]
-        self._work[task, piece] = self._lane.issue(
-            lambda: dist.all_to_all_single(received.view(-1), sent.view(-1), splits, splits, group, async_op=True)
-        )
+        self._work[task, piece] = self._lane.all_to_all(received.view(-1), sent.view(-1), splits, splits)
 
     def _compute(self, step: Step) -> None:
         if step.task is Task.CONSUME:
