@@ -96,10 +96,10 @@ class HostLane:
     def all_gather(self, out: Tensor, own: Tensor) -> dist.Work | Transfer:
         if self._links is None:
             return self.issue(lambda: all_gather_single(out, own, self.group, async_op=True))
-        rank, blocks = self.group.rank(), out.view(self.group.size(), own.numel()).unbind()
+        rank, blocks = self.group.rank(), out.detach().view(self.group.size(), own.numel())
         others = [peer for peer in range(len(blocks)) if peer != rank]
         transfer = self._links.exchange(dict.fromkeys(others, own), {peer: blocks[peer] for peer in others})
-        blocks[rank].copy_(own)
+        blocks[rank].copy_(own.detach())
         return transfer
 
     def all_to_all(
@@ -110,8 +110,7 @@ class HostLane:
                 lambda: dist.all_to_all_single(out, sent, _listed(out_splits), _listed(splits), self.group, True)
             )
         rank, world = self.group.rank(), self.group.size()
-        leaving = dict(enumerate(sent.split(list(splits or _even(sent, world)))))
-        arriving = dict(enumerate(out.split(list(out_splits or _even(out, world)))))
+        leaving, arriving = _parts(sent, splits, world), _parts(out, out_splits, world)
         own, kept = leaving.pop(rank), arriving.pop(rank)
         transfer = self._links.exchange(leaving, arriving)
         kept.copy_(own)
@@ -155,8 +154,12 @@ def _wait_for(transfer: Transfer, timeout_s: float, look: Look) -> None:
         raise transfer.error
 
 
-def _even(tensor: Tensor, world: int) -> list[int]:
-    return [tensor.numel() // world] * world
+def _parts(tensor: Tensor, splits: Sequence[int] | None, world: int) -> dict[int, Tensor]:
+    parts, begin = {}, 0
+    for peer, count in enumerate(splits or [tensor.numel() // world] * world):
+        parts[peer] = tensor.detach()[begin : begin + count]
+        begin += count
+    return parts
 
 
 def _listed(splits: Sequence[int] | None) -> list[int] | None:

@@ -12,6 +12,7 @@ what is under way: it shuts the connections down, on which the threads return.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import socket
@@ -21,7 +22,6 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from odysseus_kernels.comm.bundles import as_bytes
 from odysseus_kernels.errors import CommunicationError
 
 __all__ = ["Links", "LostConnectionError", "Transfer"]
@@ -85,7 +85,7 @@ class Links:
         blocks += [(self._senders[peer], block) for peer, block in sent.items() if block.numel()]
         transfer = Transfer(len(blocks))
         for courier, block in blocks:
-            courier.take(self._number, as_bytes(block).numpy().data, transfer)
+            courier.take(self._number, block, transfer)
         return transfer
 
     def close(self) -> None:
@@ -104,11 +104,11 @@ class _Courier:
         self, connection: socket.socket, peer: str, move: Callable[[socket.socket, int, memoryview, str], None]
     ) -> None:
         self._connection, self._peer, self._move = connection, peer, move
-        self._blocks: queue.SimpleQueue[tuple[int, memoryview, Transfer] | None] = queue.SimpleQueue()
+        self._blocks: queue.SimpleQueue[tuple[int, Tensor, Transfer] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"odysseus {move.__name__} {peer}", daemon=True)
         self._thread.start()
 
-    def take(self, number: int, block: memoryview, transfer: Transfer) -> None:
+    def take(self, number: int, block: Tensor, transfer: Transfer) -> None:
         self._blocks.put((number, block, transfer))
 
     def close(self, *, shut_down: bool) -> None:
@@ -125,7 +125,7 @@ class _Courier:
             number, block, transfer = taken
             try:
                 if failed is None:
-                    self._move(self._connection, number, block, self._peer)
+                    self._move(self._connection, number, _memory(block), self._peer)
             except OSError as error:
                 failed = LostConnectionError(f"connection with {self._peer} lost: {error.strerror or error}")
                 failed.__cause__ = error
@@ -133,6 +133,12 @@ class _Courier:
                 failed = error
             transfer.end_block(failed)
             del taken, block, transfer  # not kept until the next one comes
+
+
+def _memory(block: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, whose storage NumPy's view would for ever forbid to resize, as FSDP does."""
+    size = block.numel() * block.element_size()
+    return memoryview((ctypes.c_char * size).from_address(block.data_ptr())).cast("B")
 
 
 def _send(connection: socket.socket, number: int, block: memoryview, peer: str) -> None:
