@@ -5,7 +5,8 @@ thread, and a buffer is written again only after the transfer that used it has f
 arrives and two for what leaves, each way; a rank never holds more than two others' blocks.
 
 A transfer is an all-to-all in which a rank sends to one rank only and receives from one: the same bytes as a send and a
-receive.  Unlike those of Gloo it can be waited for in slices of time, between which lost peers are looked for.
+receive.  Unlike those of Gloo it can be waited for in slices of time, between which lost peers are looked for; the
+links of CPU ranks (``comm/collective/links.py``) send nothing but the one block.
 """
 
 from __future__ import annotations

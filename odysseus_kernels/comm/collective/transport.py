@@ -1,7 +1,8 @@
 """The collective transport: asynchronous collectives of a process group, a piece in flight while another multiplies.
 
-Concurrency contract.  The backend moves data (Gloo's threads, or NCCL on a stream of its own:
-``comm/collective/lanes.py``); callbacks run on the calling thread and, on a GPU, on its current stream.  At most two
+Concurrency contract.  Data is moved beside the products (between CPU ranks by the threads of
+``comm/collective/links.py``, or Gloo's; between GPUs by NCCL on a stream of its own: ``comm/collective/lanes.py``);
+callbacks run on the calling thread and, on a GPU, on its current stream.  At most two
 pieces are in flight, each with its own buffers, and a buffer is written again only after the collective that used it
 has finished and its blocks were consumed; collectives are issued in the order of the schedule, the same on all ranks.
 Reduce-scatter travels as all-to-all: the same bytes, and the sum is ours, in fp32 and in a fixed order.  Exchanges
@@ -10,7 +11,7 @@ travel around the ring (``comm/collective/exchange.py``).
 Before the data of a call moves, ranks exchange a hash of what they call (8 bytes each): collectives of different sizes
 would hang or mix data, where an error that names the rank is wanted.  A rank that leaves a step takes part in the next
 such exchange, whatever its peers call then, and says so there; the group stays in step.  On a GPU they do so beside
-the calls (``comm/collective/handshakes.py``).
+the calls (``comm/collective/handshakes.py``).  These exchanges are the process group's collectives in any case.
 """
 
 from __future__ import annotations
