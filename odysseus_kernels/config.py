@@ -8,6 +8,8 @@ ODYSSEUS_CACHE_DIR       directory of what was measured for ``mode="auto"`` (def
                          or below XDG_CACHE_HOME)
 ODYSSEUS_HOST            name of this rank's host in place of its hostname: ranks with different names are on different
                          hosts, even on one machine, and the symmetric transport is refused between them
+GLOO_SOCKET_IFNAME       network interface of Gloo, and of connections between CPU ranks beside it (default: that of the
+                         host name's address)
 ======================== ============================================================================
 """
 
@@ -33,6 +35,7 @@ __all__ = [
     "host_name",
     "launched_rank",
     "shared_memory_directory",
+    "socket_interface",
 ]
 
 Mode = Literal["auto", "fused", "tiles", "unfused"]
@@ -149,6 +152,11 @@ class OverlapConfig:
             tile_bytes=int(tile_bytes),
             pipeline="auto" if pipeline == "auto" else None if pipeline == "None" else int(pipeline),
         )
+
+
+def socket_interface() -> str:
+    """The network interface by which Gloo is told to connect, its first if there are several; empty if it is not."""
+    return os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0].strip()
 
 
 def hardware_queues() -> str:

@@ -160,7 +160,7 @@ class GroupTransports:
         if self._collective is None:
             if self._meeting.members is None:
                 self._meeting.introduce(config, device, self._completed, self._step)
-            self._collective = CollectiveTransport(self._meeting)
+            self._collective = CollectiveTransport.connect(self._meeting, config, device)
         self._collective.stands_in = self._symmetric is not None and config.transport != "collective"
         return self._collective
 

@@ -10,12 +10,10 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, as_bytes
 from odysseus_kernels.comm.collective.lanes import Lane
-from odysseus_kernels.comm.meeting.backend import all_gather_single
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.schedules.steps import piece_bounds
 from odysseus_kernels.comm.sent_ahead import SentAhead
@@ -43,7 +41,6 @@ class Ahead:
 
 def send_ahead(call: Call, prefetch: Prefetch, pieces: int, lane: Lane, rank: int, world: int) -> Ahead:
     """Starts the first transfer of the call that will gather ``prefetch``, a gather in ``pieces``."""
-    group = lane.group
     if prefetch.kind == "gather":
         shard = prefetch.shard
         start, stop = piece_bounds(shard.shape[1], pieces, 0)
@@ -51,13 +48,13 @@ def send_ahead(call: Call, prefetch: Prefetch, pieces: int, lane: Lane, rank: in
         most = -(-shard.shape[1] // pieces)
         arrived = shard.new_empty(world * shard.shape[0] * most * shard.shape[2])
         target = arrived[: world * own.numel()]
-        work = lane.issue(lambda: all_gather_single(target, own.view(-1), group, async_op=True))
+        work = lane.all_gather(target, own.view(-1))
         return Ahead(SentAhead.of(call, prefetch, pieces), work, own, arrived)
     own = packed(prefetch.tensors)
     arrived = torch.empty_like(own)
     leaving, arriving = [0] * world, [0] * world
     leaving[(rank - 1) % world], arriving[(rank + 1) % world] = own.numel(), arrived.numel()
-    work = lane.issue(lambda: dist.all_to_all_single(arrived, own, arriving, leaving, group, async_op=True))
+    work = lane.all_to_all(arrived, own, arriving, leaving)
     return Ahead(SentAhead.of(call, prefetch), work, own, arrived)
 
 

@@ -5,7 +5,8 @@ thread, and a buffer is written again only after the transfer that used it has f
 arrives and two for what leaves, each way; a rank never holds more than two others' blocks.
 
 A transfer is an all-to-all in which a rank sends to one rank only and receives from one: the same bytes as a send and a
-receive.  Unlike those of Gloo it can be waited for in slices of time, between which lost peers are looked for.
+receive.  Unlike those of Gloo it can be waited for in slices of time, between which lost peers are looked for; the
+links of CPU ranks (``comm/collective/links.py``) send nothing but the one block.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
@@ -117,11 +117,8 @@ class ExchangeRun:
             sent, received = self._slot("made", hop, self._made), self._slot("taken", hop, self._made)
         leaving, arriving = [0] * self._world, [0] * self._world
         leaving[target], arriving[source] = sent.numel(), received.numel()
-        group = self._lane.group
         self._sent[task, hop] = sent
-        self._work[task, hop] = self._lane.issue(
-            lambda: dist.all_to_all_single(received, sent, arriving, leaving, group, async_op=True)
-        )
+        self._work[task, hop] = self._lane.all_to_all(received, sent, arriving, leaving)
 
     def _giving(self, hop: int, target: int) -> Tensor:
         """What ``target`` is given.  A single tensor leaves from where it is; others are packed, shared ones once."""

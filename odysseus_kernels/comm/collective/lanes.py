@@ -1,4 +1,7 @@
-"""How a collective travels beside products: on a backend's threads (CPU), or on a stream of its own (GPU).
+"""How a collective travels beside products: on threads (CPU), or on a stream of its own (GPU).
+
+CPU tensors travel by the ranks' own connections (``comm/collective/links.py``) where these could be made, else by the
+process group's backend, as everything small does.
 
 A lane issues a collective and later finishes it.  On a GPU neither blocks the host: the lane's stream waits for the
 caller's at the issue, the caller's stream for the lane's at the finish, and between the two the buffers belong to the
@@ -13,13 +16,15 @@ import dataclasses
 import datetime
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from odysseus_kernels.comm.meeting.backend import wait
+from odysseus_kernels.comm.collective.links import Links, LostConnectionError, Transfer
+from odysseus_kernels.comm.meeting.backend import WaitTimeoutError, all_gather_single, wait
 from odysseus_kernels.comm.meeting.lingering import keep_for_ever
 from odysseus_kernels.errors import SignalTimeoutError
 
@@ -29,6 +34,10 @@ _HIGH_PRIORITY = -1
 # Thread blocks that NCCL may take from the products: enough for the rate of NVLink 4, an eighth of an H200.
 _MOST_BLOCKS = 16
 _LONGEST_S = 1e6
+# Peers are looked for as often while a transfer is waited for.
+_SLICE_S = 0.2
+# A peer that gives up says why and ends its connections, or dies: which of both is known a little later.
+_REASON_S = 1.0
 Look = Callable[[], None]
 
 
@@ -41,6 +50,17 @@ class Lane(Protocol):
 
     def issue(self, start: Callable[[], dist.Work]) -> Any:
         """Starts an asynchronous collective; what it returns is for :meth:`finish`."""
+
+    def all_gather(self, out: Tensor, own: Tensor) -> Any:
+        """Starts to gather the flat ``own`` of all ranks into the flat ``out``, world times as long; as ``issue``."""
+
+    def all_to_all(
+        self, out: Tensor, sent: Tensor, out_splits: Sequence[int] | None = None, splits: Sequence[int] | None = None
+    ) -> Any:
+        """Starts to send a part of the flat ``sent`` to each rank, and to receive a part of ``out``; as ``issue``.
+
+        ``splits`` are the elements for each rank, ``out_splits`` those from each; equal parts without them.
+        """
 
     def finish(self, handle: Any, name: str, timeout_s: float, look: Look) -> None:
         """What the caller does next happens after the collective; ``look`` may raise while the host waits."""
@@ -58,8 +78,9 @@ class Lane(Protocol):
 class HostLane:
     """Collectives that the host waits for."""
 
-    def __init__(self, group: Callable[[], dist.ProcessGroup]) -> None:
+    def __init__(self, group: Callable[[], dist.ProcessGroup], links: Links | None) -> None:
         self._group = group
+        self._links = links
         # With what starts them, which refers to their tensors.
         self._under_way: dict[int, tuple[dist.Work, Callable[[], dist.Work]]] = {}
 
@@ -72,7 +93,33 @@ class HostLane:
         self._under_way[id(work)] = (work, start)
         return work
 
-    def finish(self, handle: dist.Work, name: str, timeout_s: float, look: Look) -> None:
+    def all_gather(self, out: Tensor, own: Tensor) -> dist.Work | Transfer:
+        if self._links is None:
+            return self.issue(lambda: all_gather_single(out, own, self.group, async_op=True))
+        rank, blocks = self.group.rank(), out.detach().view(self.group.size(), own.numel())
+        others = [peer for peer in range(len(blocks)) if peer != rank]
+        transfer = self._links.exchange(dict.fromkeys(others, own), {peer: blocks[peer] for peer in others})
+        blocks[rank].copy_(own.detach())
+        return transfer
+
+    def all_to_all(
+        self, out: Tensor, sent: Tensor, out_splits: Sequence[int] | None = None, splits: Sequence[int] | None = None
+    ) -> dist.Work | Transfer:
+        if self._links is None:
+            return self.issue(
+                lambda: dist.all_to_all_single(out, sent, _listed(out_splits), _listed(splits), self.group, True)
+            )
+        rank, world = self.group.rank(), self.group.size()
+        leaving, arriving = _parts(sent, splits, world), _parts(out, out_splits, world)
+        own, kept = leaving.pop(rank), arriving.pop(rank)
+        transfer = self._links.exchange(leaving, arriving)
+        kept.copy_(own)
+        return transfer
+
+    def finish(self, handle: dist.Work | Transfer, name: str, timeout_s: float, look: Look) -> None:
+        if isinstance(handle, Transfer):
+            _wait_for(handle, timeout_s, look)
+            return
         wait(handle, timeout_s, look)
         self._under_way.pop(id(handle), None)  # what was sent ahead is finished twice
 
@@ -80,13 +127,43 @@ class HostLane:
         """A call leaves nothing under way."""
 
     def abandon(self) -> None:
+        if self._links is not None:
+            self._links.close()
         unfinished = [(work, start) for work, start in self._under_way.values() if not work.is_completed()]
         if unfinished:
             keep_for_ever(*unfinished, self._group())
         self._under_way.clear()
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Its links are closed by whoever made them."""
+
+
+def _wait_for(transfer: Transfer, timeout_s: float, look: Look) -> None:
+    """As ``wait`` of ``comm/meeting/backend.py`` for what the links move."""
+    deadline = time.monotonic() + min(timeout_s, _LONGEST_S)
+    while not transfer.wait(min(_SLICE_S, max(deadline - time.monotonic(), 0.0))):
+        look()
+        if time.monotonic() >= deadline:
+            raise WaitTimeoutError(f"not complete within {timeout_s:g} s")
+    if isinstance(transfer.error, LostConnectionError):
+        until = time.monotonic() + _REASON_S
+        while time.monotonic() < until:
+            look()
+            time.sleep(_SLICE_S / 10)
+    if transfer.error is not None:
+        raise transfer.error
+
+
+def _parts(tensor: Tensor, splits: Sequence[int] | None, world: int) -> dict[int, Tensor]:
+    parts, begin = {}, 0
+    for peer, count in enumerate(splits or [tensor.numel() // world] * world):
+        parts[peer] = tensor.detach()[begin : begin + count]
+        begin += count
+    return parts
+
+
+def _listed(splits: Sequence[int] | None) -> list[int] | None:
+    return None if splits is None else list(splits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +199,16 @@ class StreamLane:
             event = torch.cuda.Event()
             event.record(self._stream)
         return event
+
+    def all_gather(self, out: Tensor, own: Tensor) -> torch.cuda.Event:
+        return self.issue(lambda: all_gather_single(out, own, self.group, async_op=True))
+
+    def all_to_all(
+        self, out: Tensor, sent: Tensor, out_splits: Sequence[int] | None = None, splits: Sequence[int] | None = None
+    ) -> torch.cuda.Event:
+        return self.issue(
+            lambda: dist.all_to_all_single(out, sent, _listed(out_splits), _listed(splits), self.group, True)
+        )
 
     def finish(self, handle: torch.cuda.Event, name: str, timeout_s: float, look: Look) -> None:
         look()
@@ -171,6 +258,8 @@ def _communicator(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGro
     )
 
 
-def make_lane(group: Callable[[], dist.ProcessGroup], device: torch.device, timeout_s: float) -> Lane:
+def make_lane(
+    group: Callable[[], dist.ProcessGroup], device: torch.device, timeout_s: float, links: Links | None
+) -> Lane:
     """The lane for tensors of ``device``; all ranks of the group make theirs together."""
-    return HostLane(group) if device.type == "cpu" else StreamLane(group, device, timeout_s)
+    return HostLane(group, links) if device.type == "cpu" else StreamLane(group, device, timeout_s)

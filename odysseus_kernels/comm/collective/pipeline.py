@@ -9,14 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, as_bytes
 from odysseus_kernels.comm.collective.ahead import Ahead, send_ahead
 from odysseus_kernels.comm.collective.lanes import Lane
 from odysseus_kernels.comm.collective.run import pieces_ahead
-from odysseus_kernels.comm.meeting.backend import all_gather_single
 from odysseus_kernels.comm.pipeline import Pipeline
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
@@ -86,19 +84,14 @@ class PipelineRun:
         return ahead
 
     def _issue(self, task: Task, index: int) -> None:
-        group = self._lane.group
         if task is Task.ALL_GATHER:
             own, everyone = self._packed(index), self._gathered(index)
             self._sent[index] = own
-            self._work[task, index] = self._lane.issue(
-                lambda: all_gather_single(everyone.view(-1), own, group, async_op=True)
-            )
+            self._work[task, index] = self._lane.all_gather(everyone.view(-1), own)
             return
         sent, received = self._partial("sent", index), self._partial("received", index)
         splits = [0 if peer == self._rank else sent[0].numel() for peer in range(self._world)]
-        self._work[task, index] = self._lane.issue(
-            lambda: dist.all_to_all_single(received.view(-1), sent.view(-1), splits, splits, group, async_op=True)
-        )
+        self._work[task, index] = self._lane.all_to_all(received.view(-1), sent.view(-1), splits, splits)
 
     def _compute(self, step: Step) -> None:
         pipeline, index, rank = self._pipeline, step.piece, step.rank

@@ -9,12 +9,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.collective.ahead import Ahead, send_ahead
 from odysseus_kernels.comm.collective.lanes import Lane
-from odysseus_kernels.comm.meeting.backend import all_gather_single
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
 from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule, sends_ahead_after
@@ -71,6 +69,8 @@ class CollectiveRun:
             self._rank,
             gather_pieces=self._pieces[Task.ALL_GATHER],
             scatter_pieces=self._pieces[Task.ALL_TO_ALL],
+            # On a GPU the host runs ahead, and one product of the whole own shard is faster.
+            cuts_own=self._call.device.type == "cpu",
         )
         sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
         for index, step in enumerate(schedule.steps):
@@ -120,29 +120,27 @@ class CollectiveRun:
         return peer - (peer > self._rank)
 
     def _issue(self, task: Task, piece: int) -> None:
-        group = self._lane.group
         if task is Task.ALL_GATHER:
             assert self._call.gather is not None
             start, stop, gathered = self._gathered(piece)
             own = self._call.gather.shard[:, start:stop].contiguous()
             self._sent[task, piece] = own
-            self._work[task, piece] = self._lane.issue(
-                lambda: all_gather_single(gathered.view(-1), own.view(-1), group, async_op=True)
-            )
+            self._work[task, piece] = self._lane.all_gather(gathered.view(-1), own.view(-1))
             return
         _, _, sent = self._exchanged("sent", piece)
         _, _, received = self._exchanged("received", piece)
         splits = [0 if peer == self._rank else sent[0].numel() for peer in range(self._world)]
-        self._work[task, piece] = self._lane.issue(
-            lambda: dist.all_to_all_single(received.view(-1), sent.view(-1), splits, splits, group, async_op=True)
-        )
+        self._work[task, piece] = self._lane.all_to_all(received.view(-1), sent.view(-1), splits, splits)
 
     def _compute(self, step: Step) -> None:
         if step.task is Task.CONSUME:
             gather = self._call.gather
             assert gather is not None
             if step.rank == self._rank:
-                gather.consume(self._rank, 0, gather.shard.shape[1], gather.shard)
+                start, stop = 0, gather.shard.shape[1]
+                if step.piece >= 0:
+                    start, stop, _ = self._bounds(Task.ALL_GATHER, stop, step.piece)
+                gather.consume(self._rank, start, stop, gather.shard[:, start:stop])
                 return
             start, stop, gathered = self._gathered(step.piece)
             gather.consume(step.rank, start, stop, gathered[step.rank])

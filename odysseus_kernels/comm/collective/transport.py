@@ -1,7 +1,8 @@
 """The collective transport: asynchronous collectives of a process group, a piece in flight while another multiplies.
 
-Concurrency contract.  The backend moves data (Gloo's threads, or NCCL on a stream of its own:
-``comm/collective/lanes.py``); callbacks run on the calling thread and, on a GPU, on its current stream.  At most two
+Concurrency contract.  Data is moved beside the products (between CPU ranks by the threads of
+``comm/collective/links.py``, or Gloo's; between GPUs by NCCL on a stream of its own: ``comm/collective/lanes.py``);
+callbacks run on the calling thread and, on a GPU, on its current stream.  At most two
 pieces are in flight, each with its own buffers, and a buffer is written again only after the collective that used it
 has finished and its blocks were consumed; collectives are issued in the order of the schedule, the same on all ranks.
 Reduce-scatter travels as all-to-all: the same bytes, and the sum is ours, in fp32 and in a fixed order.  Exchanges
@@ -10,7 +11,7 @@ travel around the ring (``comm/collective/exchange.py``).
 Before the data of a call moves, ranks exchange a hash of what they call (8 bytes each): collectives of different sizes
 would hang or mix data, where an error that names the rank is wanted.  A rank that leaves a step takes part in the next
 such exchange, whatever its peers call then, and says so there; the group stays in step.  On a GPU they do so beside
-the calls (``comm/collective/handshakes.py``).
+the calls (``comm/collective/handshakes.py``).  These exchanges are the process group's collectives in any case.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from torch import Tensor
 
 from odysseus_kernels.comm.bundles import as_bytes
 from odysseus_kernels.comm.collective.ahead import Ahead
+from odysseus_kernels.comm.collective.connecting import connect_links
 from odysseus_kernels.comm.collective.exchange import ExchangeRun
 from odysseus_kernels.comm.collective.handshakes import Handshakes
 from odysseus_kernels.comm.collective.lanes import Lane, make_lane
+from odysseus_kernels.comm.collective.links import Links
 from odysseus_kernels.comm.collective.pipeline import PipelineRun
 from odysseus_kernels.comm.collective.run import CollectiveRun
 from odysseus_kernels.comm.meeting.backend import WaitTimeoutError, all_gather_single, reduce_scatter_single
@@ -38,6 +41,7 @@ from odysseus_kernels.comm.meeting.texts import Meeting
 from odysseus_kernels.comm.mismatch import departure, describe_mismatch, short_text, signature_hash
 from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.comm.transport import Call, Transport
+from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
 
 __all__ = ["CollectiveTransport"]
@@ -68,9 +72,27 @@ class CollectiveTransport(Transport):
     name = "collective"
     stands_in = False
 
-    def __init__(self, meeting: Meeting) -> None:
+    @classmethod
+    def connect(cls, meeting: Meeting, config: OverlapConfig, device: torch.device) -> CollectiveTransport:
+        """With links between CPU ranks that Gloo serves; all ranks of the group call it together.
+
+        Raises:
+            CommunicationError: the ranks could not meet.
+        """
+        group = meeting.group
+        gloo = getattr(dist, "ProcessGroupGloo", None)
+        if device.type != "cpu" or gloo is None or not isinstance(group._get_backend(device), gloo):
+            return cls(meeting)
+
+        def exchange(text: str) -> list[str]:
+            return meeting.exchange(text, config)
+
+        return cls(meeting, connect_links(group.rank(), meeting.names, exchange, config.timeout_s, meeting.name))
+
+    def __init__(self, meeting: Meeting, links: Links | None = None) -> None:
         super().__init__(meeting.group.rank(), meeting.group.size())
         self._meeting = meeting
+        self._links = links
         self._names = meeting.names
         self._sequence = 0
         self._ahead: Ahead | None = None
@@ -132,6 +154,8 @@ class CollectiveTransport(Transport):
         if self._lane is not None:
             self._lane.abandon()
             self._lane.close()
+        if self._links is not None:
+            self._links.close()
         self._departure = None
 
     def _begin(self, call: Call) -> Lane:
@@ -142,7 +166,7 @@ class CollectiveTransport(Transport):
 
     def _begin_lane(self, device: torch.device, timeout_s: float) -> Lane:
         if self._lane is None:
-            self._lane = make_lane(lambda: self._group, device, timeout_s)
+            self._lane = make_lane(lambda: self._group, device, timeout_s, self._links)
             if device.type != "cpu":
                 self._handshakes = Handshakes(self._group)
         self._lane.check()
@@ -205,10 +229,7 @@ class CollectiveTransport(Transport):
         with self._lock, self._errors(call):
             lane = self._prepare(call)
             shard = gather.shard.contiguous()
-            self._wait(
-                call,
-                lane.issue(lambda: all_gather_single(out.view(-1), shard.view(-1), lane.group, async_op=True)),
-            )
+            self._wait(call, lane.all_gather(out.view(-1), shard.view(-1)))
         self._count(call)
 
     def reduce_scatter(self, call: Call, full: Tensor) -> None:
@@ -237,10 +258,7 @@ class CollectiveTransport(Transport):
         call = self._sends_parts(call, full, out)
         with self._lock, self._errors(call):
             lane = self._prepare(call)
-            work = lane.issue(
-                lambda: dist.all_to_all_single(as_bytes(out), as_bytes(full), group=lane.group, async_op=True)
-            )
-            self._wait(call, work)
+            self._wait(call, lane.all_to_all(as_bytes(out), as_bytes(full)))
         self._count(call)
 
     # ---- ranks that differ, peers that are gone ----------------------------------------------------------------------
@@ -311,10 +329,10 @@ class CollectiveTransport(Transport):
         except BaseException as error:
             if self._heard and isinstance(error, PeerLostError):
                 raise
+            self.broken = departure(self._names[self.rank], "gave up", error)
+            self._meeting.give_up(self.broken)  # first: peers whose connections end ask why
             if self._lane is not None:
                 self._lane.abandon()
-            self.broken = departure(self._names[self.rank], "gave up", error)
-            self._meeting.give_up(self.broken)
             if isinstance(error, CommunicationError) or not isinstance(error, (RuntimeError, WaitTimeoutError)):
                 raise
             if isinstance(error, WaitTimeoutError):

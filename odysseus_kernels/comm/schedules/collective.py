@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Iterator
 from typing import get_args
 
@@ -38,12 +39,17 @@ def collective_schedule(
     gather_pieces: int = 1,
     scatter_pieces: int = 1,
     holds: bool = False,
+    cuts_own: bool = False,
 ) -> Schedule:
     """Steps of ``rank`` for ``program`` over asynchronous collectives of a process group.
 
     Piece k travels while piece k - 1 multiplies; at most two pieces are in flight.  Ranks issue the same collectives
     in the same order, which is what a process group asks for.  With ``holds`` a pipeline's gathered piece is read until
     it has been processed, else until it has been consumed.
+
+    A gather consumes this rank's own shard first, while the first piece travels.  With ``cuts_own`` it does so piece by
+    piece, one ahead of what arrives: a long product of the own shard would keep the host from issuing the third piece
+    when the first two have arrived, and the link would idle.
     """
     if world < 2 or not 0 <= rank < world:
         raise ValueError(f"schedule: expected 0 <= rank < world and world >= 2, got rank {rank} of {world}")
@@ -82,8 +88,10 @@ def collective_schedule(
         yield from add(scatter_pieces - 1)
 
     def gather() -> Iterator[Step]:
-        yield Step(Kind.COMPUTE, Task.CONSUME, rank, -1)
+        owned = deque(range(gather_pieces) if cuts_own else (-1,))
         for piece in range(gather_pieces):
+            while owned and owned[0] < piece + IN_FLIGHT:
+                yield Step(Kind.COMPUTE, Task.CONSUME, rank, owned.popleft())
             yield gather_step(Kind.FINISH, piece)
             region = (Region(rank, SHARD, piece % IN_FLIGHT),)
             yield from (Step(Kind.COMPUTE, Task.CONSUME, peer, piece, reads=region) for peer in others)
