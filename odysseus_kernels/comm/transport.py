@@ -29,6 +29,7 @@ from odysseus_kernels.comm.pipeline import Pipeline
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.recorder import Traffic, record, record_ahead
 from odysseus_kernels.comm.schedules.steps import Program
+from odysseus_kernels.comm.tiles import TileGather, TileScatter
 from odysseus_kernels.config import OverlapConfig
 
 __all__ = [
@@ -38,8 +39,6 @@ __all__ = [
     "LocalTransport",
     "NotServedError",
     "Scatter",
-    "TileGather",
-    "TileScatter",
     "Transport",
 ]
 
@@ -53,60 +52,6 @@ class CapacityExceededError(Exception):
 
 class NotServedError(CapacityExceededError):
     """Likewise: this transport has no schedule for such a call."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TileGather:
-    """What a kernel that multiplies chunks tile by tile as they arrive needs; all tensors are on the device.
-
-    Attributes:
-        rank, world: which rank this is, of how many; chunks are visited in ring order.
-        local: [rows, width], this rank's chunk, there from the start.
-        gathered: [world - 1, rows, width], the others' in the order of visits.
-        pieces: pieces into which a chunk is cut (``piece_bounds``); piece p has arrived once the chunk's word reaches
-            p + 1.
-        words: int32 [world - 1], one for each visit.
-        epoch: int32 [1]; words hold ``epoch * 256 + value``.
-        aborted: int32 [1]; not zero ends every wait.
-    """
-
-    rank: int
-    world: int
-    local: Tensor
-    gathered: Tensor
-    pieces: int
-    words: Tensor
-    epoch: Tensor
-    aborted: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class TileScatter:
-    """What a kernel that stores partial results tile by tile where their owners receive them needs.
-
-    Attributes:
-        rank, world: which rank this is, of how many; targets follow in ring order, this rank last.
-        own: [rows, width], this rank's part of its own rows.
-        slots: int64 [world], address of the contiguous [rows, width] that each target receives from this rank.
-        credits: int64 [world], address of the word that must reach ``credit_value`` before a target's slot is written.
-        credit_value: a value of an earlier use, below zero.
-        arrived: int64 [world], address of the word to set to ``arrived_value`` after a target's last tile.
-        arrived_value: value of this use.
-        counters: int32 [world], zeros before and after the kernel.
-        epoch, aborted: as in :class:`TileGather`.
-    """
-
-    rank: int
-    world: int
-    own: Tensor
-    slots: Tensor
-    credits: Tensor
-    credit_value: int
-    arrived: Tensor
-    arrived_value: int
-    counters: Tensor
-    epoch: Tensor
-    aborted: Tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from odysseus_kernels.attention.local import check_attention_kernel
-from odysseus_kernels.nn.attention import AttentionSpec, HeadParallelAttention
+from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.cut import KEY, SequenceCut
+from odysseus_kernels.nn.head_parallel_attention import HeadParallelAttention
 from odysseus_kernels.nn.step import Stepped
 from odysseus_kernels.ops._rotation import HeadNorm, rotate
 from odysseus_kernels.planner.pipeline import pick_pieces

@@ -9,33 +9,22 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
-from odysseus_kernels import ops
 from odysseus_kernels.attention.ring import ring_attention
-from odysseus_kernels.nn.ahead import (
-    GathersWeights,
-    Shards,
-    ahead_in_backward,
-    ahead_in_forward,
-    ahead_in_recomputation,
-    is_linked,
-    shard_of,
-)
+from odysseus_kernels.nn.ahead import GathersWeights
 from odysseus_kernels.nn.cut import RING_LAYOUT
 from odysseus_kernels.nn.group import SequenceGroup
-from odysseus_kernels.nn.key_value import gathered_key_value
-from odysseus_kernels.nn.parameters import head_parameter, local_parameter, sharded_parameter, token_parameter
+from odysseus_kernels.nn.parameters import head_parameter, sharded_parameter
 
 __all__ = [
+    "NOT_PASSED",
     "AttentionSpec",
-    "FoldedAttention",
-    "HeadParallelAttention",
+    "Heads",
+    "SequenceAttention",
     "SequenceMask",
-    "TensorParallelAttention",
-    "UlyssesAttention",
     "local_heads",
 ]
 
-_NOT_PASSED: Final = None
+NOT_PASSED: Final = None
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _SEEDS = 1 << 31
 
@@ -106,7 +95,7 @@ def local_heads(heads: int, kv_heads: int, rank: int, size: int) -> tuple[int, i
     return heads // size, rank * kv_heads // size, 1
 
 
-class _SequenceAttention(nn.Module, GathersWeights):
+class SequenceAttention(nn.Module, GathersWeights):
     """Self-attention whose heads are cut over the ranks; subclasses say how tokens get there and back.
 
     Shapes: q [B, T, heads/N, head_dim], k and v likewise with their heads, where T = L/R tokens are those of this
@@ -167,7 +156,7 @@ class _SequenceAttention(nn.Module, GathersWeights):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: object | None = None,
-        sequence_mask: SequenceMask | None = _NOT_PASSED,
+        sequence_mask: SequenceMask | None = NOT_PASSED,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends over the whole sequence.
@@ -287,220 +276,3 @@ class _SequenceAttention(nn.Module, GathersWeights):
                 else:
                     parts.append(sharded_parameter(parameter, group))
         return tuple(w for w in weights if w is not None), None if all(b is None for b in biases) else tuple(biases)
-
-
-class HeadParallelAttention(_SequenceAttention):
-    """Tokens cut over the ranks outside, heads inside, between an all-gather and a reduce-scatter (TP-SP, Odysseus).
-
-    Input and output [B, s, d] with s = T/N. Query, key and value weights are column-parallel (rows over seq), the
-    output weight is row-parallel (columns over seq).  Where the batch was cut into pieces, the block is pipelined.
-    """
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: object | None = None,
-        sequence_mask: SequenceMask | None = _NOT_PASSED,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As :meth:`_SequenceAttention.forward`."""
-        if sequence_mask is None or sequence_mask.pieces == 1 or past_key_values is not None:
-            return super().forward(
-                hidden_states, position_embeddings, attention_mask, past_key_values, sequence_mask, **kwargs
-            )
-        spec, group = self.attention_spec, self.sequence_group
-        output = getattr(self, spec.output)
-        output_weight, output_bias = sharded_parameter(output.weight, group), sharded_parameter(output.bias, group)
-        assert output_weight is not None
-        weights, biases = self._head_sharded()
-        norms, eps = None, 0.0
-        if spec.query_norm is not None and spec.key_norm is not None:
-            modules: list[Any] = [getattr(self, spec.query_norm), getattr(self, spec.key_norm)]
-            query, key = (head_parameter(module.weight, group) for module in modules)
-            assert query is not None and key is not None
-            norms, eps = (query, key), modules[0].variance_epsilon
-        # One more position may follow the rank's own, for rotations that depend on the last of all.
-        cos, sin = position_embeddings
-        length = hidden_states.shape[1] * group.size
-        dropout, seed = self._seeded_dropout()
-        result = ops.pipelined_attention(
-            hidden_states,
-            weights,
-            output_weight,
-            biases,
-            output_bias,
-            group=group.group,
-            ring=group.ring,
-            head_dim=spec.head_dim,
-            pieces=sequence_mask.pieces,
-            rotation=(cos[..., :length, :], sin[..., :length, :]),
-            head_norms=norms,
-            norm_eps=eps,
-            documents=sequence_mask.documents,
-            key_mask=sequence_mask.keys,
-            window=self.window,
-            scale=self.scaling,
-            dropout=dropout,
-            dropout_seed=seed,
-            first_head=group.rank * (weights[0].shape[0] // spec.head_dim),
-            kernel=self.config._attn_implementation,
-            config=group.config,
-            prefetch=ahead_in_forward(self),
-            prefetch_backward=ahead_in_backward(self, hidden_states),
-        )
-        return self._dropped(result), None
-
-    def _project(self, hidden_states: torch.Tensor) -> Heads:
-        group = self.sequence_group
-        weights, biases = self._head_sharded()
-        query, key, value = ops.all_gather_linear(
-            hidden_states,
-            weights,
-            biases,
-            group=group.group,
-            config=group.config,
-            prefetch_backward=ahead_in_backward(self, hidden_states),
-        )
-        return query, key, value
-
-    def _output(self, out: torch.Tensor) -> torch.Tensor:
-        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
-        weight, bias = sharded_parameter(layer.weight, group), sharded_parameter(layer.bias, group)
-        assert weight is not None
-        return ops.linear_reduce_scatter(
-            out, weight, bias, group=group.group, config=group.config, prefetch=ahead_in_forward(self)
-        )
-
-
-class TensorParallelAttention(_SequenceAttention):
-    """Tokens on all ranks, heads cut over them, followed by an all-reduce (classical TP).
-
-    Input and output [B, T, d], equal on all ranks of seq; weights as in :class:`HeadParallelAttention`.
-    """
-
-    def _project(self, hidden_states: torch.Tensor) -> Heads:
-        group = self.sequence_group
-        weights, biases = self._head_sharded()
-        query, key, value = ops.column_parallel_linear(
-            hidden_states, weights, biases, group=group.group, config=group.config
-        )
-        return query, key, value
-
-    def _output(self, out: torch.Tensor) -> torch.Tensor:
-        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
-        weight, bias = sharded_parameter(layer.weight, group), token_parameter(layer.bias, group)
-        assert weight is not None
-        return ops.linear_all_reduce(out, weight, bias, group=group.group, config=group.config)
-
-
-class UlyssesAttention(_SequenceAttention):
-    """Tokens cut over the ranks, exchanged for heads by an all-to-all, with ZeRO-3 weights (DeepSpeed-Ulysses).
-
-    Input and output [B, s, d] with s = T/N. Rows of the query, key and value weights and columns of the output weight
-    are cut over all ranks.
-    """
-
-    def _project(self, hidden_states: torch.Tensor) -> Heads:
-        spec, group, layers = self.attention_spec, self.sequence_group, self._layers()
-        self.note_changes()
-        self._input_needed = hidden_states.requires_grad
-        weights = tuple(local_parameter(layer.weight) for layer in layers)
-        biases = tuple(local_parameter(layer.bias) for layer in layers)
-        query, key, value = ops.linear_all_to_all(
-            hidden_states,
-            weights,
-            None if all(bias is None for bias in biases) else biases,
-            heads=(spec.heads, spec.kv_heads, spec.kv_heads),
-            group=group.group,
-            zero3_group=group.everyone,
-            config=group.config,
-            prefetch=self._output_shard() if is_linked(self) else None,
-            prefetch_backward=ahead_in_backward(self, hidden_states),
-            prefetch_recomputed=ahead_in_recomputation(self, hidden_states),
-        )
-        return query, key, value
-
-    def _output(self, out: torch.Tensor) -> torch.Tensor:
-        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
-        self.note_backward(out)
-        return ops.all_to_all_linear(
-            out,
-            local_parameter(layer.weight),
-            local_parameter(layer.bias),
-            group=group.group,
-            zero3_group=group.everyone,
-            config=group.config,
-            prefetch=ahead_in_forward(self),
-            prefetch_backward=self._shared(biases=False) if is_linked(self) and self._input_needed else None,
-        )
-
-    def first_gathered(self) -> Shards:
-        return self._shared(biases=True)
-
-    def first_gathered_in_backward(self) -> Shards:
-        return self._output_shard() if self.gathers_in_backward else None
-
-    def _shared(self, *, biases: bool) -> Shards:
-        """What the exchange of the first product shares; in backward no biases.
-
-        Key and value weights with fewer heads than ranks are gathered whole, by calls of their own.
-        """
-        group = self.sequence_group
-        layers = self._layers()[: 1 if self.attention_spec.kv_heads % group.size else None]
-        found = [shard_of(layer) for layer in layers]
-        found += [shard_of(layer, "bias") for layer in layers if biases and layer.bias is not None]
-        present = tuple(shard for shard in found if shard is not None)
-        return present if len(present) == len(found) else None
-
-    def _output_shard(self) -> Shards:
-        shard = shard_of(getattr(self, self.attention_spec.output))
-        return None if shard is None else (shard,)
-
-
-class FoldedAttention(_SequenceAttention):
-    """Tokens cut over all ranks in zigzag order, all heads on each, with ZeRO-3 weights (TSP).
-
-    Input and output [B, s, d] with s = L/W. Rows of all weights are cut over all ranks. Keys and values of all ranks
-    come to this rank's queries: one rank's after another's by Ring attention, or at once for eager attention, which
-    gives no log-sum-exp by which parts could be merged. Dropout is that of Ring attention; eager attention draws from
-    each rank's own generator.
-    """
-
-    def setup_sequence(self) -> None:
-        """All heads, as the stock module has them."""
-        self.num_key_value_groups = self.attention_spec.heads // self.attention_spec.kv_heads
-
-    def _project(self, hidden_states: torch.Tensor) -> Heads:
-        query, key, value = self._layers()
-        # Each product names the weights that travel next. Backward goes the other way: value, key, query.
-        return (
-            self._zero3(query, hidden_states, following=key),
-            self._zero3(key, hidden_states, following=value, preceding=query),
-            self._zero3(value, hidden_states, preceding=key),
-        )
-
-    def _output(self, out: torch.Tensor) -> torch.Tensor:
-        return self._zero3(getattr(self, self.attention_spec.output), out)
-
-    def _zero3(self, layer: Any, x: torch.Tensor, *, following: Any = None, preceding: Any = None) -> torch.Tensor:
-        group = self.sequence_group
-        return ops.zero3_linear(
-            x,
-            local_parameter(layer.weight),
-            local_parameter(layer.bias),
-            group=group.everyone,
-            config=group.config,
-            prefetch=None if following is None else local_parameter(following.weight),
-            prefetch_backward=None if preceding is None else local_parameter(preceding.weight),
-        )
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SequenceMask, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.sequence_group.zigzag_size == 1 or not mask.masks:
-            return super()._attend(query, key, value, mask, kwargs)
-        key, value = gathered_key_value(key, value, self.sequence_group)
-        dropout = self.attention_dropout if self.training else 0.0
-        return self._attend_at_once(query, key, value, mask, dropout, kwargs)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from odysseus_kernels.comm.transport import TileGather, TileScatter
+from odysseus_kernels.comm.tiles import TileGather, TileScatter
 from odysseus_kernels.ops._products import Layout, WeightGradient
 
 if TYPE_CHECKING:

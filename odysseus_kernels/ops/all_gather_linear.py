@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from odysseus_kernels.comm.arguments import check_config, refuse_second_derivative
 from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.groups import dispatch, resolve_group
-from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter, Transport
+from odysseus_kernels.comm.tiles import TileGather, TileScatter
+from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops import _tiles
 from odysseus_kernels.ops._ahead import Shards, choose_ahead, recomputed_flag, tell_ahead

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from odysseus_kernels.nn.attention import HeadParallelAttention
 from odysseus_kernels.nn.group import SequenceGroup
+from odysseus_kernels.nn.head_parallel_attention import HeadParallelAttention
 from odysseus_kernels.nn.mlp import Zero3MLP
 from odysseus_kernels.strategies import parts
 from odysseus_kernels.strategies.base import LayerRole, ModelShape, ModuleRole, PlacementRule, Strategy

@@ -27,9 +27,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from odysseus_kernels.nn.attention import FoldedAttention
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.mlp import Zero3MLP
+from odysseus_kernels.nn.zero3_attention import FoldedAttention
 from odysseus_kernels.strategies import parts
 from odysseus_kernels.strategies.base import LayerRole, ModelShape, ModuleRole, PlacementRule, Strategy
 

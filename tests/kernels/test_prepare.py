@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from triton.compiler.errors import CompilationError, UnsupportedLanguageConstruct
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from odysseus_kernels.comm.transport import TileGather
+from odysseus_kernels.comm.tiles import TileGather
 from odysseus_kernels.errors import KernelUnavailableError
 from odysseus_kernels.kernels import gather_matmul, matmul_scatter, prepare, weight_gradient
 from odysseus_kernels.ops import _tiles

@@ -11,7 +11,8 @@ from torch import Tensor
 from odysseus_kernels.comm.device.lowering import Block, Operations, Places, Plan
 from odysseus_kernels.comm.schedules.device import FINAL, PREVIOUS_USE, RECEIVE, SLOT, STAGE, receive_part
 from odysseus_kernels.comm.schedules.steps import SHARD, Region, Step, Task
-from odysseus_kernels.comm.transport import Call, Gather, Scatter, TileGather, TileScatter
+from odysseus_kernels.comm.tiles import TileGather, TileScatter
+from odysseus_kernels.comm.transport import Call, Gather, Scatter
 from odysseus_kernels.errors import CommunicationError
 
 __all__ = [

@@ -20,7 +20,8 @@ from odysseus_kernels.comm.choice.cache import CachedChoice
 from odysseus_kernels.comm.choice.measure import Choices
 from odysseus_kernels.comm.choice.selection import Phase, Selection
 from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
-from odysseus_kernels.comm.transport import Call, Gather, TileGather, Transport
+from odysseus_kernels.comm.tiles import TileGather
+from odysseus_kernels.comm.transport import Call, Gather, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError, KernelUnavailableError, RankMismatchError
 

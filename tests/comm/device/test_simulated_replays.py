@@ -14,7 +14,8 @@ from simulated_group import CONFIG, WIDTH, Group
 from odysseus_kernels.comm.device import transport as device_transport
 from odysseus_kernels.comm.schedules.device import device_schedule, tile_schedule
 from odysseus_kernels.comm.schedules.steps import Schedule
-from odysseus_kernels.comm.transport import Call, Gather, TileGather
+from odysseus_kernels.comm.tiles import TileGather
+from odysseus_kernels.comm.transport import Call, Gather
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError, SignalTimeoutError
 

@@ -15,14 +15,8 @@ from torch import Tensor
 
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.comm.schedules.steps import piece_bounds
-from odysseus_kernels.comm.transport import (
-    Call,
-    CapacityExceededError,
-    Gather,
-    Scatter,
-    TileGather,
-    TileScatter,
-)
+from odysseus_kernels.comm.tiles import TileGather, TileScatter
+from odysseus_kernels.comm.transport import Call, CapacityExceededError, Gather, Scatter
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError, SignalTimeoutError
 

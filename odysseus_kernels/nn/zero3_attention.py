@@ -1,0 +1,133 @@
+"""Attention whose weights are cut over all ranks by ZeRO-3: Ulysses and TSP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from odysseus_kernels import ops
+from odysseus_kernels.nn.ahead import (
+    Shards,
+    ahead_in_backward,
+    ahead_in_forward,
+    ahead_in_recomputation,
+    is_linked,
+    shard_of,
+)
+from odysseus_kernels.nn.attention import Heads, SequenceAttention, SequenceMask
+from odysseus_kernels.nn.key_value import gathered_key_value
+from odysseus_kernels.nn.parameters import local_parameter
+
+__all__ = ["FoldedAttention", "UlyssesAttention"]
+
+
+class UlyssesAttention(SequenceAttention):
+    """Tokens cut over the ranks, exchanged for heads by an all-to-all, with ZeRO-3 weights (DeepSpeed-Ulysses).
+
+    Input and output [B, s, d] with s = T/N. Rows of the query, key and value weights and columns of the output weight
+    are cut over all ranks.
+    """
+
+    def _project(self, hidden_states: torch.Tensor) -> Heads:
+        spec, group, layers = self.attention_spec, self.sequence_group, self._layers()
+        self.note_changes()
+        self._input_needed = hidden_states.requires_grad
+        weights = tuple(local_parameter(layer.weight) for layer in layers)
+        biases = tuple(local_parameter(layer.bias) for layer in layers)
+        query, key, value = ops.linear_all_to_all(
+            hidden_states,
+            weights,
+            None if all(bias is None for bias in biases) else biases,
+            heads=(spec.heads, spec.kv_heads, spec.kv_heads),
+            group=group.group,
+            zero3_group=group.everyone,
+            config=group.config,
+            prefetch=self._output_shard() if is_linked(self) else None,
+            prefetch_backward=ahead_in_backward(self, hidden_states),
+            prefetch_recomputed=ahead_in_recomputation(self, hidden_states),
+        )
+        return query, key, value
+
+    def _output(self, out: torch.Tensor) -> torch.Tensor:
+        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
+        self.note_backward(out)
+        return ops.all_to_all_linear(
+            out,
+            local_parameter(layer.weight),
+            local_parameter(layer.bias),
+            group=group.group,
+            zero3_group=group.everyone,
+            config=group.config,
+            prefetch=ahead_in_forward(self),
+            prefetch_backward=self._shared(biases=False) if is_linked(self) and self._input_needed else None,
+        )
+
+    def first_gathered(self) -> Shards:
+        return self._shared(biases=True)
+
+    def first_gathered_in_backward(self) -> Shards:
+        return self._output_shard() if self.gathers_in_backward else None
+
+    def _shared(self, *, biases: bool) -> Shards:
+        """What the exchange of the first product shares; in backward no biases.
+
+        Key and value weights with fewer heads than ranks are gathered whole, by calls of their own.
+        """
+        group = self.sequence_group
+        layers = self._layers()[: 1 if self.attention_spec.kv_heads % group.size else None]
+        found = [shard_of(layer) for layer in layers]
+        found += [shard_of(layer, "bias") for layer in layers if biases and layer.bias is not None]
+        present = tuple(shard for shard in found if shard is not None)
+        return present if len(present) == len(found) else None
+
+    def _output_shard(self) -> Shards:
+        shard = shard_of(getattr(self, self.attention_spec.output))
+        return None if shard is None else (shard,)
+
+
+class FoldedAttention(SequenceAttention):
+    """Tokens cut over all ranks in zigzag order, all heads on each, with ZeRO-3 weights (TSP).
+
+    Input and output [B, s, d] with s = L/W. Rows of all weights are cut over all ranks. Keys and values of all ranks
+    come to this rank's queries: one rank's after another's by Ring attention, or at once for eager attention, which
+    gives no log-sum-exp by which parts could be merged. Dropout is that of Ring attention; eager attention draws from
+    each rank's own generator.
+    """
+
+    def setup_sequence(self) -> None:
+        """All heads, as the stock module has them."""
+        self.num_key_value_groups = self.attention_spec.heads // self.attention_spec.kv_heads
+
+    def _project(self, hidden_states: torch.Tensor) -> Heads:
+        query, key, value = self._layers()
+        # Each product names the weights that travel next. Backward goes the other way: value, key, query.
+        return (
+            self._zero3(query, hidden_states, following=key),
+            self._zero3(key, hidden_states, following=value, preceding=query),
+            self._zero3(value, hidden_states, preceding=key),
+        )
+
+    def _output(self, out: torch.Tensor) -> torch.Tensor:
+        return self._zero3(getattr(self, self.attention_spec.output), out)
+
+    def _zero3(self, layer: Any, x: torch.Tensor, *, following: Any = None, preceding: Any = None) -> torch.Tensor:
+        group = self.sequence_group
+        return ops.zero3_linear(
+            x,
+            local_parameter(layer.weight),
+            local_parameter(layer.bias),
+            group=group.everyone,
+            config=group.config,
+            prefetch=None if following is None else local_parameter(following.weight),
+            prefetch_backward=None if preceding is None else local_parameter(preceding.weight),
+        )
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SequenceMask, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.sequence_group.zigzag_size == 1 or not mask.masks:
+            return super()._attend(query, key, value, mask, kwargs)
+        key, value = gathered_key_value(key, value, self.sequence_group)
+        dropout = self.attention_dropout if self.training else 0.0
+        return self._attend_at_once(query, key, value, mask, dropout, kwargs)
