@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ __all__ = ["Ahead", "CollectiveRun"]
 # narrow blocks does not cost more than it hides (on two cores, 4 MB pieces did best from 4 MB to 32 MB).
 _PIECES = 4
 _PIECE_BYTES = 4 << 20
+# Between hosts a link is the narrow place, and what it waits for, or is waited for, is the first or last piece.
+_PIECES_OF_LINK = 8
+_PIECE_BYTES_OF_LINK = 2 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +43,14 @@ class Ahead:
 class CollectiveRun:
     """One call on one rank: its buffers, and the handles of what is under way."""
 
-    def __init__(self, call: Call, lane: Lane, rank: int, world: int) -> None:
+    def __init__(self, call: Call, lane: Lane, rank: int, world: int, *, between_hosts: bool) -> None:
         self._call = call
+        self._between_hosts = between_hosts and call.device.type == "cpu"
         self._lane = lane
         self._rank, self._world = rank, world
-        chunks = call.config.chunks_per_rank
         self._pieces = {
-            Task.ALL_GATHER: _pieces(chunks, call.gather.shard) if call.gather else 1,
-            Task.ALL_TO_ALL: _pieces(chunks, call.scatter.out) if call.scatter else 1,
+            Task.ALL_GATHER: self._count(call.gather.shard) if call.gather else 1,
+            Task.ALL_TO_ALL: self._count(call.scatter.out) if call.scatter else 1,
         }
         self._work: dict[tuple[Task, int], Any] = {}
         self._buffers: dict[tuple[str, int], Tensor] = {}
@@ -102,7 +105,7 @@ class CollectiveRun:
         return self._pieces[Task.ALL_GATHER]
 
     def _send_ahead(self, shard: Tensor) -> Ahead:
-        pieces = _pieces(self._call.config.chunks_per_rank, shard)
+        pieces = self._count(shard)
         start, stop = piece_bounds(shard.shape[1], pieces, 0)
         piece = shard[:, start:stop].contiguous()
         most = -(-shard.shape[1] // pieces)
@@ -110,6 +113,15 @@ class CollectiveRun:
         target = gathered[: self._world * piece.numel()]
         work = self._lane.all_gather(target, piece.view(-1))
         return Ahead(SentAhead.of(self._call, shard, pieces), work, piece, gathered)
+
+    def _count(self, chunk: Tensor) -> int:
+        """Pieces into which one rank's shard or sum is cut."""
+        size = chunk.numel() * chunk.element_size()
+        if self._between_hosts:
+            auto = max(1, min(_PIECES_OF_LINK, size // _PIECE_BYTES_OF_LINK))
+        else:
+            auto = max(1, min(_PIECES, size // _PIECE_BYTES))
+        return row_pieces(self._call.config.chunks_per_rank, chunk.shape[1], auto=auto)
 
     def _block(self, name: str, piece: int, like: Tensor, rows: int, slots: int, most: int) -> Tensor:
         """Buffer ``name`` of ``piece``: [slots, batch, rows, width], made once for each of the pieces in flight."""
@@ -175,8 +187,3 @@ class CollectiveRun:
         own = step.rank == self._rank
         block = scatter.out[:, start:stop] if own else sent[self._slot(step.rank)]
         scatter.produce(step.rank, start, stop, block)
-
-
-def _pieces(chunks_per_rank: int | Literal["auto"], chunk: Tensor) -> int:
-    size = chunk.numel() * chunk.element_size()
-    return row_pieces(chunks_per_rank, chunk.shape[1], auto=max(1, min(_PIECES, size // _PIECE_BYTES)))

@@ -183,7 +183,8 @@ class CollectiveTransport(Transport):
                 pipeline = PipelineRun(call, call.pipeline, self._prepare(call), self.rank, self.world)
                 pipeline.steps(lambda work: self._wait(call, work))
                 return
-            run = CollectiveRun(call, self._begin(call), self.rank, self.world)
+            lane = self._begin(call)
+            run = CollectiveRun(call, lane, self.rank, self.world, between_hosts=self._meeting.between_hosts)
             self._handshake(call, ", prefetched" if run.adopt(self._take_ahead(call)) else "")
             ahead = run.steps(lambda work: self._wait(call, work), sends_ahead=not self._capturing)
             if not (call.keeps_ahead or self._capturing):
