@@ -165,6 +165,12 @@ def test_operators_give_the_same_bits_without_links(ranks: RankPools, world: int
         assert len(said) == 1 and "rank 0 cannot listen" in said[0]
 
 
+def test_pieces_are_finer_between_hosts(ranks: RankPools) -> None:
+    for equal, transfers in ranks(2).run(cases.finer_pieces):
+        assert equal
+        assert transfers == [1, 3]
+
+
 def test_a_rank_killed_in_a_transfer_is_an_error_on_every_survivor() -> None:
     outcomes = run_ranks(cases.killed_in_a_transfer, 3, 1, timeout=60, expect_failure=True)
     assert outcomes[1].exit_code == -9

@@ -77,7 +77,7 @@ class ExchangeRun:
                 if key not in self._work:  # a first hop that was sent ahead is under way already
                     self._issue(step, *key)
                 if index == sends_after and prefetch is not None:
-                    pieces = pieces_ahead(self._call, prefetch)
+                    pieces = pieces_ahead(self._call, self._lane, prefetch)
                     ahead = send_ahead(self._call, prefetch, pieces, self._lane, self._rank, self._world)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop(key))

@@ -42,7 +42,13 @@ Look = Callable[[], None]
 
 
 class Lane(Protocol):
-    """Issues collectives of one group."""
+    """Issues collectives of one group.
+
+    Attributes:
+        between_hosts: whether what travels is known to leave the host, on CPU ranks.
+    """
+
+    between_hosts: bool
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -78,7 +84,10 @@ class Lane(Protocol):
 class HostLane:
     """Collectives that the host waits for."""
 
-    def __init__(self, group: Callable[[], dist.ProcessGroup], links: Links | None) -> None:
+    def __init__(
+        self, group: Callable[[], dist.ProcessGroup], links: Links | None, *, between_hosts: bool = False
+    ) -> None:
+        self.between_hosts = between_hosts
         self._group = group
         self._links = links
         # With what starts them, which refers to their tensors.
@@ -181,6 +190,8 @@ class StreamLane:
     beside a product and leaves it most of the GPU.  Where none can be made, the caller's is used.
     """
 
+    between_hosts = False
+
     def __init__(self, group: Callable[[], dist.ProcessGroup], device: torch.device, timeout_s: float) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device, _HIGH_PRIORITY)
@@ -259,7 +270,14 @@ def _communicator(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGro
 
 
 def make_lane(
-    group: Callable[[], dist.ProcessGroup], device: torch.device, timeout_s: float, links: Links | None
+    group: Callable[[], dist.ProcessGroup],
+    device: torch.device,
+    timeout_s: float,
+    links: Links | None,
+    *,
+    between_hosts: bool,
 ) -> Lane:
     """The lane for tensors of ``device``; all ranks of the group make theirs together."""
-    return HostLane(group, links) if device.type == "cpu" else StreamLane(group, device, timeout_s)
+    if device.type == "cpu":
+        return HostLane(group, links, between_hosts=between_hosts)
+    return StreamLane(group, device, timeout_s)

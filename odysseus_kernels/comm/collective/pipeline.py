@@ -73,7 +73,7 @@ class PipelineRun:
             if step.kind is Kind.ISSUE:
                 self._issue(step.task, step.piece)
                 if index == sends_after and prefetch is not None:
-                    count = pieces_ahead(self._call, prefetch)
+                    count = pieces_ahead(self._call, self._lane, prefetch)
                     ahead = send_ahead(self._call, prefetch, count, self._lane, self._rank, self._world)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop((step.task, step.piece)))

@@ -6,7 +6,7 @@ The concurrency contract is that of ``comm/collective/transport.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ __all__ = ["CollectiveRun", "pieces_ahead"]
 # narrow blocks does not cost more than it hides (on two cores, 4 MB pieces did best from 4 MB to 32 MB).
 _PIECES = 4
 _PIECE_BYTES = 4 << 20
+# Between hosts a link is the narrow place, and what it waits for, or is waited for, is the first or last piece.
+_PIECES_OF_LINK = 8
+_PIECE_BYTES_OF_LINK = 2 << 20
 
 
 class CollectiveRun:
@@ -34,10 +37,9 @@ class CollectiveRun:
         self._call = call
         self._lane = lane
         self._rank, self._world = rank, world
-        chunks = call.config.chunks_per_rank
         self._pieces = {
-            Task.ALL_GATHER: _pieces(chunks, call.gather.shard) if call.gather else 1,
-            Task.ALL_TO_ALL: _pieces(chunks, call.scatter.out) if call.scatter else 1,
+            Task.ALL_GATHER: _pieces(call, lane, call.gather.shard) if call.gather else 1,
+            Task.ALL_TO_ALL: _pieces(call, lane, call.scatter.out) if call.scatter else 1,
         }
         self._work: dict[tuple[Task, int], Any] = {}
         self._buffers: dict[tuple[str, int], Tensor] = {}
@@ -89,7 +91,9 @@ class CollectiveRun:
         return ahead
 
     def _send_ahead(self, prefetch: Prefetch) -> Ahead:
-        return send_ahead(self._call, prefetch, pieces_ahead(self._call, prefetch), self._lane, self._rank, self._world)
+        return send_ahead(
+            self._call, prefetch, pieces_ahead(self._call, self._lane, prefetch), self._lane, self._rank, self._world
+        )
 
     def _block(self, name: str, piece: int, like: Tensor, rows: int, slots: int, most: int) -> Tensor:
         """Buffer ``name`` of ``piece``: [slots, batch, rows, width], made once for each of the pieces in flight."""
@@ -157,11 +161,13 @@ class CollectiveRun:
         scatter.produce(step.rank, start, stop, block)
 
 
-def _pieces(chunks_per_rank: int | Literal["auto"], chunk: Tensor) -> int:
+def _pieces(call: Call, lane: Lane, chunk: Tensor) -> int:
+    """Pieces into which one rank's shard or sum is cut."""
     size = chunk.numel() * chunk.element_size()
-    return row_pieces(chunks_per_rank, chunk.shape[1], auto=max(1, min(_PIECES, size // _PIECE_BYTES)))
+    most, least = (_PIECES_OF_LINK, _PIECE_BYTES_OF_LINK) if lane.between_hosts else (_PIECES, _PIECE_BYTES)
+    return row_pieces(call.config.chunks_per_rank, chunk.shape[1], auto=max(1, min(most, size // least)))
 
 
-def pieces_ahead(call: Call, prefetch: Prefetch) -> int:
+def pieces_ahead(call: Call, lane: Lane, prefetch: Prefetch) -> int:
     """Pieces into which the call that ``call`` sends ahead for will cut its gather."""
-    return _pieces(call.config.chunks_per_rank, prefetch.shard) if prefetch.kind == "gather" else 1
+    return _pieces(call, lane, prefetch.shard) if prefetch.kind == "gather" else 1

@@ -166,7 +166,9 @@ class CollectiveTransport(Transport):
 
     def _begin_lane(self, device: torch.device, timeout_s: float) -> Lane:
         if self._lane is None:
-            self._lane = make_lane(lambda: self._group, device, timeout_s, self._links)
+            self._lane = make_lane(
+                lambda: self._group, device, timeout_s, self._links, between_hosts=self._meeting.between_hosts
+            )
             if device.type != "cpu":
                 self._handshakes = Handshakes(self._group)
         self._lane.check()

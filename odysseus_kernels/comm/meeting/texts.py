@@ -84,6 +84,11 @@ class Meeting:
         assert group is not None, "transports outlived their process group"
         return group
 
+    @property
+    def between_hosts(self) -> bool:
+        """Whether ranks are known to be on several hosts, or in several containers."""
+        return len({(member.machine, member.namespace) for member in self.members or ()}) > 1
+
     def give_up(self, why: str) -> None:
         """The group cannot be used any more; tells all ranks."""
         if self.unusable is None:
