@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # runs f
 
 import odysseus_kernels as ody
 from odysseus_kernels.comm import functional
+from odysseus_kernels.comm.meeting.backend import all_gather_single, reduce_scatter_single
 
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
@@ -64,7 +65,7 @@ def collectives(mebibytes: float, rate: float, config: ody.OverlapConfig) -> lis
     gathered, exchanged, summed = torch.empty(world * count), torch.empty(world, count), torch.empty(count)
 
     def gloo_gather() -> Tensor:
-        dist.all_gather_into_tensor(gathered, shard)
+        all_gather_single(gathered, shard)
         return gathered
 
     def gloo_exchange() -> Tensor:
@@ -72,7 +73,7 @@ def collectives(mebibytes: float, rate: float, config: ody.OverlapConfig) -> lis
         return exchanged
 
     def gloo_scatter() -> Tensor:
-        dist.reduce_scatter_tensor(summed, parts.view(-1))
+        reduce_scatter_single(summed, parts.view(-1))
         return summed
 
     size = f"{mebibytes:g} MiB"

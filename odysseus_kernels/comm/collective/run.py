@@ -27,7 +27,7 @@ _PIECES = 4
 _PIECE_BYTES = 4 << 20
 # Between hosts a link is the narrow place, and what it waits for, or is waited for, is the first or last piece.
 _PIECES_OF_LINK = 8
-_PIECE_BYTES_OF_LINK = 2 << 20
+_PIECE_BYTES_OF_LINK = 1 << 20
 
 
 class CollectiveRun:
