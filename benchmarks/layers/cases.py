@@ -114,10 +114,15 @@ class Variant:
         return self.strategy + (f"+ring{self.ring}" if self.ring > 1 else "")
 
     @property
+    def nearest(self) -> str:
+        """The strategy, or the one that a peer is closest to."""
+        peers = {TORCH_TP: "tp", TORCH_TP_SP: "tp_sp", FSDP_ULYSSES: "ulysses"}
+        return peers[self.name] if self.kind == "peer" else self.strategy
+
+    @property
     def alone(self) -> str:
         """The variant of the same compute without communication; a peer's is that of the strategy it is closest to."""
-        nearest = {TORCH_TP: "tp", TORCH_TP_SP: "tp_sp", FSDP_ULYSSES: "ulysses"}
-        return f"{nearest[self.name]} alone" if self.kind == "peer" else f"{self.family} alone"
+        return f"{self.nearest} alone" if self.kind == "peer" else f"{self.family} alone"
 
 
 @dataclasses.dataclass(frozen=True)

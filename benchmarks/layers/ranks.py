@@ -132,6 +132,9 @@ def _measure(case: LayerCase, settings: LayerSettings) -> dict[str, Any]:
         "errors": errors,
         "wrong": wrong(),
         "bytes": sent,
+        "peer_bytes": {
+            name: _peer_bytes(case, v, work.world, dtype) for name, v in variants.items() if v.kind == "peer"
+        },
         "interface_bytes": on_interface,
         "memory": memory,
         "checks": checks,
@@ -158,6 +161,12 @@ def expected_traffic(case: LayerCase, variant: Variant, world: int, element_size
         for key, count in part.items():
             total[key] = total.get(key, 0) + count
     return total
+
+
+def _peer_bytes(case: LayerCase, peer: Variant, world: int, dtype: torch.dtype) -> int:
+    """What its collectives have to send in a step: the nearest strategy's, which keeps gathered inputs, as it does."""
+    twin = dataclasses.replace(peer, kind="ours", strategy=peer.nearest, gathered="save")
+    return sum(expected_traffic(case, twin, world, dtype.itemsize).values())
 
 
 def _bytes(

@@ -6,8 +6,8 @@ bucket (``tc qdisc tbf``) limits what each sends.  Ranks find the variables that
 ``dist.init_process_group("gloo")`` works as it does across machines.
 
 Nothing is left behind, however the launcher ends.  The namespaces have no names: they, and the veth pair, which is made
-inside of them, are gone when their last process is.  Each rank is the first process of a process namespace, so that
-whatever it started ends with it, and the kernel kills it when the launcher ends (``PR_SET_PDEATHSIG``).
+inside of them, are gone when their last process is.  Each rank has a process namespace of its own, so that whatever it
+started ends with it, and the kernel kills it when the launcher ends (``PR_SET_PDEATHSIG``).
 
 Needs Linux, root, and the commands of :data:`COMMANDS`.
 """
@@ -94,7 +94,7 @@ def check_machine() -> None:
 class Hosts:
     """Two namespaces with a link, in each of which one command is started: a context manager.
 
-    For the main thread: that processes end with the launcher is bound to the thread that has started them.
+    Ranks live no longer than the thread that enters it, which is how the kernel understands ``PR_SET_PDEATHSIG``.
 
     Args:
         rate: of the link, bits per second in each direction.
@@ -200,8 +200,11 @@ class Hosts:
         }
         command = ["taskset", "--cpu-list", str(core), "setpriv", "--pdeathsig", "KILL"]
         command += ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        # At the launcher's end before the line, read fails, and so does the shell.
-        command += ["sh", "-c", f'{_NO_NAME_SERVER}; read go && exec "$@" </dev/null', "sh", *self._command]
+        # At the launcher's end before the line, read fails, and so does the shell.  The shell stays the first process
+        # of the namespace: that one ignores signals it sends itself, abort() among them, and unshare 2.38 does not
+        # tell that it was killed.
+        script = f'{_NO_NAME_SERVER}; read go || exit; "$@" </dev/null; exit $?'
+        command += ["sh", "-c", script, "sh", *self._command]
         # A session of its own: Ctrl-C reaches the launcher alone, which ends the ranks.
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, start_new_session=True, pass_fds=self._pass_fds
@@ -246,7 +249,8 @@ def _address(rank: int) -> str:
 
 
 def _code(code: int) -> int:
-    return code if code <= 128 else 128 - code  # unshare passes the signal on as a shell does
+    """Of a rank, negative for a signal, which the shell adds to 128; ``sys.exit(-1)`` is 255, and no signal."""
+    return 128 - code if code - 128 in signal.valid_signals() else code
 
 
 def _call(command: Sequence[str]) -> None:

@@ -17,14 +17,14 @@ Row = dict[str, Any]
 
 WIDTH = 200
 
-_PEER_BYTES = {"torch TP": "tp", "torch SP-TP": "tp_sp", "FSDP2 + Ulysses": "ulysses"}
-
 FOOTER = """\
 time: median over the rounds of the slower rank's; ± is the distance of the quartiles over the median.
 alone: the compute of one rank without communication (of a peer: of the strategy nearest to it; of operators: products).
-wire: bytes that the recorder counts on the rank that sends most / the set rate (of a peer: of the strategy nearest).
-limit = max(alone, wire). x limit: median of the ratios within rounds. interface: bytes that the link's end has sent,
-with headers. Gloo's messages, TCP and the pair of interfaces run on the same two cores as the products."""
+wire: bytes that the recorder counts on the rank that sends most / the set rate (of a peer: bytes of the nearest
+strategy's formula with gathered inputs kept). limit = max(alone, wire), where both are known. x limit: median of the
+ratios within rounds. interface: bytes that the link's end has sent, with headers; Gloo's own reduce-scatter, which
+peers call, sends twice what it has to. A link that has rested passes a first burst at once: what sends less than that
+can be faster than wire. Gloo's messages, TCP and the pair of interfaces run on the same two cores as the products."""
 
 
 def summarize(row: Row, bits_per_s: float) -> Row:
@@ -42,7 +42,8 @@ def summarize(row: Row, bits_per_s: float) -> Row:
         if name == base:
             continue
         wire = None if count is None else count * 8 / bits_per_s
-        alone = None if name.startswith("communication") else row["samples_s"].get(base)
+        without_compute = name.startswith("communication")
+        alone = None if without_compute else row["samples_s"].get(base)
         entry: Row = {
             "name": name,
             "median_s": median(values),
@@ -52,7 +53,7 @@ def summarize(row: Row, bits_per_s: float) -> Row:
             "alone_s": None if alone is None else median(alone),
             "wire_s": wire,
         }
-        if wire is not None:
+        if wire is not None and (without_compute or alone is not None):
             floor = [max(wire, seconds) for seconds in alone or [0.0] * len(values)]
             entry["limit_s"] = median(floor)
             entry["over_limit"] = statistics.median(a / b for a, b in zip(values, floor, strict=True))
@@ -66,11 +67,10 @@ def _bytes(row: Row, name: str) -> int | None:
         sent = row["bytes"]
         found = sent.get(name) or next(iter(sent.values()), None)  # the collectives alone move the same
         return None if name == "gemm" else found
-    strategy = _PEER_BYTES.get(name)
-    for key, entry in row["bytes"].items():
-        if key == name or (strategy is not None and row["variants"][key]["strategy"] == strategy):
-            return sum(entry["recorded"].values()) + sum(entry["beside"].values())
-    return None
+    if name in row["peer_bytes"]:
+        return int(row["peer_bytes"][name])
+    entry = row["bytes"].get(name)
+    return None if entry is None else sum(entry["recorded"].values()) + sum(entry["beside"].values())
 
 
 def describe(row: Row) -> str:

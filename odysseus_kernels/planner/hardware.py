@@ -12,7 +12,8 @@ H100 NVL           NVIDIA H100 Tensor Core GPU data sheet, later edition (halved
 H200, H200 NVL     NVIDIA H200 Tensor Core GPU data sheet (halved likewise)
 B200               NVIDIA Blackwell architecture technical brief, GPU of an HGX B200
 L40S               NVIDIA L40S data sheet; fp64 is 1/64 of fp32 (Ada architecture white paper)
-InfiniBand         NVIDIA ConnectX-7 data sheet: NDR, 400 Gb/s a port; a DGX H100 has one for each GPU (its data sheet)
+InfiniBand         DGX data sheets, one port for each GPU: A100 ConnectX-6, HDR, 200 Gb/s; H100, H200 and B200
+                   ConnectX-7, NDR, 400 Gb/s
 =================  ===============================================================================================
 
 Latencies and launch overheads are on no data sheet: they are estimates of the usual order of magnitude, and so is
@@ -26,7 +27,15 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-__all__ = ["CPU", "GENERIC_GPU", "INFINIBAND_NDR_BYTES_PER_S", "KNOWN_GPUS", "Hardware", "hardware_for"]
+__all__ = [
+    "CPU",
+    "GENERIC_GPU",
+    "INFINIBAND_HDR_BYTES_PER_S",
+    "INFINIBAND_NDR_BYTES_PER_S",
+    "KNOWN_GPUS",
+    "Hardware",
+    "hardware_for",
+]
 
 _GPU_LAUNCH_S = 4e-6
 _NVLINK_LATENCY_S = 3e-6
@@ -34,8 +43,11 @@ _PCIE_LATENCY_S = 6e-6
 _PCIE4 = 32e9
 _PCIE5 = 64e9
 
+INFINIBAND_HDR_BYTES_PER_S = 25e9
+"""Of one HDR port, which one A100 has, in one direction."""
+
 INFINIBAND_NDR_BYTES_PER_S = 50e9
-"""Of one NDR port, which one GPU has, in one direction."""
+"""Of one NDR port, which one H100, H200 or B200 has, in one direction."""
 
 
 @dataclasses.dataclass(frozen=True)

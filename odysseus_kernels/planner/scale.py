@@ -7,7 +7,8 @@ and a link of rate R take T/(2·F′) and f(2)·E·e′/R.  Both quotients are e
     R = B · (F′/F) · (e′/e) · (f(2)/f(N)) · (2/N)
 
 The 2/N is there because all ranks together share the compute while each sends nearly all that it gathers.  It scales
-rates and nothing else: latencies, kernels, and how many messages there are stay those of the small machine.
+rates and nothing else: latencies, kernels, and how many messages there are stay those of the small machine.  B and R
+are what the line can carry, F and F′ what products reach: what messages reach of a line is each machine's own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import dataclasses
 import re
 
 from odysseus_kernels.planner.cost_model import PRODUCT_SHARE
-from odysseus_kernels.planner.hardware import INFINIBAND_NDR_BYTES_PER_S, Hardware, hardware_for
+from odysseus_kernels.planner.hardware import (
+    INFINIBAND_HDR_BYTES_PER_S,
+    INFINIBAND_NDR_BYTES_PER_S,
+    Hardware,
+    hardware_for,
+)
 
 __all__ = ["LINKS", "ModelledLink", "ScaledRate", "parse_link", "scaled_rate"]
 
@@ -46,25 +52,30 @@ class ModelledLink:
         return self.machine.flops_of("bfloat16") * PRODUCT_SHARE
 
 
-def _nvlink(name: str, device: str) -> ModelledLink:
+def _own(name: str, kind: str, device: str) -> ModelledLink:
     machine = hardware_for(device)
-    return ModelledLink(name, machine, machine.link_bytes_per_s, f"NVLink of the {machine.name}'s data sheet")
+    return ModelledLink(name, machine, machine.link_bytes_per_s, f"{kind} of the {machine.name}'s data sheet")
 
 
-def _infiniband(name: str, device: str) -> ModelledLink:
-    source = "one NDR InfiniBand port (400 Gb/s) for each GPU, ConnectX-7 data sheet"
-    return ModelledLink(name, hardware_for(device), INFINIBAND_NDR_BYTES_PER_S, source)
+def _infiniband(name: str, device: str, port: str, bytes_per_s: float) -> ModelledLink:
+    source = f"one {port} InfiniBand port ({bytes_per_s * 8 / 1e9:g} Gb/s) for each GPU, DGX data sheet"
+    return ModelledLink(name, hardware_for(device), bytes_per_s, source)
 
 
 LINKS: dict[str, ModelledLink] = {
     link.name: link
     for link in (
-        _nvlink("a100-nvlink", "A100 SXM4"),
-        _nvlink("h100-nvlink", "H100"),
-        _nvlink("h200-nvlink", "H200"),
-        _nvlink("b200-nvlink", "B200"),
-        _infiniband("h100-ib", "H100"),
-        _infiniband("h200-ib", "H200"),
+        _own("a100-nvlink", "NVLink", "A100 SXM4"),
+        _own("h100-nvlink", "NVLink", "H100"),
+        _own("h200-nvlink", "NVLink", "H200"),
+        _own("b200-nvlink", "NVLink", "B200"),
+        _infiniband("a100-ib", "A100 SXM4", "HDR", INFINIBAND_HDR_BYTES_PER_S),
+        _infiniband("h100-ib", "H100", "NDR", INFINIBAND_NDR_BYTES_PER_S),
+        _infiniband("h200-ib", "H200", "NDR", INFINIBAND_NDR_BYTES_PER_S),
+        _infiniband("b200-ib", "B200", "NDR", INFINIBAND_NDR_BYTES_PER_S),
+        _own("a100-pcie", "PCIe", "A100 PCIE"),
+        _own("h100-pcie", "PCIe", "H100 PCIE"),
+        _own("l40s-pcie", "PCIe", "L40S"),
     )
 }
 """Links by name, with sources in ``hardware.py``."""

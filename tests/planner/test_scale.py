@@ -22,7 +22,9 @@ def test_ratio_of_wire_to_compute_is_the_machines(text: str, element_size: int) 
 def test_known_links_come_from_the_tables() -> None:
     assert LINKS["h100-nvlink"].bytes_per_s == 450e9
     assert LINKS["b200-nvlink"].bytes_per_s == 900e9
-    assert LINKS["h100-ib"].bytes_per_s == 50e9
+    assert LINKS["h100-ib"].bytes_per_s == LINKS["b200-ib"].bytes_per_s == 50e9
+    assert LINKS["a100-ib"].bytes_per_s == 25e9
+    assert LINKS["l40s-pcie"].bytes_per_s == 32e9
     assert LINKS["h100-ib"].flops == 989e12 * PRODUCT_SHARE
     assert all(name == link.name and link.source for name, link in LINKS.items())
 

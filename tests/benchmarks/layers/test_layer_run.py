@@ -80,6 +80,14 @@ def test_all_variants_and_peers_are_right_counted_and_timed() -> None:
         row, gqa = rows
         assert row["refused"] == {}
         assert set(row["samples_s"]) == {variant.name for variant in variants}
+        for peer, twin in (
+            ("torch TP", "tp fused"),
+            ("torch SP-TP", "tp_sp fused"),
+            ("FSDP2 + Ulysses", "ulysses fused"),
+        ):
+            saved = " save" if "tp_sp" in twin else ""
+            formula = row["bytes"][f"{twin} collective{saved}"]["formula"]
+            assert row["peer_bytes"][peer] == sum(formula.values())
         # One key/value head on two ranks: ours share it, the peers cannot.
         assert set(gqa["refused"]) == set(peers.present_peers("layer"))
 

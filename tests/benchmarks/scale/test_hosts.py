@@ -105,6 +105,14 @@ def test_ranks_across_take_the_collective_transport_and_are_right(here: None) ->
         assert (each["cores"], each["threads"]) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("script", "code"),
+    (("import sys; sys.exit(-1)", 255), ("import os; os.abort()", -6), ("import os; os.kill(os.getpid(), 9)", -9)),
+)
+def test_exit_codes_tell_signals_from_statuses(here: None, script: str, code: int) -> None:
+    assert run_on_hosts(1e9, ["-c", script], timeout=50) == [code, code]
+
+
 def test_a_rank_that_fails_ends_the_other(here: None) -> None:
     script = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(60)"
     begin = time.monotonic()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +41,7 @@ def _layer_row(tokens: int = 2048) -> dict[str, Any]:
         "wrong": [],
         "errors": {fused: {"output": 1e-7}, peer: {"output": 2e-7}},
         "bytes": {fused: {"recorded": {"forward tp_sp all_gather": 19_000_000}, "beside": {"x": 1_000_000}}},
+        "peer_bytes": {peer: 15_000_000},
         "interface_bytes": {fused: 20_500_000, peer: 24_000_000},
         "samples_s": {"tp_sp alone": [1.0, 1.0, 4.0], fused: [3.0, 2.5, 4.0], peer: [4.0, 4.0, 8.0]},
     }
@@ -68,7 +67,10 @@ def test_limit_is_the_longer_of_compute_and_wire_in_each_round() -> None:
     assert (fused["bytes"], fused["wire_s"], fused["alone_s"]) == (20_000_000, 2.0, 1.0)
     assert fused["limit_s"] == 2.0
     assert fused["over_limit"] == 1.25  # of 3/2, 2.5/2 and 4/4
-    assert (peer["bytes"], peer["interface_bytes"], peer["over_limit"]) == (20_000_000, 24_000_000, 2.0)
+    assert (peer["bytes"], peer["interface_bytes"]) == (15_000_000, 24_000_000)
+    assert (peer["limit_s"], peer["over_limit"]) == (1.5, 8 / 3)  # of 4/1.5, 4/1.5 and 8/4
+    del (row := _layer_row())["samples_s"]["tp_sp alone"]
+    assert not any("limit_s" in entry for entry in report.summarize(row, RATE)["entries"])  # half of it is unknown
     unfused, alone, _ = report.summarize(_operator_row(), RATE)["entries"]
     assert (unfused["wire_s"], unfused["over_limit"]) == (0.2, 2.5)
     assert (alone["alone_s"], alone["over_limit"]) == (None, 2.0)
@@ -145,16 +147,15 @@ def test_rows_and_variants_of_hosts() -> None:
     assert not any("symmetric" in variant.name for variant in variants)
 
 
-def test_a_run_on_hosts(tmp_path: Path) -> None:
+def test_a_run_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         check_machine()
     except HostsError as error:
         pytest.skip(str(error))
-    command = [sys.executable, str(ROOT / "benchmarks/overlap.py"), "--hosts", "2", "--link", "400mbit", "--quick"]
-    command += ["--repeats", "1", "--cases", "all_gather_linear Llama.* forward$", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=dict(os.environ), check=False)
-    assert done.returncode == 0, done.stderr
-    assert "scale model of 400 Mb/s, 2 hosts" in done.stdout
+    options = ["--hosts", "2", "--link", "400mbit", "--quick", "--repeats", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["overlap.py", *options, "--cases", "all_gather_linear Llama.* forward$"])
+    assert overlap.main() == 0
+    assert "scale model of 400 Mb/s, 2 hosts" in capsys.readouterr().out
     (path,) = tmp_path.glob("scale-*.json")
     (row,) = json.loads(path.read_text())["parts"][0]["rows"]
     entries = {entry["name"]: entry for entry in row["entries"]}
