@@ -15,11 +15,18 @@ from torch import Tensor
 from odysseus_kernels.comm.bundles import Bundle, as_bytes
 from odysseus_kernels.comm.collective.lanes import Lane
 from odysseus_kernels.comm.prefetch import Prefetch
-from odysseus_kernels.comm.schedules.steps import piece_bounds
 from odysseus_kernels.comm.sent_ahead import SentAhead
 from odysseus_kernels.comm.transport import Call
 
-__all__ = ["Ahead", "send_ahead"]
+__all__ = ["Ahead", "Spans", "most_rows", "send_ahead"]
+
+Spans = tuple[tuple[int, int], ...]
+"""First and last-plus-one row of each piece of a shard."""
+
+
+def most_rows(spans: Spans) -> int:
+    """Rows of the largest piece."""
+    return max(stop - start for start, stop in spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +46,16 @@ class Ahead:
     arrived: Tensor
 
 
-def send_ahead(call: Call, prefetch: Prefetch, pieces: int, lane: Lane, rank: int, world: int) -> Ahead:
-    """Starts the first transfer of the call that will gather ``prefetch``, a gather in ``pieces``."""
+def send_ahead(call: Call, prefetch: Prefetch, spans: Spans, lane: Lane, rank: int, world: int) -> Ahead:
+    """Starts the first transfer of the call that will gather ``prefetch``, a gather in the pieces ``spans``."""
     if prefetch.kind == "gather":
         shard = prefetch.shard
-        start, stop = piece_bounds(shard.shape[1], pieces, 0)
+        start, stop = spans[0]
         own = shard[:, start:stop].contiguous()
-        most = -(-shard.shape[1] // pieces)
-        arrived = shard.new_empty(world * shard.shape[0] * most * shard.shape[2])
+        arrived = shard.new_empty(world * shard.shape[0] * most_rows(spans) * shard.shape[2])
         target = arrived[: world * own.numel()]
         work = lane.all_gather(target, own.view(-1))
-        return Ahead(SentAhead.of(call, prefetch, pieces), work, own, arrived)
+        return Ahead(SentAhead.of(call, prefetch, len(spans)), work, own, arrived)
     own = packed(prefetch.tensors)
     arrived = torch.empty_like(own)
     leaving, arriving = [0] * world, [0] * world

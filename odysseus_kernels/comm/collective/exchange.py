@@ -20,7 +20,7 @@ from torch import Tensor
 from odysseus_kernels.comm.bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
 from odysseus_kernels.comm.collective.ahead import Ahead, send_ahead
 from odysseus_kernels.comm.collective.lanes import Lane
-from odysseus_kernels.comm.collective.run import pieces_ahead
+from odysseus_kernels.comm.collective.run import spans_ahead
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule, sends_ahead_after
@@ -77,8 +77,8 @@ class ExchangeRun:
                 if key not in self._work:  # a first hop that was sent ahead is under way already
                     self._issue(step, *key)
                 if index == sends_after and prefetch is not None:
-                    pieces = pieces_ahead(self._call, self._lane, prefetch)
-                    ahead = send_ahead(self._call, prefetch, pieces, self._lane, self._rank, self._world)
+                    spans = spans_ahead(self._call, self._lane, prefetch)
+                    ahead = send_ahead(self._call, prefetch, spans, self._lane, self._rank, self._world)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop(key))
                 del self._sent[key]

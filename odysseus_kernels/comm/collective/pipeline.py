@@ -14,7 +14,7 @@ from torch import Tensor
 from odysseus_kernels.comm.bundles import Bundle, as_bytes
 from odysseus_kernels.comm.collective.ahead import Ahead, send_ahead
 from odysseus_kernels.comm.collective.lanes import Lane
-from odysseus_kernels.comm.collective.run import pieces_ahead
+from odysseus_kernels.comm.collective.run import spans_ahead
 from odysseus_kernels.comm.pipeline import Pipeline
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
@@ -73,8 +73,8 @@ class PipelineRun:
             if step.kind is Kind.ISSUE:
                 self._issue(step.task, step.piece)
                 if index == sends_after and prefetch is not None:
-                    count = pieces_ahead(self._call, self._lane, prefetch)
-                    ahead = send_ahead(self._call, prefetch, count, self._lane, self._rank, self._world)
+                    spans = spans_ahead(self._call, self._lane, prefetch)
+                    ahead = send_ahead(self._call, prefetch, spans, self._lane, self._rank, self._world)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop((step.task, step.piece)))
                 if step.task is Task.ALL_GATHER:

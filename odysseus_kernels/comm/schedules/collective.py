@@ -21,12 +21,28 @@ from odysseus_kernels.comm.schedules.steps import (
     chunk_order,
 )
 
-__all__ = ["IN_FLIGHT", "collective_schedule", "sends_ahead_after"]
+__all__ = ["IN_FLIGHT", "collective_schedule", "sends_ahead_after", "tapered_spans"]
 
 _RECEIVED = "received"
 _GIVING = "giving"
 # Two sets of collective buffers: one travels while the other is multiplied.
 IN_FLIGHT = 2
+# Relative sizes of a gather's pieces; a scatter's are the other way round.  What is multiplied after the last piece has
+# arrived, or before the first one leaves, is not hidden: that piece is small.  Each is at least half of the one before,
+# so that the next is issued before the link has moved the one between them.
+_SHARES = {1: (1,), 2: (2, 1), 4: (2, 3, 2, 1), 6: (2, 4, 4, 3, 2, 1)}
+
+
+def tapered_spans(rows: int, pieces: int, *, scattered: bool) -> tuple[tuple[int, int], ...]:
+    """First and last-plus-one row of 1, 2, 4 or 6 pieces, of which the last is small, or the first one if scattered.
+
+    ``rows`` that are too few to give every piece some are cut into fewer.
+    """
+    while pieces > 1 and rows < sum(_SHARES[pieces]):
+        pieces -= 2 if pieces > 2 else 1
+    shares = _SHARES[pieces][:: -1 if scattered else 1]
+    ends = [rows * sum(shares[: index + 1]) // sum(shares) for index in range(pieces)]
+    return tuple(zip([0, *ends], ends, strict=False))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -47,9 +63,14 @@ def collective_schedule(
     in the same order, which is what a process group asks for.  With ``holds`` a pipeline's gathered piece is read until
     it has been processed, else until it has been consumed.
 
-    A gather consumes this rank's own shard first, while the first piece travels.  With ``cuts_own`` it does so piece by
-    piece, one ahead of what arrives: a long product of the own shard would keep the host from issuing the third piece
-    when the first two have arrived, and the link would idle.
+    A gather consumes this rank's own shard first, while the first piece travels.  ``cuts_own`` is for a link that shall
+    not idle behind a host that issues nothing while it multiplies:
+
+    * a gather consumes the own shard piece by piece, between the others', as many pieces ahead as take a link that is
+      as fast as the products one piece's time;
+    * a scatter's own part of a piece comes after what the others are sent of the next one;
+    * where both meet, one piece is gathered before the scatter and the next before its last but one: what is scattered
+      does not wait behind what is needed later.
     """
     if world < 2 or not 0 <= rank < world:
         raise ValueError(f"schedule: expected 0 <= rank < world and world >= 2, got rank {rank} of {world}")
@@ -70,33 +91,58 @@ def collective_schedule(
         reads, writes = ((sent,), (received,)) if issued else ((), ())
         return Step(kind, Task.ALL_TO_ALL, rank, piece, reads=reads, writes=writes)
 
-    def scatter() -> Iterator[Step]:
-        def add(piece: int) -> Iterator[Step]:
-            yield scatter_step(Kind.FINISH, piece)
-            received = (Region(rank, _RECEIVED, piece % IN_FLIGHT),)
-            yield from (Step(Kind.COMPUTE, Task.ADD, peer, piece, reads=received) for peer in sources)
+    targets = [(rank + hop + 1) % world for hop in range(world - 1)]
+    sources = [(rank - hop - 1) % world for hop in range(world - 1)]
 
-        targets = [(rank + hop + 1) % world for hop in range(world - 1)]
-        sources = [(rank - hop - 1) % world for hop in range(world - 1)]
+    def send(piece: int) -> Iterator[Step]:
+        sent = (Region(rank, PARTIAL, piece % IN_FLIGHT),)
+        yield from (Step(Kind.COMPUTE, Task.PRODUCE, peer, piece, writes=sent) for peer in targets)
+        yield scatter_step(Kind.ISSUE, piece)
+
+    def add(piece: int) -> Iterator[Step]:
+        yield scatter_step(Kind.FINISH, piece)
+        received = (Region(rank, _RECEIVED, piece % IN_FLIGHT),)
+        yield from (Step(Kind.COMPUTE, Task.ADD, peer, piece, reads=received) for peer in sources)
+
+    def scatter() -> Iterator[Step]:
+        """All but the last ``add``."""
         for piece in range(scatter_pieces):
-            sent = (Region(rank, PARTIAL, piece % IN_FLIGHT),)
-            yield from (Step(Kind.COMPUTE, Task.PRODUCE, peer, piece, writes=sent) for peer in targets)
-            yield scatter_step(Kind.ISSUE, piece)
-            yield Step(Kind.COMPUTE, Task.PRODUCE, rank, piece)
+            yield from send(piece)
+            if not cuts_own:
+                yield Step(Kind.COMPUTE, Task.PRODUCE, rank, piece)
             if piece:
+                if cuts_own:
+                    yield Step(Kind.COMPUTE, Task.PRODUCE, rank, piece - 1)
                 yield from add(piece - 1)
-        yield from add(scatter_pieces - 1)
+        if cuts_own:
+            yield Step(Kind.COMPUTE, Task.PRODUCE, rank, scatter_pieces - 1)
+
+    def arrived(piece: int) -> Iterator[Step]:
+        yield gather_step(Kind.FINISH, piece)
+        region = (Region(rank, SHARD, piece % IN_FLIGHT),)
+        yield from (Step(Kind.COMPUTE, Task.CONSUME, peer, piece, reads=region) for peer in others)
+        if piece + IN_FLIGHT < gather_pieces:
+            yield gather_step(Kind.ISSUE, piece + IN_FLIGHT)
 
     def gather() -> Iterator[Step]:
         owned = deque(range(gather_pieces) if cuts_own else (-1,))
         for piece in range(gather_pieces):
-            while owned and owned[0] < piece + IN_FLIGHT:
+            while owned and owned[0] < piece + world:
                 yield Step(Kind.COMPUTE, Task.CONSUME, rank, owned.popleft())
-            yield gather_step(Kind.FINISH, piece)
-            region = (Region(rank, SHARD, piece % IN_FLIGHT),)
-            yield from (Step(Kind.COMPUTE, Task.CONSUME, peer, piece, reads=region) for peer in others)
-            if piece + IN_FLIGHT < gather_pieces:
-                yield gather_step(Kind.ISSUE, piece + IN_FLIGHT)
+            yield from arrived(piece)
+
+    def both() -> Iterator[Step]:
+        yield gather_step(Kind.ISSUE, 0)
+        second = max(scatter_pieces - 2, 0)
+        for step in scatter():
+            yield step
+            if gather_pieces > 1 and (step.kind, step.piece) == (Kind.ISSUE, second):
+                yield gather_step(Kind.ISSUE, 1)
+        yield from arrived(0)
+        yield Step(Kind.COMPUTE, Task.CONSUME, rank, -1)
+        yield from add(scatter_pieces - 1)
+        for piece in range(1, gather_pieces):
+            yield from arrived(piece)
 
     def pipeline(*, given: bool) -> Iterator[Step]:
         def add(piece: int) -> Iterator[Step]:
@@ -133,10 +179,13 @@ def collective_schedule(
         steps.extend(gather_step(Kind.ISSUE, piece) for piece in range(min(IN_FLIGHT, gather_pieces)))
         steps.extend(pipeline(given=program == "pipeline:given"))
         return Schedule(tuple(steps), {}, {})
+    if program == "gather+scatter" and cuts_own:
+        return Schedule(tuple(both()), {}, {})
     if program in ("gather", "gather+scatter"):
         steps.extend(gather_step(Kind.ISSUE, piece) for piece in range(min(IN_FLIGHT, gather_pieces)))
     if program in ("scatter", "gather+scatter"):
         steps.extend(scatter())
+        steps.extend(add(scatter_pieces - 1))
     if program in ("gather", "gather+scatter"):
         steps.extend(gather())
     return Schedule(tuple(steps), {}, {})
