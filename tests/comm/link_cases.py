@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import socket
@@ -146,16 +145,14 @@ def finer_pieces(rank: int, world: int) -> tuple[bool, list[int]]:
     functional.all_gather(torch.ones(1), config=config)
     transports = group_transports(dist.group.WORLD)
     assert transports._collective is not None and transports._collective._links is not None
-    members = transports._meeting.members
-    assert members is not None and not transports._meeting.between_hosts
+    lane = transports._collective._lane
+    assert lane is not None and not lane.between_hosts
     x = torch.randn(1, 3072, 512, generator=torch.Generator().manual_seed(rank))  # 6 MiB
     weight, found, transfers = torch.eye(512)[:8], [], []  # products with ones and zeros are exact
-    for hosts in (["one"] * world, [f"host {number}" for number in range(world)]):
-        transports._meeting.members = [
-            dataclasses.replace(member, machine=host) for member, host in zip(members, hosts, strict=True)
-        ]
+    for between_hosts in (False, True):
+        lane.between_hosts = between_hosts
         before = transports._collective._links._number
         found.append(ody.all_gather_linear(x, weight, group=dist.group.WORLD, config=config))
         transfers.append(transports._collective._links._number - before)
-    transports._meeting.members = members
+    lane.between_hosts = False
     return torch.equal(found[0], found[1]), transfers
