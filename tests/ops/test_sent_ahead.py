@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ahead_cases as cases
+import sent_ahead_cases as cases
 import pytest
 
 from odysseus_kernels.testing.spawn import RankPools
