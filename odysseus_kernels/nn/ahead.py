@@ -159,7 +159,7 @@ def ahead_in_forward(module: GathersWeights, *, last: bool = False) -> Shards:
     following = neighbours.following
     if following is None:
         return None
-    shards = following.first_gathered()
+    shards = _alike(module, following.first_gathered())
     if shards is not None:
         following.sent = tuple((one, one._version) for one in following.parameters() if not one.is_inference())
     return shards
@@ -175,7 +175,7 @@ def ahead_in_backward(module: GathersWeights, x: Tensor, *, same_layer: bool = T
     before = None if neighbours is None else neighbours.preceding
     if before is None or not x.requires_grad or not (same_layer or not before.checkpointed):
         return None
-    return before.first_gathered_in_backward()
+    return _alike(module, before.first_gathered_in_backward())
 
 
 def ahead_in_recomputation(module: GathersWeights, x: Tensor) -> Shards:
@@ -183,12 +183,19 @@ def ahead_in_recomputation(module: GathersWeights, x: Tensor) -> Shards:
     neighbours = _neighbours(module)
     if neighbours is None or neighbours.layer_before is None or not x.requires_grad:
         return None
-    return neighbours.layer_before.first_gathered()
+    return _alike(module, neighbours.layer_before.first_gathered())
 
 
 def is_linked(module: GathersWeights) -> bool:
     """Whether ``module`` may send ahead what it gathers itself at its next call."""
     return _neighbours(module) is not None
+
+
+def _alike(module: Any, shards: Shards) -> Shards:
+    """``shards`` if they are of the type that ``module`` sends itself: calls of a group send ahead what is like them."""
+    own = next((parameter.dtype for parameter in module.parameters()), None)
+    parts = () if shards is None else (shards,) if isinstance(shards, Tensor) else shards
+    return shards if all(part.dtype == own for part in parts) else None
 
 
 def _neighbours(module: GathersWeights) -> Neighbours | None:

@@ -36,6 +36,8 @@ def tell_ahead(
     Raises:
         ValueError: a tensor is not like ``like``, a tensor that the operator sends itself.
     """
+    if autocasts(like.device):
+        return [], ""
     tensors: list[Tensor] = []
     words = []
     for role, shards in zip(_ROLES, (forward, backward, recomputed), strict=True):
@@ -44,7 +46,7 @@ def tell_ahead(
             _check(operator, _ARGUMENTS[role], like, part, gathered=isinstance(shards, Tensor))
         words.append(f"{'gather' if isinstance(shards, Tensor) else 'shared'}:{len(parts)}")
         tensors += [part.detach() if part.requires_grad else part for part in parts]
-    return ([], "") if autocasts(like.device) else (tensors, " ".join(words))
+    return tensors, " ".join(words)
 
 
 def _check(operator: str, name: str, like: Tensor, shard: Tensor, *, gathered: bool) -> None:
