@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sent_ahead_cases as cases
 import pytest
+import sent_ahead_cases as cases
 
 from odysseus_kernels.testing.spawn import RankPools
 
