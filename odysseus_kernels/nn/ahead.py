@@ -192,7 +192,7 @@ def is_linked(module: GathersWeights) -> bool:
 
 
 def _alike(module: Any, shards: Shards) -> Shards:
-    """``shards`` if they are of the type that ``module`` sends itself, else None: a call sends ahead what is like it."""
+    """``shards`` if they are of ``module``'s own type, else None: a call sends ahead what is like what it sends."""
     own = next((parameter.dtype for parameter in module.parameters()), None)
     parts = () if shards is None else (shards,) if isinstance(shards, Tensor) else shards
     return shards if all(part.dtype == own for part in parts) else None
