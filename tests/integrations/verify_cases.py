@@ -144,8 +144,7 @@ def _swapped_shards(model: Any, mesh: DeviceMesh, strategy: str) -> Any:
 
 def _documents_forgotten(model: Any, mesh: DeviceMesh, strategy: str) -> Any:
     model = parallelize(model, mesh, strategy)
-    ring_mask = model.model._ring_mask
-    model.model._ring_mask = lambda *a, **k: (SequenceMask({}), ring_mask(*a, **k)[1])
+    model.model._ring_mask = lambda *a, **k: SequenceMask({})
     return model
 
 
