@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from odysseus_kernels.nn.group import SEQUENCE_DIMENSION, SequenceGroup
 
-__all__ = ["check_intact", "check_loss"]
+__all__ = ["changed_call", "check_intact", "check_loss"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RANDOM = ("residual_dropout", "embedding_dropout", "jitter_noise")
@@ -114,10 +114,17 @@ def _check_nothing_random(path: str, module: nn.Module) -> None:
             )
 
 
-def _check_called(name: str, module: nn.Module, instead: str) -> None:
+def changed_call(module: nn.Module) -> str:
+    """What would be left out if ``module`` were not called: its hooks, or a forward of its own; empty if nothing."""
     hooks = [hooks for hooks in _HOOKS if getattr(module, hooks)]
-    if hooks or "forward" in vars(module):
-        what = f"hooks ({', '.join(hooks)})" if hooks else "a forward of its own"
+    if hooks:
+        return f"hooks ({', '.join(hooks)})"
+    return "a forward of its own" if "forward" in vars(module) else ""
+
+
+def _check_called(name: str, module: nn.Module, instead: str) -> None:
+    what = changed_call(module)
+    if what:
         raise ValueError(f"{name}: expected a layer without hooks, got one with {what}: {instead}")
 
 

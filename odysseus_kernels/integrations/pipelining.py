@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from odysseus_kernels.attention.local import check_attention_kernel
+from odysseus_kernels.integrations.intact import changed_call
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.cut import KEY, SequenceCut
 from odysseus_kernels.nn.head_parallel_attention import HeadParallelAttention
@@ -16,8 +17,6 @@ from odysseus_kernels.ops._rotation import HeadNorm, rotate
 from odysseus_kernels.planner.pipeline import pick_pieces
 
 __all__ = ["Pipelined", "check_pieces", "why_whole_only"]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def why_whole_only(spec: AttentionSpec, attention: nn.Module) -> str:
@@ -118,9 +117,9 @@ def _why_not(model: Any) -> str:
         if spec.whole_only:
             return spec.whole_only
         for name in (spec.query_norm, spec.key_norm):
-            norm: Any = None if name is None else getattr(attention, name)
-            if norm is not None and ("forward" in vars(norm) or any(getattr(norm, hooks) for hooks in _HOOKS)):
-                return f"{name} has hooks or a forward of its own, and would not be called"
+            what = "" if name is None else changed_call(getattr(attention, name))
+            if what:
+                return f"{name} has {what}, and would not be called"
     try:
         check_attention_kernel(model.config._attn_implementation)
     except ValueError as error:

@@ -14,6 +14,7 @@ from family_cases import Case
 from verify_cases import FAULTS, seeded, sound
 
 from odysseus_kernels import cli
+from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.verify import Report
 from odysseus_kernels.integrations.verify.models import copy_of
 from odysseus_kernels.strategies import STRATEGIES
@@ -40,6 +41,14 @@ def test_what_is_right_passes(ranks, strategy):
         assert report.gradients and (outcomes["bytes"] == "passed") == (case.family != "mixtral")
         assert (outcomes["recomputation"] == "passed") == ("checkpointing" in settings)
         assert ("dropout (8 seeds)" in outcomes) == (case.changes == DROPOUT)
+
+
+@pytest.mark.parametrize(("ring", "strategy"), ((1, "odysseus"), (2, "tp_sp")))
+def test_pipelined_attention_passes(ranks, ring, strategy):
+    case, config = Case(kv_heads=4, packed=True, length=23), OverlapConfig(pipeline=4, timeout_s=60)
+    report = Report.from_json(ranks(2 * ring).run(sound, case, strategy, ring, {"config": config})[0])
+    assert report.passed, report.table()
+    assert {finding.check: finding.outcome for finding in report.findings}["bytes"] == "passed"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from odysseus_kernels.integrations.checkpoint import model_tensors
 from odysseus_kernels.integrations.verify import more_checks as more
 from odysseus_kernels.integrations.verify.asif import explain_gradient, explain_loss, explain_part, scale_hint
 from odysseus_kernels.integrations.verify.models import Pass, forward, without_dropout
-from odysseus_kernels.integrations.verify.observe import assemble, bare, closeness, share, whole
+from odysseus_kernels.integrations.verify.observe import bare, closeness, share, whole
 from odysseus_kernels.integrations.verify.report import Finding
 from odysseus_kernels.integrations.verify.trial import Trial, listed
 
@@ -65,7 +65,7 @@ def batch_check(trial: Trial) -> list[Finding]:
             continue
         assert own is not None
         rows = own if own.shape[0] == ids.shape[0] else own.expand(ids.shape[0], -1)
-        found = assemble(rows, trial.group, length)
+        found = trial.assemble(rows)
         different = (found != truth.to(found.device)).nonzero()
         where = ""
         if len(different):

@@ -20,7 +20,7 @@ from odysseus_kernels.integrations.verify.models import (
     recomputes,
     without_dropout,
 )
-from odysseus_kernels.integrations.verify.observe import assemble, bare, closeness, share, whole
+from odysseus_kernels.integrations.verify.observe import bare, closeness, share, whole
 from odysseus_kernels.integrations.verify.report import Finding
 from odysseus_kernels.integrations.verify.traffic import expected_traffic, is_beside
 from odysseus_kernels.integrations.verify.trial import Trial, listed
@@ -69,7 +69,7 @@ def _documents(trial: Trial) -> torch.Tensor | None:
 def _logits(trial: Trial, ids: torch.Tensor) -> torch.Tensor:
     part = dict(trial.cut({**trial.whole, "input_ids": ids}))
     with without_dropout(trial.subject):
-        return assemble(forward(trial.subject, part, []).logits, trial.group, trial.length)
+        return trial.assemble(forward(trial.subject, part, []).logits)
 
 
 def _leak(

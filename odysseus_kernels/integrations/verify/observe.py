@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from odysseus_kernels.attention import layout
 from odysseus_kernels.comm.functional import all_gather
-from odysseus_kernels.nn.cut import RING_LAYOUT
+from odysseus_kernels.nn.cut import RING_LAYOUT, natural_order
 from odysseus_kernels.nn.group import SequenceGroup
 
 __all__ = ["assemble", "bare", "closeness", "observed", "part_names", "share", "whole"]
@@ -70,14 +70,18 @@ def observed(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch
             handle.remove()
 
 
-def assemble(local: torch.Tensor, group: SequenceGroup, length: int) -> torch.Tensor:
-    """[B, L, ...] in the order of the sequence, on every rank, of this rank's part [B, s, ...]; without the padding."""
+def assemble(local: torch.Tensor, group: SequenceGroup, length: int, pieces: int = 1) -> torch.Tensor:
+    """[B, L, ...] in the order of the sequence, on every rank, of this rank's part [B, s, ...]; without the padding.
+
+    ``pieces``: in which the sequence is striped.
+    """
     over = group.everyone if group.tokens == "sharded" else group.ring
     parts = (
         local
         if over is None or over.size() == 1
         else all_gather(local.contiguous(), over, operator=_OPERATOR, dim=1, config=group.config)
     )
+    parts = natural_order(parts, group.zigzag_size, group.slices, pieces)
     if group.zigzag_size > 1:
         parts = parts[:, layout.inverse(group.zigzag_size, parts.shape[1], RING_LAYOUT, parts.device)]
     return parts[:, :length]

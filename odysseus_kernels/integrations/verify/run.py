@@ -72,7 +72,8 @@ def verify(
             precision.
         prepare: ``prepare(copy, mesh, strategy)`` turns a copy of ``model`` into the parallelized model, for whatever
             else your script does to it; ``parallelize(copy, mesh, strategy, config)`` if None.
-        cut: ``cut(batch, mesh, strategy)`` gives this rank's part; :func:`~odysseus_kernels.shard_sequence` if None.
+        cut: ``cut(batch, mesh, strategy)`` gives this rank's part; ``shard_sequence(batch, copy)`` if None, striped
+            as the configuration says.
         step: ``step(model, batch) -> loss``; the model's own loss if None.
         layer_by_layer: let the single process compute each layer again in backward, so that it holds the activations
             of one layer only.
@@ -96,10 +97,6 @@ def verify(
     if "input_ids" not in batch:
         raise ValueError(f"batch: expected input_ids among its keys, got {sorted(batch)}")
 
-    def own_part(whole: Batch) -> Batch:
-        return dict((cut or shard_sequence)(whole, mesh, strategy))
-
-    part = own_part(batch)
     leads = group.every_rank == 0
     subject = copy_of(model, layers, dtype)
     reference = copy_of(model, layers, dtype) if leads else None
@@ -110,6 +107,11 @@ def verify(
     for one in (subject, reference):
         if one is not None:
             one.train()
+
+    def own_part(whole: Batch) -> Batch:
+        return dict(shard_sequence(whole, subject) if cut is None else cut(whole, mesh, strategy))
+
+    part = own_part(batch)
     sizes = f"{group.size} ranks of seq" + (f" x {group.ring_size} of ring" if group.ring_size > 1 else "")
     title = f"{type(model).__name__}, strategy {strategy!r}, {sizes}: the ranks beside a single process"
     trial = Trial(

@@ -59,6 +59,7 @@ def expected_traffic(trial: Trial) -> tuple[formulas.Traffic | None, str]:
         tokens=tokens,
         gathered=group.config.gathered,
         checkpointing=bool(recomputed),
+        pipelined=trial.pieces > 1,
         keys_at_once=config._attn_implementation not in RING_KERNELS,
         **sizes,
     )

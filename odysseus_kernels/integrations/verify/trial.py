@@ -11,6 +11,7 @@ from torch import nn
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.integrations.verify.models import Batch, Pass, Step
 from odysseus_kernels.integrations.verify.observe import assemble
+from odysseus_kernels.nn.cut import KEY, SequenceCut
 from odysseus_kernels.nn.group import SequenceGroup
 
 __all__ = ["Trial", "listed"]
@@ -91,5 +92,14 @@ class Trial:
 
     def put_together(self, seen: Pass) -> Pass:
         """A pass of the ranks as the single process would have it."""
-        parts = {name: assemble(seen.parts[name], self.group, self.length) for name in self.names if name in seen.parts}
-        return Pass(assemble(seen.logits, self.group, self.length), parts)
+        parts = {name: self.assemble(seen.parts[name]) for name in self.names if name in seen.parts}
+        return Pass(self.assemble(seen.logits), parts)
+
+    @property
+    def pieces(self) -> int:
+        """In which the batch is striped; 1 where it does not say how it was cut."""
+        return SequenceCut.read(self.part[KEY]).pieces if KEY in self.part else 1
+
+    def assemble(self, local: torch.Tensor) -> torch.Tensor:
+        """[B, L, ...] on every rank, of this rank's part [B, s, ...]."""
+        return assemble(local, self.group, self.length, self.pieces)
