@@ -28,7 +28,8 @@ def _refuse(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     if any(isinstance(part, SequenceCausalLM) for part in submodule.modules()):
         raise TypeError(
             f"{wrapper}: expected a module with plain parameters, got a parallelized model, whose ranks hold parts of "
-            f"one model. transformers' Trainer makes such a wrapper wherever RANK is set: train a parallelized model "
-            f"in a loop of your own (examples/train.py). For data parallelism around it give the mesh a dimension "
-            f'"dp" and use torch.distributed.fsdp.fully_shard(model, mesh=mesh["dp"])'
+            f"one model. transformers' Trainer makes such a wrapper wherever RANK is set: use the one of "
+            f"odysseus_kernels.integrations.trainer instead, or SequenceAccelerator beside a loop of your own. For "
+            f'data parallelism around it give the mesh a dimension "dp" and use '
+            f'torch.distributed.fsdp.fully_shard(model, mesh=mesh["dp"])'
         )

@@ -1,0 +1,209 @@
+"""accelerate's Accelerator around parallelized models: what it shards, gathers and counts goes by "dp" alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn, Self
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import recursively_apply
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from odysseus_kernels.comm.functional import all_gather
+from odysseus_kernels.nn.clipping import clip_grad_norm_
+from odysseus_kernels.nn.group import DATA_DIMENSION, SequenceGroup
+from odysseus_kernels.nn.step import Stepped
+
+__all__ = ["SequenceAccelerator"]
+
+
+class SequenceAccelerator(Accelerator):
+    """An ``Accelerator`` for ranks of which those of "seq" and "ring" share their sequences.
+
+    Such ranks are one replica: they get the same batches, and what is gathered for metrics is one of each. Models are
+    not wrapped: ``parallelize`` has distributed them, and for several replicas FSDP2's ``fully_shard`` or
+    ``replicate`` has. Everything else is accelerate's.
+
+    Args:
+        mesh: with the dimension "seq", optionally "ring" and "dp".
+        **arguments: of ``Accelerator``.
+
+    Attributes:
+        mesh: as given.
+        replicas: size of "dp".
+        replica: position of this rank in it.
+
+    Raises:
+        ValueError: for what would wrap the model again, or keep a loss scale for each rank.
+
+    Example:
+        >>> from odysseus_kernels.integrations.accelerator import SequenceAccelerator
+        >>> model = ody.parallelize(model, mesh)
+        >>> accelerator = SequenceAccelerator(mesh, cpu=True)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> loader = torch.utils.data.DataLoader([dict(input_ids=row, labels=row) for row in batch["input_ids"]])
+        >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        >>> for whole in loader:
+        ...     loss = model(**ody.shard_sequence(whole, model)).loss
+        ...     accelerator.backward(loss)
+        ...     norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+    """
+
+    mesh: DeviceMesh
+    replicas: int
+    replica: int
+    _replica_group: Any
+
+    def __init__(self, mesh: DeviceMesh, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._know(mesh)
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, mesh: DeviceMesh) -> Self:
+        """``accelerator`` itself, made one of these."""
+        accelerator.__class__ = cls
+        accelerator._know(mesh)
+        return accelerator
+
+    def _know(self, mesh: DeviceMesh) -> None:
+        for given, what in (
+            (getattr(self.state, "fsdp_plugin", None), "FSDP"),
+            (getattr(self.state, "deepspeed_plugin", None), "DeepSpeed"),
+            (getattr(self.state, "megatron_lm_plugin", None), "Megatron-LM"),
+            (getattr(self, "parallelism_config", None), "a ParallelismConfig"),
+        ):
+            if given:
+                raise ValueError(
+                    f"expected no other parallelism of accelerate around a parallelized model, got {what}: give the "
+                    f'mesh a dimension "dp", and use torch.distributed.fsdp.fully_shard(layer, mesh=mesh["dp"])'
+                )
+        if self.state.mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f'mixed_precision: expected "no" or "bf16", got {self.state.mixed_precision!r}: each rank would keep '
+                f"a loss scale by the gradients of its own shards. odysseus_kernels.MasterWeights with "
+                f"torch.amp.GradScaler, in a loop of your own, finds overflows on all ranks"
+            )
+        if self.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches: expected False or nothing, got True: the first process would send other batches to "
+                "ranks that share a sequence; let every rank read"
+            )
+        SequenceGroup.of(mesh)
+        self.mesh = mesh
+        several = DATA_DIMENSION in (mesh.mesh_dim_names or ())
+        self._replica_group = mesh.get_group(DATA_DIMENSION) if several else None
+        self.replicas = self._replica_group.size() if several else 1
+        self.replica = self._replica_group.rank() if several else 0
+
+    def prepare_data_loader(
+        self, data_loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
+    ) -> Any:
+        """As accelerate's; replicas have different batches, ranks of one replica the same."""
+        if getattr(data_loader, "_is_accelerate_prepared", False):
+            return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
+        prepared = prepare_data_loader(
+            data_loader,
+            self.device,
+            num_processes=self.replicas,
+            process_index=self.replica,
+            split_batches=self.split_batches,
+            put_on_device=self.device_placement if device_placement is None else device_placement,
+            rng_types=None if self.rng_types is None else self.rng_types.copy(),
+            dispatch_batches=False,
+            even_batches=self.even_batches,
+            use_seedable_sampler=self.use_seedable_sampler,
+            non_blocking=self.non_blocking,
+            use_stateful_dataloader=self.use_stateful_dataloader,
+        )
+        self._dataloaders.append(prepared)
+        return prepared
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        """Mixed precision and compilation only: a parallelized model is distributed already.
+
+        Raises:
+            ValueError: for a model that is not parallelized.
+        """
+        if not any(isinstance(module, Stepped) for module in model.modules()):
+            raise ValueError(
+                f"model: expected one that parallelize returned, got {type(model).__name__}: it would have other "
+                f"gradients on each rank"
+            )
+        return super().prepare_model(model, device_placement=False, evaluation_mode=True)  # type: ignore[no-any-return]
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """As accelerate's: it steps once for each replica, whose batches a step has."""
+        prepared = super().prepare_scheduler(scheduler)
+        if isinstance(prepared, AcceleratedScheduler):
+            prepared.__class__ = _ReplicaScheduler
+            prepared.replicas = 1 if prepared.split_batches else self.replicas
+            prepared.split_batches = True
+        return prepared
+
+    def gather(self, tensor: Any) -> Any:
+        """What each replica has, along the first dimension: [D * n, ...]; scalars become [D].
+
+        The parts of a sequence are not put together: :func:`odysseus_kernels.gather_sequence` does that.
+        """
+        if self._replica_group is None or self.replicas == 1:
+            return recursively_apply(lambda one: one[None] if one.ndim == 0 else one, tensor, error_on_other_type=True)
+        group = self._replica_group
+
+        def gathered(one: torch.Tensor) -> torch.Tensor:
+            rows = one[None] if one.ndim == 0 else one
+            if rows.dtype == torch.bool:
+                return all_gather(rows.to(torch.uint8), group, operator="gather").bool()
+            return all_gather(rows.contiguous(), group, operator="gather")
+
+        return recursively_apply(gathered, tensor, error_on_other_type=True)
+
+    def clip_grad_norm_(
+        self, parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2
+    ) -> torch.Tensor:
+        """As :func:`odysseus_kernels.clip_grad_norm_`: every element of every rank's shards counts once."""
+        return clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """As torch's; each rank clips its shards."""
+        torch.nn.utils.clip_grad_value_(list(parameters), clip_value, foreach=False)
+
+    def save_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses: it would write the first rank's shards as if they were all."""
+        raise RuntimeError(
+            "save_state: expected odysseus_kernels.save_checkpoint(folder, model, optimizer), called on every rank: "
+            "save_state would write the shards of the first rank only"
+        )
+
+    def load_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses, as :meth:`save_state` does."""
+        raise RuntimeError("load_state: expected odysseus_kernels.load_checkpoint(folder, model, optimizer)")
+
+    def save_model(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses: it would write the first rank's shards as if they were all."""
+        raise RuntimeError("save_model: expected odysseus_kernels.save_pretrained(model, folder), called on every rank")
+
+    def get_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses: whole state dicts do not fit where models are cut."""
+        raise RuntimeError(
+            "get_state_dict: expected odysseus_kernels.save_pretrained(model, folder) or save_checkpoint, called on "
+            "every rank: a state dict here would be this rank's shards"
+        )
+
+
+class _ReplicaScheduler(AcceleratedScheduler):
+    """Steps once for each replica; accelerate's steps once for each process."""
+
+    replicas: int
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """After an optimizer's step."""
+        for _ in range(self.replicas if self.gradient_state.sync_gradients else 1):
+            super().step(*args, **kwargs)

@@ -1,0 +1,221 @@
+"""transformers' Trainer, and trainers that derive from it, for parallelized models.
+
+Datasets, collators, losses and metrics are those of the stock trainer and see whole batches; each batch is cut where
+the model is called.  Only what the stock trainer cannot know is replaced here: which ranks share their batches, how
+the tokens of a step are counted, and how state that is distributed is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from odysseus_kernels.integrations.accelerator import SequenceAccelerator
+from odysseus_kernels.integrations.checkpoint import load_checkpoint, save_checkpoint
+from odysseus_kernels.integrations.pretrained import load_pretrained, save_pretrained
+from odysseus_kernels.integrations.whole import WholeBatches
+from odysseus_kernels.nn.items import num_items_in_batch
+from odysseus_kernels.nn.loss import IGNORE_INDEX
+from odysseus_kernels.nn.step import Stepped, sequence_group_of
+
+__all__ = ["SequenceTrainer", "Trainer", "sequence_trainer"]
+
+# Beside the stock files of a trainer's checkpoint.
+_STATE = "sequence_state"
+_SCHEDULER = "scheduler.pt"
+_ARGUMENTS = "training_args.bin"
+# Settings that a parallelized model would follow wrongly, with what each would do.
+_REFUSED = (
+    ("fsdp", "it would wrap the model again; use fully_shard(layer, mesh=mesh['dp']) before"),
+    ("deepspeed", "it would wrap the model again"),
+    ("parallelism_config", "the model's mesh says which ranks share sequences"),
+    ("neftune_noise_alpha", "its noise would follow the length of this rank's part"),
+    ("use_liger_kernel", "it replaces forwards that a parallelized model does not call"),
+    ("auto_find_batch_size", "one rank that runs out of memory would go on alone with smaller batches"),
+    ("torch_compile", "compile the layers: for layer in model.model.layers: layer.compile()"),
+    ("fp16", "each rank would keep a loss scale by the gradients of its own shards; use bf16"),
+    ("fp16_full_eval", "it converts the distributed parameters for good; load the model in fp16"),
+    ("bf16_full_eval", "it converts the distributed parameters for good; use bf16, or load the model in bf16"),
+)
+
+
+class SequenceTrainer:
+    """What :class:`Trainer` adds; goes before a trainer class of transformers or TRL (:func:`sequence_trainer`)."""
+
+    model: Any
+    args: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    state: Any
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        model = named.get("model", arguments[0] if arguments else None)
+        if not isinstance(model, torch.nn.Module) or not any(isinstance(part, Stepped) for part in model.modules()):
+            raise ValueError(
+                f"model: expected what parallelize returned, got {type(model).__name__}: "
+                f"model = odysseus_kernels.parallelize(model, mesh) goes before the trainer"
+            )
+        super().__init__(*arguments, **named)
+        # Norms of gradients are taken by the accelerator, whatever meshes they are on.
+        self._mixed_mesh_grads = False
+
+    # Which ranks share their batches
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the stock trainer's, by an accelerator that knows the model's mesh."""
+        for name, why in _REFUSED:
+            if getattr(self.args, name, None):
+                raise ValueError(f"{name}: expected it not to be set for a parallelized model: {why}")
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        SequenceAccelerator.of(self.accelerator, sequence_group_of(self.model).whole)
+        self.gather_function = functools.partial(
+            self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
+        )
+
+    def get_tp_size(self) -> int:
+        """Ranks that get the same batches."""
+        return self.accelerator.num_processes // self.accelerator.replicas  # type: ignore[no-any-return]
+
+    # The loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, *arguments: Any, **named: Any
+    ) -> Any:
+        """The stock trainer's, of a model that takes whole batches."""
+        whole = WholeBatches(model, logits=return_outputs and not self._loss_only)
+        with self._counted_here():
+            return super().compute_loss(whole, inputs, return_outputs, *arguments, **named)  # type: ignore[misc]
+
+    _loss_only = False
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *arguments: Any, **named: Any
+    ) -> Any:
+        """The stock trainer's; logits are made whole where they are wanted."""
+        self._loss_only = prediction_loss_only
+        try:
+            if any(inputs.get(name) is None for name in self.label_names):  # type: ignore[attr-defined]
+                model = WholeBatches(model)
+            return super().prediction_step(model, inputs, prediction_loss_only, *arguments, **named)  # type: ignore[misc]
+        finally:
+            self._loss_only = False
+
+    @contextlib.contextmanager
+    def _counted_here(self) -> Iterator[None]:
+        """Without the stock trainer's factor for tokens that it counted over all processes."""
+        wanted = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = False
+        try:
+            yield
+        finally:
+            self.args.average_tokens_across_devices = wanted
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
+        """What a rank's losses are divided by, for gradients that are averaged over replicas afterwards."""
+        if not batch_samples or any(not isinstance(one.get("labels"), torch.Tensor) for one in batch_samples):
+            return None
+        group = sequence_group_of(self.model)
+        if self.args.average_tokens_across_devices:
+            items = num_items_in_batch(batch_samples, group.whole, config=group.config)
+        else:
+            items = float(sum((one["labels"][:, 1:] != IGNORE_INDEX).sum().item() for one in batch_samples))
+        return torch.tensor(items, dtype=torch.float64, device=device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """This rank's part of the stock estimate: the stock trainer adds those of all processes."""
+        return super().floating_point_ops(inputs) / self.get_tp_size()  # type: ignore[misc,no-any-return]
+
+    # State
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what ``from_pretrained`` reads.  Every rank calls it."""
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        save_pretrained(self.model, folder)
+        if self.args.should_save:
+            tokenizer = getattr(self, "processing_class", None) or getattr(self.data_collator, "tokenizer", None)  # type: ignore[attr-defined]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            torch.save(self.args, folder / _ARGUMENTS)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_checkpoint(Path(output_dir) / _STATE, self.model, _bare(self.optimizer))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / _STATE).is_dir():
+            return
+        load_checkpoint(Path(checkpoint) / _STATE, self.model, _bare(self.optimizer))
+        scheduler = torch.load(Path(checkpoint) / _SCHEDULER, map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = Path(resume_from_checkpoint) / _STATE
+        if state.is_dir():
+            load_checkpoint(state, self.model)  # in the model's own dtype, where the other files may be converted
+        else:
+            load_pretrained(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer within accelerate's wrapper."""
+    found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found
+
+
+class Trainer(SequenceTrainer, transformers.Trainer):  # type: ignore[misc]
+    """``transformers.Trainer`` for a parallelized model; its arguments are those of the stock class.
+
+    Ranks of "seq" and "ring" get the same samples, ranks of "dp" different ones; ``per_device_train_batch_size`` is
+    that of a rank of "dp". Losses, label smoothing, ``compute_loss_func``, metrics and norms are the single process's.
+    ``compute_loss_func``, label smoothing and ``compute_metrics`` take whole logits, [B, L, V] on every rank;
+    ``preprocess_logits_for_metrics`` keeps them from piling up. Without these logits never exist whole. Checkpoints are
+    resumed on any number of ranks and under any strategy.
+
+    Raises:
+        ValueError: for a model that is not parallelized, or settings that do not go with one; says what does.
+
+    Example:
+        >>> from odysseus_kernels.integrations.trainer import Trainer
+        >>> model = ody.parallelize(model, mesh)
+        >>> rows = [{"input_ids": row, "labels": row} for row in batch["input_ids"]]
+        >>> settings = transformers.TrainingArguments(folder, max_steps=2, use_cpu=True, report_to="none")
+        >>> trainer = Trainer(model=model, args=settings, train_dataset=rows)
+        >>> trainer.train().global_step
+        2
+    """
+
+
+@functools.cache
+def sequence_trainer(trainer: type[Any]) -> type[Any]:
+    """A trainer class, such as TRL's ``SFTTrainer``, for parallelized models.
+
+    Args:
+        trainer: derives from ``transformers.Trainer``; what it does in ``compute_loss`` with a model's outputs sees
+            those of whole batches.
+
+    Raises:
+        TypeError: for another class.
+
+    Example:
+        >>> from odysseus_kernels.integrations.trainer import Trainer, sequence_trainer
+        >>> issubclass(sequence_trainer(transformers.Trainer), transformers.Trainer)
+        True
+    """
+    if not isinstance(trainer, type) or not issubclass(trainer, transformers.Trainer):
+        raise TypeError(f"trainer: expected a class that derives from transformers.Trainer, got {trainer!r}")
+    if issubclass(trainer, SequenceTrainer):
+        return trainer
+    return type(trainer.__name__, (SequenceTrainer, trainer), {"__doc__": trainer.__doc__})

@@ -1,0 +1,99 @@
+"""A parallelized model seen as the stock one: whole batches go in, whole outputs come out, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from odysseus_kernels.nn.gather import gather_sequence
+from odysseus_kernels.nn.sequence import shard_sequence
+from odysseus_kernels.nn.step import stepped
+
+__all__ = ["WholeBatches"]
+
+_PARTS = ("input_ids", "labels", "attention_mask", "position_ids")
+# What collators without padding add for flash-attention: positions that begin again say the same.
+_REPEATED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+class WholeBatches:
+    """Calls a parallelized model with whole batches, as code that was written for the stock model does.
+
+    A batch, the same on all ranks that share the sequence, is cut by :func:`odysseus_kernels.shard_sequence`. Outputs
+    are those of the whole batch: the loss always, logits and hidden states as far as they are asked for. Whole logits
+    are [B, L, V] on every rank; with labels they are made only for ``logits=True``. Everything else is the model's.
+
+    Args:
+        model: what :func:`odysseus_kernels.parallelize` returned, or a wrapper around it.
+        logits: whether a call with labels returns logits, too.
+
+    Raises:
+        ValueError: by a call, for arguments that a parallelized model does not take.
+    """
+
+    def __init__(self, model: nn.Module, *, logits: bool = False) -> None:
+        self._model, self._logits = model, logits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def _get_name(self) -> str:
+        # transformers' Trainer asks so whether labels are to be shifted.
+        return stepped(self._model).__class__.__name__
+
+    def __call__(self, **given: Any) -> Any:
+        """The stock model's outputs; ``loss`` and ``logits`` are of the whole batch."""
+        batch = {name: given.pop(name) for name in _PARTS if given.get(name) is not None}
+        if "position_ids" in batch:
+            for name in _REPEATED:
+                given.pop(name, None)
+        labels = batch.get("labels")
+        _check_rest(given)
+        if labels is None or self._logits:
+            return self._with_logits(batch, labels, given)
+        part = shard_sequence(batch, self._model)
+        outputs = self._model(**part, **given)
+        return self._made_whole(outputs, part)
+
+    def _with_logits(self, batch: dict[str, torch.Tensor], labels: torch.Tensor | None, given: dict[str, Any]) -> Any:
+        items = given.pop("num_items_in_batch", None)
+        model: Any = stepped(self._model)
+        part = shard_sequence({name: tensor for name, tensor in batch.items() if name != "labels"}, self._model)
+        outputs = self._made_whole(self._model(**part, **given), part)
+        if labels is None or not isinstance(outputs, ModelOutput):
+            return outputs
+        arguments = {} if items is None else {"num_items_in_batch": items}
+        loss = model.loss_function(
+            logits=outputs.logits, labels=labels, vocab_size=model.config.vocab_size, **arguments
+        )
+        aux = getattr(outputs, "aux_loss", None)
+        if aux is not None:
+            loss = loss + model.router_aux_loss_coef * aux
+        # A loss goes before everything else, where tuples made of outputs have it.
+        return type(outputs)(loss=loss, **{name: value for name, value in outputs.items() if name != "loss"})
+
+    def _made_whole(self, outputs: Any, part: Mapping[str, torch.Tensor]) -> Any:
+        """Logits and hidden states of the whole sequences; a router's logits stay those of this rank's tokens."""
+        if not isinstance(outputs, ModelOutput):
+            raise ValueError("return_dict: expected True or nothing, got a tuple: outputs are made whole by name")
+        group = stepped(self._model).sequence_group
+        if outputs.get("logits") is not None:
+            outputs["logits"] = gather_sequence(outputs["logits"], part, group.mesh, group.config)
+        if outputs.get("hidden_states") is not None:
+            outputs["hidden_states"] = tuple(
+                gather_sequence(hidden, part, group.mesh, group.config) for hidden in outputs["hidden_states"]
+            )
+        return outputs
+
+
+def _check_rest(given: Mapping[str, Any]) -> None:
+    unknown = sorted(name for name, value in given.items() if isinstance(value, torch.Tensor) and value.ndim > 0)
+    if unknown:
+        raise ValueError(
+            f"expected {', '.join(_PARTS)} as tensors of the batch, got {', '.join(unknown)} as well, of which a "
+            f"parallelized model does not know how they are cut: leave them out in the collator"
+        )

@@ -1,0 +1,131 @@
+"""A trainer of transformers with a parallelized model logs what the stock trainer logs in one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from trainer_cases import Run, accelerated, in_one_process, on_ranks, refusals
+
+EVALUATED = (("eval_strategy", "steps"), ("eval_steps", 2))
+
+RUNS = {
+    "plain": Run(settings=EVALUATED),
+    "accumulated": Run(settings=(("gradient_accumulation_steps", 3), ("per_device_train_batch_size", 1))),
+    "clipped": Run(strategy="ulysses", settings=(("max_grad_norm", 0.1), ("include_num_input_tokens_seen", "all"))),
+    "smoothed": Run(strategy="tp", settings=(("label_smoothing_factor", 0.2), *EVALUATED)),
+    "own loss": Run(own_loss=True, settings=(("gradient_accumulation_steps", 2), *EVALUATED)),
+    "metrics": Run(strategy="tp_sp", metrics=True, settings=EVALUATED),
+    "packed": Run(strategy="tsp", packed=True, metrics=True, settings=EVALUATED),
+    "ring": Run(mesh=(1, 2, 2), settings=EVALUATED),
+    "replicas": Run(
+        mesh=(2, 1, 2),
+        metrics=True,
+        samples=24,  # which replicas divide: else the stock trainer fills the last batch with rows of the first
+        held_out=12,
+        settings=(("gradient_accumulation_steps", 2), *EVALUATED),
+    ),
+    "not averaged": Run(settings=(("average_tokens_across_devices", False),)),
+    "checkpointed": Run(settings=(("gradient_checkpointing", True), ("max_steps", 2))),
+}
+
+
+def _equal(found: dict[str, Any], true: dict[str, Any], tolerance: float = 1e-4) -> None:
+    assert len(found["history"]) == len(true["history"])
+    for entry, expected in zip(found["history"], true["history"], strict=True):
+        assert entry.keys() == expected.keys()
+        for name, value in expected.items():
+            wide = 10 if name == "grad_norm" else 1
+            assert entry[name] == pytest.approx(value, rel=wide * tolerance), (name, entry, expected)
+
+
+def _weights_equal(found: dict[str, Any], true: dict[str, Any], tolerance: float = 1e-3) -> None:
+    for name, weight in true["weights"].items():
+        error = (found["weights"][name] - weight).norm() / weight.norm()
+        assert error < tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_logs_what_one_process_logs(ranks, tmp_path, name: str):
+    run = RUNS[name]
+    replicas, ring, seq = run.mesh
+    results = ranks(replicas * ring * seq).run(on_ranks, run, str(tmp_path / "ranks"))
+    true = in_one_process(run, str(tmp_path / "one"), replicas)
+    for result in results:
+        _equal(result, true)
+        assert result["batch"] == true["batch"]
+        if replicas == 1:  # else each pads its own rows
+            assert result["flos"] == pytest.approx(true["flos"])
+            assert result["tokens"] == true["tokens"]
+    _weights_equal(results[0], true)
+
+
+def test_evaluation_of_rows_that_replicas_do_not_divide(ranks, tmp_path):
+    """Each row counts once in metrics; the loss is the stock trainer's on as many processes, which fill a batch."""
+    run = Run(mesh=(2, 1, 1), metrics=True, settings=EVALUATED)
+    result = ranks(2).run(on_ranks, run, str(tmp_path / "ranks"))[0]
+    true = in_one_process(run, str(tmp_path / "one"), 2)
+    for entry, expected in zip(result["history"], true["history"], strict=True):
+        for name in {"eval_accuracy", "eval_rows", "eval_order"} & expected.keys():
+            assert entry[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+STATE = (("save_strategy", "steps"), ("save_steps", 3), ("max_steps", 6), ("gradient_accumulation_steps", 2))
+
+
+@pytest.mark.parametrize(("saved_on", "resumed_on"), [(2, 4), (4, 2), (2, 1)])
+def test_resumes_within_an_epoch_on_another_number_of_ranks(ranks, tmp_path, saved_on: int, resumed_on: int):
+    run = Run(mesh=(1, 1, saved_on), settings=STATE, stop_at=3)
+    ranks(saved_on).run(on_ranks, run, str(tmp_path / "ranks"))
+    again = dataclasses.replace(run, mesh=(1, 1, resumed_on), strategy="ulysses", stop_at=None, resume=True)
+    resumed = ranks(resumed_on).run(on_ranks, again, str(tmp_path / "ranks"))[0]
+    true = in_one_process(dataclasses.replace(run, stop_at=None), str(tmp_path / "one"))
+    assert [entry["step"] for entry in resumed["history"] if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    logged = [[entry for entry in one["history"] if "loss" in entry] for one in (resumed, true)]
+    _equal({"history": logged[0]}, {"history": logged[1]})
+    _weights_equal(resumed, true)
+
+
+def test_best_model_and_early_stopping(ranks, tmp_path):
+    settings = {
+        "load_best_model_at_end": True,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 12,
+        "learning_rate": 0.03,  # too high: it gets worse
+        "metric_for_best_model": "eval_loss",
+    }
+    run = Run(settings=tuple(settings.items()), patience=2)
+    result = ranks(2).run(on_ranks, run, str(tmp_path / "ranks"))[0]
+    true = in_one_process(run, str(tmp_path / "one"))
+    assert result["best"] == true["best"]
+    assert len(true["history"]) < 2 * 12, "this run must stop early"
+    _equal(result, true, tolerance=1e-3)
+    _weights_equal(result, true)
+
+
+def test_mixed_precision(ranks, tmp_path):
+    run = Run(settings=(("bf16", True), *EVALUATED))
+    result = ranks(2).run(on_ranks, run, str(tmp_path / "ranks"))[0]
+    true = in_one_process(run, str(tmp_path / "one"))
+    _equal(result, true, tolerance=2e-2)
+    assert all(weight.dtype == torch.float32 for weight in result["weights"].values())
+
+
+def test_says_what_does_not_go(ranks, tmp_path):
+    said = ranks(2).run(refusals, str(tmp_path))[0]
+    assert "odysseus_kernels.integrations.trainer" in said["stock trainer"]
+    assert "odysseus_kernels.parallelize(model, mesh)" in said["stock model"]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_accelerate_loop(ranks, replicas: int):
+    results = ranks(2 * replicas).run(accelerated, replicas)
+    true = accelerated(None, 1, replicas)
+    for result in results:
+        for found, expected in zip(result, true, strict=True):
+            assert found == pytest.approx(expected, rel=1e-3)
