@@ -1,9 +1,7 @@
 """transformers' Trainer on sequences that are cut over ranks: ``torchrun --nproc-per-node 2 examples/trainer.py``.
 
-Trains a small Llama on the sources of Python's standard library and logs the losses that one process would log.
+Trains a small Llama on the sources of Python's standard library and logs what one process would log.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
