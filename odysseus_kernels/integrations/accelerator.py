@@ -20,6 +20,8 @@ from odysseus_kernels.nn.step import Stepped
 
 __all__ = ["SequenceAccelerator"]
 
+_OTHERS = ("fsdp_plugin", "deepspeed_plugin", "megatron_lm_plugin", "parallelism_config")
+
 
 class SequenceAccelerator(Accelerator):
     """An ``Accelerator`` for ranks of which those of "seq" and "ring" share their sequences.
@@ -61,6 +63,7 @@ class SequenceAccelerator(Accelerator):
     _replica_group: Any
 
     def __init__(self, mesh: DeviceMesh, **arguments: Any) -> None:
+        _refuse((name, arguments.get(name)) for name in _OTHERS)  # which accelerate may pass over on this machine
         super().__init__(**arguments)
         self._know(mesh)
 
@@ -72,17 +75,7 @@ class SequenceAccelerator(Accelerator):
         return accelerator
 
     def _know(self, mesh: DeviceMesh) -> None:
-        for given, what in (
-            (getattr(self.state, "fsdp_plugin", None), "FSDP"),
-            (getattr(self.state, "deepspeed_plugin", None), "DeepSpeed"),
-            (getattr(self.state, "megatron_lm_plugin", None), "Megatron-LM"),
-            (getattr(self, "parallelism_config", None), "a ParallelismConfig"),
-        ):
-            if given:
-                raise ValueError(
-                    f"expected no other parallelism of accelerate around a parallelized model, got {what}: give the "
-                    f'mesh a dimension "dp", and use torch.distributed.fsdp.fully_shard(layer, mesh=mesh["dp"])'
-                )
+        _refuse((name, getattr(self.state, name, None) or getattr(self, name, None)) for name in _OTHERS)
         if self.state.mixed_precision not in ("no", "bf16"):
             raise ValueError(
                 f'mixed_precision: expected "no" or "bf16", got {self.state.mixed_precision!r}: each rank would keep '
@@ -196,6 +189,15 @@ class SequenceAccelerator(Accelerator):
             "get_state_dict: expected odysseus_kernels.save_pretrained(model, folder) or save_checkpoint, called on "
             "every rank: a state dict here would be this rank's shards"
         )
+
+
+def _refuse(given: Iterable[tuple[str, Any]]) -> None:
+    for name, value in given:
+        if value:
+            raise ValueError(
+                f"{name}: expected no other parallelism of accelerate around a parallelized model, got one: give the "
+                f'mesh a dimension "dp", and use torch.distributed.fsdp.fully_shard(layer, mesh=mesh["dp"])'
+            )
 
 
 class _ReplicaScheduler(AcceleratedScheduler):

@@ -207,7 +207,7 @@ def sequence_trainer(trainer: type[Any]) -> type[Any]:
             those of whole batches.
 
     Raises:
-        TypeError: for another class.
+        TypeError: for another class, or one of TRL's that generates with its model or copies it.
 
     Example:
         >>> from odysseus_kernels.integrations.trainer import Trainer, sequence_trainer
@@ -216,6 +216,11 @@ def sequence_trainer(trainer: type[Any]) -> type[Any]:
     """
     if not isinstance(trainer, type) or not issubclass(trainer, transformers.Trainer):
         raise TypeError(f"trainer: expected a class that derives from transformers.Trainer, got {trainer!r}")
+    if trainer.__module__.startswith("trl.") and trainer.__name__ != "SFTTrainer":
+        raise TypeError(
+            f"trainer: expected TRL's SFTTrainer or a trainer of your own, got {trainer.__name__}, which generates, or "
+            f"copies its model: examples/grpo.py and examples/dpo.py show these losses with a parallelized model"
+        )
     if issubclass(trainer, SequenceTrainer):
         return trainer
     return type(trainer.__name__, (SequenceTrainer, trainer), {"__doc__": trainer.__doc__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from odysseus_kernels.nn.gather import gather_sequence
+from odysseus_kernels.nn.logprobs import sequence_logprobs
+from odysseus_kernels.nn.loss import IGNORE_INDEX
 from odysseus_kernels.nn.sequence import shard_sequence
 from odysseus_kernels.nn.step import stepped
 
@@ -18,6 +21,17 @@ __all__ = ["WholeBatches"]
 _PARTS = ("input_ids", "labels", "attention_mask", "position_ids")
 # What collators without padding add for flash-attention: positions that begin again say the same.
 _REPEATED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+@dataclasses.dataclass
+class _TokenOutput(ModelOutput):
+    """What is known of each next token; 0 where its label is -100."""
+
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    label_mask: torch.Tensor | None = None
 
 
 class WholeBatches:
@@ -53,6 +67,8 @@ class WholeBatches:
                 given.pop(name, None)
         labels = batch.get("labels")
         _check_rest(given)
+        if given.pop("fused_lm_head", False):
+            return self._of_each_token(batch, given)
         if labels is None or self._logits:
             return self._with_logits(batch, labels, given)
         part = shard_sequence(batch, self._model)
@@ -75,6 +91,28 @@ class WholeBatches:
             loss = loss + model.router_aux_loss_coef * aux
         # A loss goes before everything else, where tuples made of outputs have it.
         return type(outputs)(loss=loss, **{name: value for name, value in outputs.items() if name != "loss"})
+
+    def _of_each_token(self, batch: dict[str, torch.Tensor], given: dict[str, Any]) -> _TokenOutput:
+        """What TRL's trainers ask a model for instead of logits, [B, L-1] each."""
+        if "labels" not in batch:
+            raise ValueError("fused_lm_head: expected labels beside it, whose log-probabilities it is about")
+        if given.get("output_router_logits"):
+            raise ValueError(
+                "router_aux_loss_coef: expected 0 with a trainer that asks for log-probabilities, which come without "
+                "a router's loss; transformers' own trainer has it"
+            )
+        for name in ("num_items_in_batch", "use_cache", "output_router_logits"):
+            given.pop(name, None)
+        part = shard_sequence(batch, self._model)
+        found = sequence_logprobs(self._model, part, entropy=True, top1=True, **given)
+        mask = batch["labels"][:, 1:] != IGNORE_INDEX
+        return _TokenOutput(
+            loss=-found.logprobs.sum() / mask.sum().clamp(min=1),
+            log_probs=found.logprobs,
+            entropy=found.entropy.masked_fill(~mask, 0.0),
+            is_top1=found.is_top1 & mask,
+            label_mask=mask,
+        )
 
     def _made_whole(self, outputs: Any, part: Mapping[str, torch.Tensor]) -> Any:
         """Logits and hidden states of the whole sequences; a router's logits stay those of this rank's tokens."""

@@ -16,6 +16,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from llama_cases import Case
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -249,6 +250,7 @@ def refusals(rank: int, world_size: int, folder: str) -> dict[str, str]:
         "auto_find_batch_size": {"auto_find_batch_size": True},
         "torch_compile": {"torch_compile": True},
         "bf16_full_eval": {"bf16_full_eval": True},
+        "use_liger_kernel": {"use_liger_kernel": True},
         "dispatch_batches": {"accelerator_config": {"dispatch_batches": True}},
     }
     model = parallel_model(Run(mesh=(1, 1, world_size)))
@@ -261,6 +263,22 @@ def refusals(rank: int, world_size: int, folder: str) -> dict[str, str]:
         with pytest.raises(ValueError, match="parallelize") as caught:
             trained(Run(), folder, Trainer, Run().case.model())
         said["stock model"] = str(caught.value)
+        _forget()
+        accelerator = SequenceAccelerator(trainer_mesh((1, 1, world_size)), cpu=True)
+        for name, call in (
+            ("save_state", lambda: accelerator.save_state(folder)),
+            ("load_state", lambda: accelerator.load_state(folder)),
+            ("save_model", lambda: accelerator.save_model(model, folder)),
+            ("get_state_dict", lambda: accelerator.get_state_dict(model)),
+        ):
+            with pytest.raises(RuntimeError, match=f"{name}: expected odysseus_kernels."):
+                call()
+        with pytest.raises(ValueError, match="expected one that parallelize returned"):
+            accelerator.prepare_model(Run().case.model())
+        for arguments in ({"mixed_precision": "fp16"}, {"fsdp_plugin": FullyShardedDataParallelPlugin()}):
+            _forget()
+            with pytest.raises(ValueError, match="MasterWeights|fully_shard"):
+                SequenceAccelerator(trainer_mesh((1, 1, world_size)), cpu=True, **arguments)
         _forget()
         with pytest.raises((TypeError, ValueError)) as other:
             trained(Run(), folder, transformers.Trainer, model)
