@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from odysseus_kernels.nn.parameters import token_parameter
 
 __all__ = ["SequenceCausalLM", "SequenceModel"]
 
+_MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
 # Rotary embeddings whose frequencies depend on the last position of the sequence.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -157,7 +159,10 @@ class SequenceModel(Pipelined):
             "attention_mask": attention_mask,
             "past_key_values": None,
             "position_ids": positions,
+            # Earlier versions of transformers 5 ask for it.
+            "cache_position": torch.arange(outline.shape[1], device=outline.device),
         }
+        arguments = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         masks = {kind: makers[kind](**arguments) for kind in self._mask_kinds()}
         if real is not None:
