@@ -84,13 +84,13 @@ class SequenceDataLoader:
         ValueError: for arguments or documents that do not fit, or an epoch without a single batch.
 
     Example:
-        >>> documents = [{"input_ids": list(range(1, n))} for n in (6, 13, 10, 21, 4, 9)]
+        >>> documents = [{"input_ids": list(range(1, n))} for n in (6, 13, 10, 21, 3, 9)]
         >>> loader = ody.SequenceDataLoader(documents, mesh, length=16, batch_size=2, shuffle=False)
         >>> [list(part["input_ids"].shape) for part in loader]  # on each of two ranks
         [[2, 8], [2, 8]]
         >>> whole = ody.SequenceDataLoader(documents, mesh, length=16, batch_size=2, shuffle=False, shard=False)
-        >>> next(iter(whole))["position_ids"][0].tolist()  # documents of 5, 8 and 3 tokens
-        [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]
+        >>> next(iter(whole))["position_ids"][0].tolist()  # documents of 5, 9 and 2 tokens
+        [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1]
         >>> model = ody.parallelize(model, mesh)
         >>> for part in ody.SequenceDataLoader(documents, model, length=16, batch_size=2):
         ...     model(**part).loss.backward()

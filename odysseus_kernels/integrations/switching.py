@@ -15,6 +15,7 @@ from odysseus_kernels.integrations.inputs import check_attention
 from odysseus_kernels.integrations.intact import check_intact
 from odysseus_kernels.integrations.model import SequenceCausalLM
 from odysseus_kernels.nn.group import SequenceGroup
+from odysseus_kernels.nn.recut import cut_of
 from odysseus_kernels.nn.step import stepped
 from odysseus_kernels.strategies import get_strategy
 from odysseus_kernels.strategies.base import ModelShape, Part, Strategy, change_strategy
@@ -52,7 +53,8 @@ def set_strategy(model: nn.Module, strategy: str, *, optimizer: torch.optim.Opti
         model: what :func:`parallelize` returned, without FSDP2 around it, which keeps parts of its own.
         strategy: as :func:`parallelize` takes it. Batches are then cut for this one.
         optimizer: that trains the model, with state as DTensors of the parameters' shape and numbers. One that is not
-            given keeps its state as it was cut before: then it must have none yet.
+            given keeps its state as it was cut before. torch's optimizers compute the same with it, and send it in
+            every step; :class:`MasterWeights` does not work then. A later call with it cuts it as the parameters are.
 
     Returns:
         Bytes of parameters and optimizer state that this rank got from others.
@@ -98,7 +100,7 @@ def set_strategy(model: nn.Module, strategy: str, *, optimizer: torch.optim.Opti
                 f"optimizer.step() and optimizer.zero_grad() before set_strategy"
             )
     check_intact(inner, group)
-    state = {} if optimizer is None else _state_of(optimizer, inner)
+    state = {} if optimizer is None else _state_of(optimizer, inner, group)
     with group.steps.step():
         _agree(f"set_strategy to {strategy!r}, {sum(map(len, state.values()))} tensors of optimizer state", new)
         received = change_strategy(chosen, found.shape, found.parts, new, lambda p: state.get(id(p), ()))
@@ -129,8 +131,10 @@ def _check_nothing_random(config: Any, strategy: str) -> None:
             )
 
 
-def _state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[int, Sequence[DTensor]]:
-    """By the identity of a parameter, what an optimizer keeps that is cut as the parameter is."""
+def _state_of(
+    optimizer: torch.optim.Optimizer, model: nn.Module, sequence: SequenceGroup
+) -> dict[int, Sequence[DTensor]]:
+    """By the identity of a parameter, what an optimizer keeps that is to be cut as the parameter is."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[int, Sequence[DTensor]] = {}
     for group in optimizer.param_groups:
@@ -143,11 +147,10 @@ def _state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[int, S
             kept = {}
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, DTensor) and value.shape == parameter.shape:
-                    if value.device_mesh != parameter.device_mesh or value.placements != parameter.placements:
-                        raise ValueError(
-                            f"optimizer: expected state that is cut as its parameter, {parameter.placements}, got "
-                            f"{value.placements} as {key} of {name}: was set_strategy called without this optimizer?"
-                        )
+                    try:
+                        cut_of(value, sequence)
+                    except ValueError as error:
+                        raise ValueError(f"optimizer, {key} of {name}: {error}") from None
                     kept[id(value)] = value
                 elif not (value is None or isinstance(value, (int, float, str)) or _is_number(value)):
                     shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

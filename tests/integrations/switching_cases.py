@@ -162,14 +162,21 @@ def refusal(model: Any, strategy: str, **arguments: Any) -> str:
     return "nothing was refused"
 
 
-def an_optimizer_that_was_left_out(rank: int, world_size: int) -> str:
-    """What is said when it is given at the next change."""
-    case = Case(kv_heads=4)
-    model = parallel_model(case, "ulysses", make_mesh(world_size, 1))
-    optimizer = torch.optim.AdamW(model.parameters())
-    step(model, case, optimizer)
+def an_optimizer_that_was_left_out(rank: int, world_size: int) -> tuple[list[float], list[float], int]:
+    """Losses with and without it, and the bytes that it is brought along with later."""
+    case, mesh = Case(kv_heads=4), make_mesh(world_size, 1)
+    model, other = (parallel_model(case, "ulysses", mesh) for _ in range(2))
+    optimizer, given = (Optimizers["AdamW"](one) for one in (model, other))
+    losses, expected = [step(model, case, optimizer)], [step(other, case, given)]
     ody.set_strategy(model, "tsp")
-    return refusal(model, "odysseus", optimizer=optimizer)
+    ody.set_strategy(other, "tsp", optimizer=given)
+    losses += [step(model, case, optimizer)]
+    received = ody.set_strategy(model, "tsp", optimizer=optimizer)
+    expected += [step(other, case, given)]
+    for one, optimizing, found in ((model, optimizer, losses), (other, given, expected)):
+        found += [step(one, case, optimizing) for _ in range(2)]
+    _same(state_of(model, optimizer), state_of(other, given), "brought along")
+    return losses, expected, received
 
 
 def beside_data_parallelism(rank: int, world_size: int) -> str:
