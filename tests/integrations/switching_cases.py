@@ -53,7 +53,9 @@ def moves_to_the_bit(
     step(model, case, optimizing)
     for before, after in itertools.pairwise(order):
         start = {name: tensor for name, tensor in state_of(model, optimizing).items() if not name.endswith("here")}
-        moved[f"{before} to {after}"] = ody.set_strategy(model, after, optimizer=optimizing)
+        with ody.CommRecorder() as record:
+            received = moved[f"{before} to {after}"] = ody.set_strategy(model, after, optimizer=optimizing)
+        assert record.bytes() == received + world_size - 1, "and a byte by which ranks agree"
         assert {name: id(parameter) for name, parameter in model.named_parameters()} == kept, "the same objects"
         fresh = parallel_model(case, after, mesh)
         other = Optimizers[optimizer](fresh)
@@ -194,3 +196,22 @@ def sizes_that_do_not_divide(rank: int, world_size: int) -> str:
     text = refusal(model, "ulysses")
     assert model(**ody.shard_sequence(case.whole_batch(), model)).loss.item() == before
     return text
+
+
+def compiled_and_saved(rank: int, world_size: int, folder: str) -> None:
+    """Compiled layers are compiled again; a checkpoint from before a change is loaded after it."""
+    case, mesh = Case(kv_heads=4), make_mesh(world_size, 1)
+    model, fresh = (parallel_model(case, strategy, mesh) for strategy in ("odysseus", "tp_sp"))
+    optimizer, other = (Optimizers["AdamW"](one) for one in (model, fresh))
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    step(model, case, optimizer)
+    ody.save_checkpoint(folder, model, optimizer)
+    ody.load_checkpoint(folder, fresh, other)
+    ody.set_strategy(model, "tp_sp", optimizer=optimizer)
+    losses = [
+        [step(one, case, optimizing) for _ in range(2)] for one, optimizing in ((model, optimizer), (fresh, other))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    ody.load_checkpoint(folder, model, optimizer)
+    assert step(model, case, optimizer) == pytest.approx(losses[1][0], rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from switching_cases import (
     an_optimizer_that_was_left_out,
     beside_data_parallelism,
     checkpointed_and_copied,
+    compiled_and_saved,
     moves_to_the_bit,
     refusals,
     sizes_that_do_not_divide,
@@ -83,3 +85,7 @@ def test_beside_data_parallelism(ranks: Any) -> None:
 def test_sizes_that_do_not_divide(ranks: Any) -> None:
     for text in ranks(4).run(sizes_that_do_not_divide):
         assert "LlamaForCausalLM, strategy 'ulysses': expected attention heads that 4 ranks divide, got 6" in text
+
+
+def test_compiled_layers_and_checkpoints(ranks: Any, tmp_path: Path) -> None:
+    ranks(2).run(compiled_and_saved, str(tmp_path / "step"))
