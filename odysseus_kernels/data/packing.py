@@ -11,8 +11,8 @@ __all__ = ["best_fit"]
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Packs items into rows, the longest first, each into the fullest row that has room for it.
 
-    Rows are kept sorted by their room, so that each item takes one binary search.  (The package ``binpacking`` packs
-    likewise, but looks at every row for every item, and takes and returns the items' weights.)
+    Rows are kept sorted by their room, so that each item takes one binary search.  (The package ``binpacking`` fills
+    the emptiest row that has room, for which it looks at all of them.)
 
     Args:
         lengths: of each item, from 1 to ``capacity``.

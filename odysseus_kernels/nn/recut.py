@@ -32,6 +32,7 @@ def cut_of(tensor: DTensor, group: SequenceGroup) -> Cut:
     )
 
 
+@torch.inference_mode(False)  # what is made here is trained
 @torch.no_grad()
 def recut(tensor: DTensor, cut: Cut, group: SequenceGroup) -> int:
     """Distributes ``tensor`` as ``cut`` says, to the bit.  All ranks of ``group`` call it; it stays the same object.

@@ -278,6 +278,17 @@ def test_documents_are_fetched_together_where_the_dataset_can() -> None:
     assert asked == [8, 8, 4]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_hugging_face_datasets(workers: int) -> None:
+    datasets = pytest.importorskip("datasets")
+    documents = random_documents(40)
+    dataset = datasets.Dataset.from_list(documents)
+    common = {"length": 24, "batch_size": 2, "window": 16, "num_workers": workers}
+    for given, same in ((dataset, documents), (dataset.to_iterable_dataset(), Stream(documents))):
+        loader, other = (SequenceDataLoader(one, None, **common) for one in (given, same))
+        assert all(equal(list(loader), list(other)) for _ in range(2))
+
+
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
 def test_the_last_global_batch(on_rank: Callable[..., SequenceDataLoader], packing: Any) -> None:
     documents = documents_of([4] * 9)

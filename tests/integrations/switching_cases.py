@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import Case, data_mesh, fully_sharded, make_mesh, parallel_model, whole
+from family_cases import DATA_PARALLEL, Case, data_mesh, make_mesh, parallel_model, whole
 from torch.distributed.tensor import DTensor
 
 import odysseus_kernels as ody
@@ -181,11 +181,11 @@ def an_optimizer_that_was_left_out(rank: int, world_size: int) -> tuple[list[flo
     return losses, expected, received
 
 
-def beside_data_parallelism(rank: int, world_size: int) -> str:
-    """The refusal."""
+def beside_data_parallelism(rank: int, world_size: int) -> list[str]:
+    """The refusal of each wrapper."""
     mesh = data_mesh((2, 1, 2))
-    model = fully_sharded(parallel_model(Case(kv_heads=4), "odysseus", mesh), mesh)
-    return refusal(model, "ulysses")
+    models = [wrap(parallel_model(Case(kv_heads=4), "odysseus", mesh), mesh) for wrap in DATA_PARALLEL.values()]
+    return [refusal(model, "ulysses") for model in models]
 
 
 def sizes_that_do_not_divide(rank: int, world_size: int) -> str:

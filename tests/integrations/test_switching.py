@@ -27,6 +27,7 @@ EVERY_CHANGE = [
 SOME_CHANGES = ["odysseus", "ulysses", "tsp", "tp", "odysseus"]
 
 
+@pytest.mark.slow
 def test_every_strategy_after_every_other(ranks: Any) -> None:
     assert len({*itertools.pairwise(EVERY_CHANGE)}) == 20
     for moved in ranks(2).run(moves_to_the_bit, Case(kv_heads=4), 1, "AdamW", EVERY_CHANGE):
@@ -78,7 +79,7 @@ def test_an_optimizer_that_was_left_out(ranks: Any) -> None:
 
 
 def test_beside_data_parallelism(ranks: Any) -> None:
-    for text in ranks(4).run(beside_data_parallelism):
+    for text in itertools.chain(*ranks(4).run(beside_data_parallelism)):
         assert "got one of data parallelism around the model: save_checkpoint, parallelize anew" in text
 
 
