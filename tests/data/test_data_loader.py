@@ -284,8 +284,8 @@ def test_hugging_face_datasets(workers: int) -> None:
     documents = random_documents(40)
     dataset = datasets.Dataset.from_list(documents)
     common = {"length": 24, "batch_size": 2, "window": 16, "num_workers": workers}
-    for given, same in ((dataset, documents), (dataset.to_iterable_dataset(), Stream(documents))):
-        loader, other = (SequenceDataLoader(one, None, **common) for one in (given, same))
+    for theirs, same in ((dataset, documents), (dataset.to_iterable_dataset(), Stream(documents))):
+        loader, other = (SequenceDataLoader(one, None, **common) for one in (theirs, same))
         assert all(equal(list(loader), list(other)) for _ in range(2))
 
 
@@ -330,9 +330,8 @@ def test_refusals() -> None:
         ({"dataset": 3}, "dataset: expected one with __getitem__ and __len__, or an iterable one, got int"),
         ({"dataset": Stream(documents), "num_workers": 2}, "num_workers: expected 0 or 1 with an iterable dataset"),
     ):
-        given = {"dataset": documents, "mesh": None, "length": 8, **arguments}
         with pytest.raises(ValueError, match=match):
-            SequenceDataLoader(**given)
+            SequenceDataLoader(**{"dataset": documents, "mesh": None, "length": 8, **arguments})
     for document, match in (
         ([1, 2], "expected documents .* got list as document 0"),
         ({"ids": [1]}, r"got the keys \['ids'\] as document 0"),
