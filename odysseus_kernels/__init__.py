@@ -35,9 +35,11 @@ from odysseus_kernels.ops import (
 
 if TYPE_CHECKING:
     from odysseus_kernels.attention.ring import ring_attention
+    from odysseus_kernels.data.loader import SequenceDataLoader
     from odysseus_kernels.integrations.checkpoint import load_checkpoint, save_checkpoint
     from odysseus_kernels.integrations.huggingface import parallelize
     from odysseus_kernels.integrations.pretrained import load_pretrained, save_pretrained
+    from odysseus_kernels.integrations.switching import set_strategy
     from odysseus_kernels.integrations.verify import verify
     from odysseus_kernels.nn.checkpointing import selective_checkpoint
     from odysseus_kernels.nn.clipping import clip_grad_norm_
@@ -63,6 +65,7 @@ __all__ = [
     "OverlapConfig",
     "PeerLostError",
     "RankMismatchError",
+    "SequenceDataLoader",
     "SignalTimeoutError",
     "all_gather_linear",
     "all_to_all_linear",
@@ -85,6 +88,7 @@ __all__ = [
     "selective_checkpoint",
     "sequence_logprobs",
     "sequence_loss",
+    "set_strategy",
     "shard_sequence",
     "step",
     "synchronize",
@@ -95,6 +99,7 @@ __all__ = [
 
 _LAZY = {
     "MasterWeights": "odysseus_kernels.nn.master",
+    "SequenceDataLoader": "odysseus_kernels.data.loader",
     "clip_grad_norm_": "odysseus_kernels.nn.clipping",
     "declare_cut": "odysseus_kernels.nn.sequence",
     "explain": "odysseus_kernels.nn.explain",
@@ -109,6 +114,7 @@ _LAZY = {
     "selective_checkpoint": "odysseus_kernels.nn.checkpointing",
     "sequence_logprobs": "odysseus_kernels.nn.logprobs",
     "sequence_loss": "odysseus_kernels.nn.loss",
+    "set_strategy": "odysseus_kernels.integrations.switching",
     "shard_sequence": "odysseus_kernels.nn.sequence",
     "step": "odysseus_kernels.nn.step",
     "verify": "odysseus_kernels.integrations.verify",

@@ -51,6 +51,11 @@ class StepGroups:
         self._config, self._device = config, torch.device(device_type)
         self._inside = threading.local()
 
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is within a step."""
+        return bool(getattr(self._inside, "depth", 0))
+
     def watch(self, model: nn.Module) -> None:
         """Makes data parallelism's waits in ``model`` end when a rank of another replica leaves its step."""
         if self._others and self._device.type == "cpu":
@@ -63,7 +68,7 @@ class StepGroups:
         Raises:
             CommunicationError: the ranks could not meet after an earlier error.
         """
-        if getattr(self._inside, "depth", 0):
+        if self.inside:
             yield False
             return
         self._inside.depth = 1

@@ -15,9 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.families import FAMILIES, Family
-from odysseus_kernels.integrations.inputs import check_attention
 from odysseus_kernels.integrations.model import SequenceCausalLM, SequenceModel
 from odysseus_kernels.integrations.pipelining import why_whole_only
+from odysseus_kernels.integrations.switching import Parallelized, check_strategy
 from odysseus_kernels.integrations.wrappers import refuse_replicating_wrappers
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
@@ -76,13 +76,7 @@ def parallelize(
     group = chosen.group(SequenceGroup.of(mesh, config))
     family = _family(model)
     shape = _shape(model, family)
-    check_attention(model.config._attn_implementation, group)
-    if group.tokens == "replicated":
-        _check_nothing_random(model.config, strategy)
-    try:
-        chosen.check(shape, group)
-    except ValueError as error:
-        raise ValueError(f"{type(model).__name__}, strategy {strategy!r}: {error}") from None
+    check_strategy(model, shape, chosen, group)
     parts = _parts(model, family, shape)
     _check_parameters(model, parts, group)
     check_identical([*model.named_parameters(), *model.named_buffers()], group)
@@ -96,6 +90,7 @@ def parallelize(
     for module, mixin in ((model.base_model, SequenceModel), (model, SequenceCausalLM)):
         swap_class(module, mixin, keep_name=True)
         module.sequence_group = group
+    model.parallelized = Parallelized(chosen, shape, tuple(parts))
     return model
 
 
@@ -107,17 +102,6 @@ def _family(model: nn.Module) -> Family:
             return family
     supported = ", ".join(family.causal_model for family in FAMILIES)
     raise ValueError(f"model: expected one of the supported classes ({supported}), got {type(model).__name__}")
-
-
-def _check_nothing_random(config: Any, strategy: str) -> None:
-    """Refuses what would draw different random numbers for the same tokens on different ranks."""
-    for name in ("residual_dropout", "embedding_dropout", "router_jitter_noise"):
-        if getattr(config, name, 0):
-            raise ValueError(
-                f"{name}: expected 0 with strategy {strategy!r}, whose ranks compute the same tokens and would draw "
-                f"different random numbers for them, got {getattr(config, name)}: set it to 0 in the configuration "
-                f"before building the model, or use another strategy"
-            )
 
 
 def _shape(model: PreTrainedModel, family: Family) -> ModelShape:

@@ -32,7 +32,7 @@ _TOKENS: dict[str, Literal["sharded", "replicated"]] = {
 }
 # Strategies under which seq goes on with the ring: the sequence is cut in zigzag order over the ranks of both.
 _FOLDED = frozenset({"tsp"})
-_KEYS = ("input_ids", "labels", "attention_mask", "position_ids")
+_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "counted_tokens")
 
 
 def shard_sequence(
@@ -53,8 +53,9 @@ def shard_sequence(
 
     Args:
         batch: ``input_ids`` [B, L] and, if wanted, ``labels`` [B, L] (not shifted, as a stock model takes them),
-            ``attention_mask`` [B, L] (1 for tokens, 0 for padding) and ``position_ids`` [B, L] or [1, L]; identical on
-            every rank that shares the sequence.
+            ``attention_mask`` [B, L] (1 for tokens, 0 for padding), ``position_ids`` [B, L] or [1, L] and
+            ``counted_tokens`` [B, L] (0 for padding that no mask shows, between or behind packed documents); identical
+            on every rank that shares the sequence.
         mesh: device mesh with the dimension ``"seq"``, optionally ``"ring"`` and ``"dp"``; or the parallelized model
             itself, which knows its mesh, its strategy and, by ``config.pipeline``, the number of pieces.
         strategy: the strategy that the model was parallelized with; None: ``"odysseus"``, or the model's.
@@ -63,11 +64,11 @@ def shard_sequence(
     Returns:
         ``input_ids``, ``position_ids`` and, where they were given, ``attention_mask``, ``labels``, ``shift_labels``,
         all [B, s]. ``labels`` is the same tensor as ``shift_labels``: shifted already, and required by stock models
-        for computing a loss at all. Where the sequence was padded, also ``counted_tokens``, 0 for padding, which losses
-        over all tokens leave out (that of a mixture's router). ``sequence_cut`` [B, 9] says how the batch was cut,
-        and how long it was before padding; the model compares it with how it is parallelized, and ranks compare what
-        they cut (see ``nn/cut.py``). All have a row for each sequence, so that a selection of rows, the same from each,
-        is a batch, too.
+        for computing a loss at all. Where the sequence was padded, or they were given, also ``counted_tokens``, 0 for
+        padding, which losses over all tokens leave out (that of a mixture's router). ``sequence_cut`` [B, 9] says how
+        the batch was cut, and how long it was before padding; the model compares it with how it is parallelized, and
+        ranks compare what they cut (see ``nn/cut.py``). All have a row for each sequence, so that a selection of rows,
+        the same from each, is a batch, too.
 
     Raises:
         ValueError: for missing or unknown keys, wrong shapes or dtypes, or pieces that the model cannot have.
@@ -100,8 +101,8 @@ def shard_sequence(
     out["position_ids"] = torch.cat((positions, further), dim=1)[:, own].contiguous()
     if "attention_mask" in batch:
         out["attention_mask"] = cut(batch["attention_mask"], 0)
-    if padding:
-        given = batch.get("attention_mask")
+    if padding or "counted_tokens" in batch:
+        given = batch.get("counted_tokens", batch.get("attention_mask"))
         out["counted_tokens"] = cut(torch.ones_like(batch["input_ids"]) if given is None else given, 0)
     if "labels" in batch:
         shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from odysseus_kernels.comm.shared_step import StepGroups
 from odysseus_kernels.nn.group import SequenceGroup
 
 __all__ = ["Stepped", "sequence_group_of", "step", "stepped"]
@@ -80,15 +80,15 @@ class Stepped(nn.Module):
             self.sequence_group.steps.watch(self)
             outputs = super().__call__(*args, **kwargs)
             if outermost and torch.is_grad_enabled():
-                _watch_backward(outputs, self.sequence_group.steps)
+                _watch_backward(outputs, self)
             return outputs
 
 
-def _watch_backward(outputs: Any, steps: StepGroups) -> None:
+def _watch_backward(outputs: Any, model: Stepped) -> None:
     """Makes sure that all ranks are told of an error in the backward pass of any output."""
     values = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, tuple) else ()
     watched: list[Any] = [value for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]
-    backward = _Backward(steps)
+    backward = _Backward(model)
     for value in watched:
         value.register_hook(backward.begin)
         if value.ndim == 0:
@@ -99,14 +99,16 @@ def _watch_backward(outputs: Any, steps: StepGroups) -> None:
 class _Backward:
     """One or more backward passes through the outputs of a call."""
 
-    def __init__(self, steps: StepGroups) -> None:
-        self._steps = steps
+    def __init__(self, model: Stepped) -> None:
+        self._model, self._group = weakref.ref(model), model.sequence_group
+        self._steps = self._group.steps
         self._guarded = False
         self._running = False
 
     def begin(self, _: torch.Tensor) -> None:
         """Hook of the outputs: the gradient of the model begins."""
         if not self._running:
+            self._check_strategy()
             self._running = True
             # The engine drops the callbacks of a pass that fails without calling them.
             Variable._execution_engine.queue_callback(_End(self).reached)
@@ -119,6 +121,7 @@ class _Backward:
 
     def run(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """``loss.backward()`` itself: all ranks are told the text of its error."""
+        self._check_strategy()
         self._guarded = True
         try:
             torch.Tensor.backward(loss, *args, **kwargs)
@@ -127,6 +130,14 @@ class _Backward:
             raise
         finally:
             self._guarded = False
+
+    def _check_strategy(self) -> None:
+        model = self._model()
+        if model is not None and model.sequence_group is not self._group:
+            raise ValueError(
+                "backward: expected outputs of the strategy that the model has now, got some from before set_strategy, "
+                "whose gradients would be cut in another way: call set_strategy between steps"
+            )
 
 
 class Loss(torch.Tensor):

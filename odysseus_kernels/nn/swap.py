@@ -11,7 +11,7 @@ from typing import cast
 
 from torch import nn
 
-__all__ = ["swap_class"]
+__all__ = ["restore_class", "swap_class"]
 
 
 def swap_class(module: nn.Module, mixin: type, *, keep_name: bool = False) -> None:
@@ -34,8 +34,23 @@ def swap_class(module: nn.Module, mixin: type, *, keep_name: bool = False) -> No
     module.__class__ = _subclass(mixin, cls, keep_name)
 
 
+def restore_class(module: nn.Module) -> None:
+    """Undoes :func:`swap_class`.
+
+    Raises:
+        ValueError: if the module's class is not one that it has made.
+    """
+    stock = vars(type(module)).get("_swapped_from")
+    if stock is None:
+        raise ValueError(
+            f"{type(module).__name__}: expected the class that parallelize has given to the module, but something has "
+            f"replaced it since"
+        )
+    module.__class__ = stock
+
+
 @functools.cache
 def _subclass(mixin: type, cls: type, keep_name: bool) -> type:
     name = cls.__name__ if keep_name else f"{mixin.__name__}{cls.__name__}"
-    namespace = {"__module__": cls.__module__, "__qualname__": name, "__doc__": mixin.__doc__}
+    namespace = {"__module__": cls.__module__, "__qualname__": name, "__doc__": mixin.__doc__, "_swapped_from": cls}
     return type(cls)(name, (mixin, cls), namespace)

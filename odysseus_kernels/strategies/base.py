@@ -17,9 +17,22 @@ from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.mlp import MLPSpec
 from odysseus_kernels.nn.moe import ExpertsSpec
 from odysseus_kernels.nn.parameters import Cut, distribute_parameter
-from odysseus_kernels.nn.swap import swap_class
+from odysseus_kernels.nn.recut import recut
+from odysseus_kernels.nn.swap import restore_class, swap_class
 
-__all__ = ["LayerRole", "ModelShape", "ModuleRole", "Part", "PlacementRule", "Strategy", "apply_strategy"]
+__all__ = [
+    "LayerRole",
+    "ModelShape",
+    "ModuleRole",
+    "Part",
+    "PlacementRule",
+    "Strategy",
+    "apply_strategy",
+    "change_strategy",
+]
+
+# What forwards of the swapped classes, and the links between them, leave behind in a module.
+_NOTES = ("neighbours", "gathers_in_backward", "checkpointed", "sent", "upcoming", "tokens", "_input_needed")
 
 ModuleRole = Literal["attention", "mlp", "experts", "router", "embedding", "norm", "head_norm", "head"]
 LayerRole = Literal[
@@ -124,15 +137,8 @@ def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part],
 
     Every rank's parameters must be full and identical.  A parameter that two layers share stays shared.
     """
-    placements, classes = strategy.placements(shape, group), strategy.modules(shape, group)
-    if placements["head"].weight.dim is None and not shape.tied:
-        warnings.warn(
-            f"the ranks do not divide a vocabulary of {shape.vocabulary}: every rank holds the language head whole and "
-            f"its gradient is added over them; call model.resize_token_embeddings(pad_to_multiple_of=...) before "
-            f"parallelize to have it cut",
-            FallbackWarning,
-            stacklevel=3,
-        )
+    placements = strategy.placements(shape, group)
+    _warn_of_a_whole_head(shape, placements)
     # By the identity of the full parameter, which is kept alive here so that no id is used twice.
     distributed: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for part in parts:
@@ -141,11 +147,76 @@ def apply_strategy(strategy: Strategy, shape: ModelShape, parts: Sequence[Part],
                 if isinstance(parameter, DTensor):
                     continue  # a shared module, done already
                 if id(parameter) not in distributed:
-                    cut = placements[role].bias if name == "bias" else placements[role].weight
+                    cut = _cut(placements[role], name)
                     distributed[id(parameter)] = (parameter, distribute_parameter(parameter, group, cut))
                 setattr(layer, name, distributed[id(parameter)][1])
-                # What the layer's forward relies on: a parameter that it gets later may be cut in another way.
-                vars(layer).setdefault("sequence_placements", {})[name] = tuple(getattr(layer, name).placements)
+    _swap_modules(strategy, shape, parts, group)
+
+
+def change_strategy(
+    strategy: Strategy,
+    shape: ModelShape,
+    parts: Sequence[Part],
+    group: SequenceGroup,
+    state: Callable[[nn.Parameter], Sequence[DTensor]],
+) -> int:
+    """The same for parts that :func:`apply_strategy` has distributed: from one strategy to another.
+
+    Args:
+        strategy: the new one.
+        shape, parts: as they were given to :func:`apply_strategy`.
+        group: as the new strategy uses it.
+        state: what belongs to a parameter and is cut as it is: an optimizer's.
+
+    Returns:
+        Bytes that this rank got from others.
+    """
+    placements = strategy.placements(shape, group)
+    _warn_of_a_whole_head(shape, placements)
+    received, done = 0, set[int]()
+    for part in parts:
+        for role, layer in part.layers.items():
+            for name, parameter in layer.named_parameters(recurse=False):
+                if id(parameter) in done:
+                    continue
+                done.add(id(parameter))
+                assert isinstance(parameter, DTensor), "apply_strategy has distributed it"
+                for tensor in (parameter, *state(parameter)):
+                    received += recut(tensor, _cut(placements[role], name), group)
+    for part in parts:
+        restore_class(part.module)
+        for name in _NOTES:
+            vars(part.module).pop(name, None)
+    _swap_modules(strategy, shape, parts, group)
+    return received
+
+
+def _cut(rule: PlacementRule, name: str) -> Cut:
+    return rule.bias if name == "bias" else rule.weight
+
+
+def _warn_of_a_whole_head(shape: ModelShape, placements: Mapping[LayerRole, PlacementRule]) -> None:
+    if placements["head"].weight.dim is None and not shape.tied:
+        warnings.warn(
+            f"the ranks do not divide a vocabulary of {shape.vocabulary}: every rank holds the language head whole and "
+            f"its gradient is added over them; call model.resize_token_embeddings(pad_to_multiple_of=...) before "
+            f"parallelize to have it cut",
+            FallbackWarning,
+            stacklevel=4,
+        )
+
+
+def _swap_modules(strategy: Strategy, shape: ModelShape, parts: Sequence[Part], group: SequenceGroup) -> None:
+    """Gives stock modules, whose parameters are distributed, the strategy's classes."""
+    classes = strategy.modules(shape, group)
+    for part in parts:
+        for layer in part.layers.values():
+            # What the layer's forward relies on: a parameter that it gets later may be cut in another way.
+            vars(layer)["sequence_placements"] = {
+                name: tuple(parameter.placements)
+                for name, parameter in layer.named_parameters(recurse=False)
+                if isinstance(parameter, DTensor)
+            }
         swap_class(part.module, classes[part.role])
         module: Any = part.module  # has the attributes of its new class
         module.sequence_group = group

@@ -86,6 +86,17 @@ def test_under_tsp_all_ranks_are_one_ring(ranks, ring):
     assert results[1]["counted_tokens"].tolist() == [[1, 1, 1, 0]]
 
 
+def test_given_counts_are_cut_and_padded(ranks):
+    """Padding behind packed documents, which no mask shows."""
+    ids, counted = torch.arange(10, 17)[None], torch.tensor([[1, 1, 1, 0, 1, 1, 0]])
+    mask = torch.ones_like(ids)
+    for batch in ({}, {"attention_mask": mask}):
+        results = ranks(2).run(cut, {"input_ids": ids, "counted_tokens": counted, **batch})
+        assert _joined(results, "counted_tokens") == [[1, 1, 1, 0, 1, 1, 0, 0]]
+    results = ranks(2).run(cut, {"input_ids": ids[:, 1:], "counted_tokens": counted[:, 1:]})
+    assert _joined(results, "counted_tokens") == [[1, 1, 0, 1, 1, 0]]
+
+
 def test_sequences_shorter_than_the_ranks(ranks):
     results = ranks(3).run(cut, {"input_ids": torch.tensor([[5]])})
     assert _joined(results, "input_ids") == [[5, 0, 0]]

@@ -1,0 +1,1 @@
+"""Documents of tokens into batches that the ranks of a sequence share."""
