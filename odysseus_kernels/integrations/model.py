@@ -28,7 +28,13 @@ from odysseus_kernels.integrations.inputs import (
     targets_of,
 )
 from odysseus_kernels.integrations.intact import check_intact, check_loss
-from odysseus_kernels.integrations.outputs import TokenStatisticsOutput, check_logits_to_keep, last_logits, loss_of
+from odysseus_kernels.integrations.outputs import (
+    TokenStatisticsOutput,
+    check_logits_to_keep,
+    last_logits,
+    loss_of,
+    router_loss,
+)
 from odysseus_kernels.integrations.pipelining import Pipelined
 from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
@@ -36,7 +42,6 @@ from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut, natural_order
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.linear import upcoming
 from odysseus_kernels.nn.loss import IGNORE_INDEX
-from odysseus_kernels.nn.moe import load_balancing_loss
 from odysseus_kernels.nn.token_statistics import TokenRequest, token_statistics
 
 __all__ = ["SequenceCausalLM", "SequenceModel"]
@@ -251,9 +256,9 @@ class SequenceModel(Pipelined):
 
 
 class SequenceCausalLM(Pipelined):
-    """A model with a language head on this rank's tokens: logits [B, s, V], or the loss over the tokens of all ranks.
+    """A model with a language head on this rank's tokens: logits [B, s, V], or the loss over all ranks' tokens.
 
-    With labels the logits are never made whole, and the output has none: call without labels for logits.
+    With labels the output has no logits, which are never made whole then.
     """
 
     sequence_group: SequenceGroup
@@ -278,8 +283,8 @@ class SequenceCausalLM(Pipelined):
     ) -> Any:
         """Runs the stock model on what :func:`shard_sequence` returned; the arguments are those of the stock model.
 
-        ``reduction="none"`` beside labels asks for the loss of each token, without a router's;
-        ``token_statistics`` for what :func:`sequence_logprobs` returns, by parts.
+        ``reduction="none"`` asks for the loss of each token, without a router's; ``token_statistics`` for a part of
+        what :func:`sequence_logprobs` returns.
 
         Returns:
             The stock model's output. Whole and the same on every rank are ``loss``, the mean over all ranks' tokens;
@@ -344,10 +349,10 @@ class SequenceCausalLM(Pipelined):
         if routed:
             wanted = kwargs.get("output_router_logits")
             kwargs["output_router_logits"] = self.config.output_router_logits if wanted is None else wanted
-        statistics = loss = logits = aux_loss = None
         with upcoming(self.get_output_embeddings(), "loss" if asked or targets is not None else "logits"):
             outputs = self.base_model(use_cache=False, sequence_cut=cut, **kwargs)
         hidden, group, head = outputs.last_hidden_state, self.sequence_group, self.get_output_embeddings()
+        statistics = loss = logits = aux_loss = None
         if asked is not None:
             statistics = token_statistics(hidden, targets, head, asked, group)
         elif targets is not None:
@@ -355,15 +360,7 @@ class SequenceCausalLM(Pipelined):
         else:
             logits = last_logits(hidden, head, cut, keep, group) if keep else head(hidden)
         if routed and kwargs["output_router_logits"] and outputs.router_logits:
-            if counted is None and cut.padding:
-                counted = (cut.positions(hidden.device) < cut.length).expand(hidden.shape[:2])
-            aux_loss = load_balancing_loss(
-                outputs.router_logits,
-                self.num_experts_per_tok,
-                group=group.token_group,
-                attention_mask=counted,
-                config=group.config,
-            )
+            aux_loss = router_loss(outputs.router_logits, hidden, self.num_experts_per_tok, counted, cut, group)
             if loss is not None and not settings["each"]:
                 loss = loss + self.router_aux_loss_coef * aux_loss
         rest = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}

@@ -14,9 +14,10 @@ from odysseus_kernels.nn.cut import SequenceCut
 from odysseus_kernels.nn.gather import LastTokens
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import DistributedHead, sequence_loss, token_losses
+from odysseus_kernels.nn.moe import load_balancing_loss
 from odysseus_kernels.nn.parameters import token_parameter
 
-__all__ = ["TokenStatisticsOutput", "check_logits_to_keep", "last_logits", "loss_of"]
+__all__ = ["TokenStatisticsOutput", "check_logits_to_keep", "last_logits", "loss_of", "router_loss"]
 
 
 @dataclasses.dataclass
@@ -66,3 +67,19 @@ def loss_of(
     if each:
         return token_losses(hidden, targets, head, settings["ignore_index"])
     return sequence_loss(hidden, targets, group.mesh, head=head, tokens=group.tokens, config=group.config, **settings)
+
+
+def router_loss(
+    router_logits: tuple[torch.Tensor, ...],
+    hidden: torch.Tensor,
+    experts_per_token: int,
+    counted: torch.Tensor | None,
+    cut: SequenceCut,
+    group: SequenceGroup,
+) -> torch.Tensor:
+    """Load-balancing loss over the tokens that ``counted`` [B, s] marks, or all but padding; hidden [B, s, d]."""
+    if counted is None and cut.padding:
+        counted = (cut.positions(hidden.device) < cut.length).expand(hidden.shape[:2])
+    return load_balancing_loss(
+        router_logits, experts_per_token, group=group.token_group, attention_mask=counted, config=group.config
+    )

@@ -68,7 +68,7 @@ def check_loss_input(
         raise ValueError(f"{operator}: expected chunk_rows of at least 1, got {chunk_rows}")
 
 
-def check_targets(operator: str, targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+def check_targets(operator: str, targets: Tensor, vocabulary: int, ignore_index: int, *, name: str = "targets") -> None:
     """Refuses a target outside of the vocabulary, on the CPU; elsewhere looking would wait for the device.
 
     Such a target makes the loss infinite where it is not refused.
@@ -78,7 +78,7 @@ def check_targets(operator: str, targets: Tensor, vocabulary: int, ignore_index:
     outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
     if outside.any():
         raise ValueError(
-            f"{operator}: expected targets from 0 to {vocabulary - 1} or ignore_index {ignore_index}, "
+            f"{operator}: expected {name} from 0 to {vocabulary - 1} or ignore_index {ignore_index}, "
             f"got {int(targets[outside][0])}"
         )
 

@@ -167,7 +167,7 @@ def _forward(
     """(log_probs [R, K], entropy [R] or [0], is_top [R, K], top_ids and top_log_probs [R, k], logsumexp [R])."""
     config, count, scale = loss_config(config_key), weight.shape[0], 1.0 / temperature
     group = None if placement == "whole" else group_by_name(group_name)
-    check_targets(_NAME, ids, count * (1 if group is None else group.size()), ignore_index)
+    check_targets(_NAME, ids, count * (1 if group is None else group.size()), ignore_index, name="ids")
     # The largest logit, by which is_top is judged, is always wanted.
     statistics = RowStatistics.empty(hidden, ids, entropy=entropy, top_k=max(1, top_k))
     shapes = _settings(temperature, entropy, top_k, ids, ignore_index)
