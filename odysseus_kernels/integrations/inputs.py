@@ -47,7 +47,8 @@ def opened(
     targets: torch.Tensor | None = None,
     num_items: object = None,
     ignore_index: int = IGNORE_INDEX,
-    each: bool = False,
+    asked: str = "",
+    ids: torch.Tensor | None = None,
 ) -> Iterator[SequenceCut]:
     """A forward: how its batch was cut, checked, and told to the other ranks with the first calls within.
 
@@ -56,7 +57,9 @@ def opened(
         descriptor: ``sequence_cut`` of the batch, None without; or the cut itself where a forward is open already.
         tokens: ids [B, s] or embeddings [B, s, d].
         position_ids, attention_mask, targets: of this rank's part, or None.
-        num_items, ignore_index, each: of the loss; whether that of each token is wanted.
+        num_items, ignore_index: of the loss.
+        asked: what is wanted of each token, in words.
+        ids: [B, s, k], of this rank's part, that it is wanted of; or None.
 
     Raises:
         ValueError: for a part other than the one that this rank computes, or shapes that disagree.
@@ -94,16 +97,18 @@ def opened(
     known = any(cut.sums)
     batch = text = f"batch{f' {digest(cut.sums)}' if known else ''} of {expected[0]} x {cut.length} tokens"
     if targets is not None:
-        text += f" with labels, ignore_index {ignore_index}{', the loss of each token' if each else ''}"
+        text += f" with labels, ignore_index {ignore_index}"
         if num_items is not None:
             text += f", num_items_in_batch {token_count(num_items)!r}"
+    text += f", {asked}" if asked else ""
     text += _way(model)
     group.withdraw()  # left over from a pass that ended with an error before any call took it
     group.announce(text)
     if not cut.sharded and group.size > 1:
         # Ranks of seq have the same tokens, and nothing of them is sent: compare what each was given.
-        names = ("input_ids", "position_ids", "attention_mask", "labels")
-        given = zip(names, (tokens if tokens.ndim == 2 else None, position_ids, attention_mask, targets), strict=True)
+        names = ("input_ids", "position_ids", "attention_mask", "labels", "ids")
+        whole = (tokens if tokens.ndim == 2 else None, position_ids, attention_mask, targets)
+        given = zip(names, (*whole, None if ids is None else ids.flatten(1)), strict=True)
         same = {name: tensor for name, tensor in given if tensor is not None}
         if same:
             sums = tuple(checksums(same, expected[0]).tolist())

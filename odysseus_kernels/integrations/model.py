@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import math
 import os
@@ -30,15 +29,21 @@ from odysseus_kernels.integrations.inputs import (
     targets_of,
 )
 from odysseus_kernels.integrations.intact import check_intact, check_loss
+from odysseus_kernels.integrations.outputs import (
+    TokenStatisticsOutput,
+    check_logits_to_keep,
+    last_logits,
+    loss_of,
+    router_loss,
+)
 from odysseus_kernels.integrations.pipelining import Pipelined
 from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
 from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut, natural_order
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.linear import upcoming
-from odysseus_kernels.nn.loss import IGNORE_INDEX, DistributedHead, sequence_loss, token_losses
-from odysseus_kernels.nn.moe import load_balancing_loss
-from odysseus_kernels.nn.parameters import token_parameter
+from odysseus_kernels.nn.loss import IGNORE_INDEX
+from odysseus_kernels.nn.token_statistics import TokenRequest, token_statistics
 
 __all__ = ["SequenceCausalLM", "SequenceModel"]
 
@@ -256,9 +261,9 @@ class SequenceModel(Pipelined):
 
 
 class SequenceCausalLM(Pipelined):
-    """A model with a language head on this rank's tokens: logits [B, s, V], or the loss over the tokens of all ranks.
+    """A model with a language head on this rank's tokens: logits [B, s, V], or the loss over all ranks' tokens.
 
-    With labels the logits are never made whole, and the output has none: call without labels for logits.
+    With labels the output has no logits, which are never made whole then.
     """
 
     sequence_group: SequenceGroup
@@ -283,28 +288,31 @@ class SequenceCausalLM(Pipelined):
     ) -> Any:
         """Runs the stock model on what :func:`shard_sequence` returned; the arguments are those of the stock model.
 
-        ``reduction="none"`` beside labels asks for the loss of each token, without a router's.
+        ``reduction="none"`` asks for the loss of each token, without a router's; ``token_statistics`` for a part of
+        what :func:`sequence_logprobs` returns.
 
         Returns:
-            The stock model's output. ``loss`` is the mean over all tokens of all ranks, the same on every rank, or with
-            ``reduction="none"`` [B, s], of each of this rank's tokens, 0 where it does not count;
-            ``logits`` [B, s, V] are those of this rank's tokens, padding included (:func:`gather_sequence` makes them
-            whole, without it), and None where there are labels.
+            The stock model's output. Whole and the same on every rank are ``loss``, the mean over all ranks' tokens;
+            ``aux_loss``; ``logits`` [B, k, V] with ``logits_to_keep=k``, of the sequence's last k tokens. Parts, of
+            this rank's tokens with padding, are ``loss`` [B, s] with ``reduction="none"``, 0 where a token does not
+            count; ``logits`` [B, s, V], None with labels; each of ``hidden_states`` [B, s, d] and of ``router_logits``
+            [B * s, experts]. :func:`gather_sequence` makes what is [B, s, ...] whole, without padding.
 
         Raises:
-            ValueError: if only one of ``labels`` and ``shift_labels`` is given, if ``logits_to_keep`` is given, and as
-                the base model does.
+            ValueError: for one of ``labels`` and ``shift_labels`` alone, ``logits_to_keep`` that is no number or beside
+                labels, and as the base model does.
             RankMismatchError: if ranks were given different batches or divisors of the loss, or compute in other ways.
         """
         check_labels(labels, kwargs.get("shift_labels"))
-        if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
-            raise ValueError("logits_to_keep: expected 0: the last tokens of the sequence are on the last rank only")
+        asked = kwargs.pop("token_statistics", None)
+        check_logits_to_keep(logits_to_keep, with_logits=labels is None and asked is None)
         check_intact(self, self.sequence_group)
         if labels is not None:
             check_loss(self)
         descriptor, targets = kwargs.pop("sequence_cut", None), kwargs.pop("shift_labels", None)
         num_items, ignore_index = kwargs.pop("num_items_in_batch", None), kwargs.pop("ignore_index", IGNORE_INDEX)
-        each = each_token(kwargs.pop("reduction", "mean"), targets, num_items)
+        reduction = kwargs.pop("reduction", "mean")
+        each = each_token("none" if asked and targets is not None else reduction, targets, num_items)
         with opened(
             self,
             descriptor,
@@ -314,12 +322,15 @@ class SequenceCausalLM(Pipelined):
             targets=targets,
             num_items=num_items,
             ignore_index=ignore_index,
-            each=each,
+            asked=asked.describe() if asked else "the loss of each token" if each else "",
+            ids=asked.ids if asked else None,
         ) as cut:
             return self._outputs(
                 cut,
                 None if targets is None else targets_of(cut, targets, ignore_index),
                 {"num_items": num_items, "ignore_index": ignore_index, "each": each},
+                asked,
+                logits_to_keep,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -329,7 +340,13 @@ class SequenceCausalLM(Pipelined):
             )
 
     def _outputs(
-        self, cut: SequenceCut, targets: torch.Tensor | None, loss_settings: dict[str, Any], **kwargs: Any
+        self,
+        cut: SequenceCut,
+        targets: torch.Tensor | None,
+        settings: dict[str, Any],
+        asked: TokenRequest | None,
+        keep: int,
+        **kwargs: Any,
     ) -> Any:
         counted = kwargs.pop("counted_tokens", None)
         counted = kwargs["attention_mask"] if counted is None else counted
@@ -337,47 +354,27 @@ class SequenceCausalLM(Pipelined):
         if routed:
             wanted = kwargs.get("output_router_logits")
             kwargs["output_router_logits"] = self.config.output_router_logits if wanted is None else wanted
-        with upcoming(self.get_output_embeddings(), "logits" if targets is None else "loss"):
+        with upcoming(self.get_output_embeddings(), "loss" if asked or targets is not None else "logits"):
             outputs = self.base_model(use_cache=False, sequence_cut=cut, **kwargs)
-        hidden, group = outputs.last_hidden_state, self.sequence_group
-        loss = logits = None
-        if targets is None:
-            logits = self.get_output_embeddings()(hidden)
+        hidden, group, head = outputs.last_hidden_state, self.sequence_group, self.get_output_embeddings()
+        statistics = loss = logits = aux_loss = None
+        if asked is not None:
+            statistics = token_statistics(hidden, targets, head, asked, group)
+        elif targets is not None:
+            loss = loss_of(hidden, targets, head, group, **settings)
         else:
-            loss = self._loss(hidden, targets, **loss_settings)
+            logits = last_logits(hidden, head, cut, keep, group) if keep else head(hidden)
+        if routed and kwargs["output_router_logits"] and outputs.router_logits:
+            aux_loss = router_loss(outputs.router_logits, hidden, self.num_experts_per_tok, counted, cut, group)
+            if loss is not None and not settings["each"]:
+                loss = loss + self.router_aux_loss_coef * aux_loss
         rest = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        if statistics is not None:
+            return TokenStatisticsOutput(**statistics._asdict(), aux_loss=aux_loss, **rest)
         if not routed:
             return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
-        aux_loss = None
-        if kwargs["output_router_logits"] and outputs.router_logits:
-            if counted is None and cut.padding:
-                counted = (cut.positions(hidden.device) < cut.length).expand(hidden.shape[:2])
-            aux_loss = load_balancing_loss(
-                outputs.router_logits,
-                self.num_experts_per_tok,
-                group=group.token_group,
-                attention_mask=counted,
-                config=group.config,
-            )
-            if loss is not None and not loss_settings["each"]:
-                loss = loss + self.router_aux_loss_coef * aux_loss
-        return MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=aux_loss, logits=logits, router_logits=outputs.router_logits, **rest
-        )
-
-    def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, *, each: bool, **settings: Any) -> torch.Tensor:
-        """Mean over all ranks' tokens, or of each of this rank's [B, s], without logits."""
-        group, head = self.sequence_group, self.get_output_embeddings()
-        if not isinstance(head, DistributedHead):
-            # Once for all chunks: the gradient is added over the ranks once, too.
-            weight: Any = token_parameter(head.weight, group)
-            bias = token_parameter(head.bias, group)
-            head = functools.partial(nn.functional.linear, weight=weight, bias=bias)
-        if each:
-            return token_losses(hidden, targets, head, settings["ignore_index"])
-        return sequence_loss(
-            hidden, targets, group.mesh, head=head, tokens=group.tokens, config=group.config, **settings
-        )
+        rest["router_logits"] = outputs.router_logits
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **rest)
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses: generation needs a cache and one token at a time, which cannot be cut."""

@@ -86,6 +86,18 @@ class Zero3Linear(nn.Module, GathersWeights):
             prefetch_backward=ahead_in_backward(self, hidden, same_layer=False),
         )
 
+    def log_probs(self, hidden: torch.Tensor, ids: torch.Tensor, **settings: Any) -> ops.LogProbs:
+        """What :func:`~odysseus_kernels.ops.linear_log_probs` says of this rank's tokens; logits never exist whole.
+
+        hidden [..., K] and ids [..., k].
+        """
+        self.note_changes()
+        weight, bias = local_parameter(self.weight), local_parameter(self.bias)
+        group = self.sequence_group
+        before = ahead_in_backward(self, hidden, same_layer=False)
+        settings |= {"group": group.everyone, "config": group.config, "prefetch_backward": before}
+        return ops.linear_log_probs(hidden, ids, weight, bias, placement="zero3", **settings)
+
 
 @contextlib.contextmanager
 def upcoming(head: Any, what: Literal["logits", "loss"]) -> Iterator[None]:
@@ -157,6 +169,19 @@ class VocabParallelLinear(nn.Module):
             reduction=reduction,
             config=group.config,
         )
+
+    def log_probs(self, hidden: torch.Tensor, ids: torch.Tensor, **settings: Any) -> ops.LogProbs:
+        """What :func:`~odysseus_kernels.ops.linear_log_probs` says of this rank's tokens, or of all where replicated.
+
+        hidden [..., K] and ids [..., k]; logits never exist whole.
+        """
+        group = self.sequence_group
+        weight, bias = sharded_parameter(self.weight, group), sharded_parameter(self.bias, group)
+        assert weight is not None
+        # As for logits: where ranks have tokens of their own, the weight comes to the tokens.
+        settings |= {"group": group.group, "config": group.config}
+        settings["placement"] = "zero3" if self.tokens == "sharded" else "vocab_parallel"
+        return ops.linear_log_probs(hidden, ids, weight, bias, **settings)
 
 
 class SummedGradient(torch.autograd.Function):

@@ -10,6 +10,7 @@ from odysseus_kernels.ops.all_to_all_linear import all_to_all_linear
 from odysseus_kernels.ops.column_parallel_linear import column_parallel_linear
 from odysseus_kernels.ops.linear_all_reduce import linear_all_reduce
 from odysseus_kernels.ops.linear_all_to_all import linear_all_to_all
+from odysseus_kernels.ops.linear_log_probs import LogProbs, linear_log_probs
 from odysseus_kernels.ops.linear_reduce_scatter import linear_reduce_scatter
 from odysseus_kernels.ops.pipelined_attention import pipelined_attention
 from odysseus_kernels.ops.ulysses_attention import ulysses_attention
@@ -19,11 +20,13 @@ from odysseus_kernels.ops.zero3_linear import zero3_linear
 from odysseus_kernels.ops.zero3_linear_cross_entropy import zero3_linear_cross_entropy
 
 __all__ = [
+    "LogProbs",
     "all_gather_linear",
     "all_to_all_linear",
     "column_parallel_linear",
     "linear_all_reduce",
     "linear_all_to_all",
+    "linear_log_probs",
     "linear_reduce_scatter",
     "pipelined_attention",
     "ulysses_attention",

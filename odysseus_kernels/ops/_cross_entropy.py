@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,13 +23,17 @@ from odysseus_kernels.ops._validate import check_bias, check_linear
 
 __all__ = [
     "LossGradients",
+    "add_gradients",
     "add_statistics",
     "check_loss_input",
     "check_reduction",
     "check_targets",
+    "chunks",
+    "columns_of",
     "loss_config",
     "loss_phase",
     "new_statistics",
+    "part_logits",
     "reduce_losses",
 ]
 
@@ -64,7 +68,7 @@ def check_loss_input(
         raise ValueError(f"{operator}: expected chunk_rows of at least 1, got {chunk_rows}")
 
 
-def check_targets(operator: str, targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+def check_targets(operator: str, targets: Tensor, vocabulary: int, ignore_index: int, *, name: str = "targets") -> None:
     """Refuses a target outside of the vocabulary, on the CPU; elsewhere looking would wait for the device.
 
     Such a target makes the loss infinite where it is not refused.
@@ -74,7 +78,7 @@ def check_targets(operator: str, targets: Tensor, vocabulary: int, ignore_index:
     outside = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
     if outside.any():
         raise ValueError(
-            f"{operator}: expected targets from 0 to {vocabulary - 1} or ignore_index {ignore_index}, "
+            f"{operator}: expected {name} from 0 to {vocabulary - 1} or ignore_index {ignore_index}, "
             f"got {int(targets[outside][0])}"
         )
 
@@ -119,11 +123,11 @@ def add_statistics(
 
     hidden [R, d], targets [R], weight [n, d], bias [n] or None.
     """
-    for part in _chunks(hidden.shape[0], chunk_rows):
-        logits = _logits(hidden[part], weight, bias)
+    for part in chunks(hidden.shape[0], chunk_rows):
+        logits = part_logits(hidden[part], weight, bias)
         log_sums, found = statistics[part].unbind(1)
         log_sums.copy_(torch.logaddexp(log_sums, torch.logsumexp(logits, 1)))
-        index, mine = _local(targets[part], first, weight.shape[0])
+        index, mine = columns_of(targets[part], first, weight.shape[0])
         found.copy_(torch.where(mine, logits.gather(1, index[:, None])[:, 0], found))
 
 
@@ -169,16 +173,12 @@ class LossGradients:
 
         hidden, dhidden [R, d]; targets, log_sums [R]; grad [1] or [R]; weight, dweight [n, d]; bias, dbias [n].
         """
-        for part in _chunks(hidden.shape[0], self._chunk_rows):
+
+        def dlogits_of(part: slice) -> Tensor:
             scale = grad if grad.shape[0] == 1 else grad[part]
-            dlogits = self._dlogits(hidden[part], targets[part], log_sums[part], scale, weight, bias, first)
-            if dbias is not None:
-                dbias += dlogits.sum(0)
-            rounded = dlogits.to(hidden.dtype)
-            if dhidden is not None:
-                _add_product(dhidden[part], rounded, weight)
-            if dweight is not None:
-                _add_product(dweight, rounded.t(), hidden[part])
+            return self._dlogits(hidden[part], targets[part], log_sums[part], scale, weight, bias, first)
+
+        add_gradients(dlogits_of, hidden, weight, self._chunk_rows, dhidden=dhidden, dweight=dweight, dbias=dbias)
 
     def _dlogits(
         self,
@@ -190,24 +190,50 @@ class LossGradients:
         bias: Tensor | None,
         first: int,
     ) -> Tensor:
-        out = _logits(hidden, weight, bias).sub_(log_sums[:, None]).exp_()
-        index, mine = _local(targets, first, weight.shape[0])
+        out = part_logits(hidden, weight, bias).sub_(log_sums[:, None]).exp_()
+        index, mine = columns_of(targets, first, weight.shape[0])
         out.scatter_add_(1, index[:, None], mine[:, None].to(out.dtype).neg_())
         return out.mul_(grad[:, None]).masked_fill_((targets == self._ignore_index)[:, None], 0.0)
 
 
-def _chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
+def add_gradients(
+    dlogits_of: Callable[[slice], Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    chunk_rows: int,
+    *,
+    dhidden: Tensor | None = None,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+) -> None:
+    """Adds to those gradients of ``hidden @ weight.T + bias`` that are given, a chunk of rows at a time.
+
+    ``dlogits_of(rows)`` [r, n] is in the accumulator's type, and rounded to the products' type.
+    """
+    for part in chunks(hidden.shape[0], chunk_rows):
+        dlogits = dlogits_of(part)
+        if dbias is not None:
+            dbias += dlogits.sum(0)
+        rounded = dlogits.to(hidden.dtype)
+        if dhidden is not None:
+            _add_product(dhidden[part], rounded, weight)
+        if dweight is not None:
+            _add_product(dweight, rounded.t(), hidden[part])
+
+
+def chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
+    """Slices of at most ``chunk_rows`` rows."""
     for start in range(0, rows, chunk_rows):
         yield slice(start, min(start + chunk_rows, rows))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def part_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[R, n] in the accumulator's type, of a product in the operands' type: the precision of a stock model."""
     logits = torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
     return logits.to(accumulator_dtype(hidden.dtype))
 
 
-def _local(targets: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+def columns_of(targets: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Column of each target in a part of the vocabulary (0 where it is elsewhere), and whether it is there."""
     index = targets - first
     mine = (index >= 0) & (index < count)

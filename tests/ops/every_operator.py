@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import odysseus_kernels as ody
-from odysseus_kernels.ops import vocab_parallel_linear_cross_entropy, zero3_experts, zero3_linear_cross_entropy
+from odysseus_kernels.ops import (
+    linear_log_probs,
+    vocab_parallel_linear_cross_entropy,
+    zero3_experts,
+    zero3_linear_cross_entropy,
+)
 
 EVERYWHERE = None  # the whole tensor on every rank
 
@@ -107,6 +112,23 @@ def _targets(rows: Callable[[int], int]) -> Callable[[int, torch.Generator], dic
 
 def _loss(function: Any, **more: Any) -> Callable[..., Tensor]:
     return lambda t, **s: function(t["hidden"], t["targets"], t["weight"], t["bias"], chunk_rows=4, **more, **s)
+
+
+def _log_probs(t: dict[str, Tensor], world: int) -> tuple[Tensor, Tensor]:
+    logits = F.linear(t["hidden"], t["weight"], t["bias"]) / 0.7
+    log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return log_probs.gather(-1, t["ids"]), -(log_probs.exp() * log_probs).sum(-1)
+
+
+def _ids(rows: Callable[[int], int]) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+    return lambda world, generator: {"ids": torch.randint(5 * world, (rows(world), 3), generator=generator)}
+
+
+def _of_rows(placement: Any) -> Callable[..., tuple[Tensor | None, ...]]:
+    return lambda t, **s: linear_log_probs(
+        *(t[name] for name in ("hidden", "ids", "weight", "bias")),
+        placement=placement, temperature=0.7, entropy=True, chunk_rows=4, **s,
+    )[:2]  # fmt: skip
 
 
 def _attention_block(t: dict[str, Tensor], world: int) -> Tensor:
@@ -232,6 +254,22 @@ OPERATORS = {
         _loss(zero3_linear_cross_entropy),
         lambda t, n: _losses(t, n, True),
         _targets(lambda n: 7 * n),
+    ),
+    "zero3 linear_log_probs": Operator(
+        lambda n: {"hidden": (7 * n, 8), "weight": (5 * n, 8), "bias": (5 * n,)},
+        {"hidden": 0, "ids": 0, "weight": 0, "bias": 0},
+        0,
+        _of_rows("zero3"),
+        _log_probs,
+        _ids(lambda n: 7 * n),
+    ),
+    "vocab_parallel linear_log_probs": Operator(
+        lambda n: {"hidden": (7, 8), "weight": (5 * n, 8), "bias": (5 * n,)},
+        {"hidden": EVERYWHERE, "ids": EVERYWHERE, "weight": 0, "bias": 0},
+        EVERYWHERE,
+        _of_rows("vocab_parallel"),
+        _log_probs,
+        _ids(lambda n: 7),
     ),
     "zero3_experts": Operator(
         lambda n: {"x": (5 * n, 8), "routing": (5 * n, 2), "gate_up": (2 * n, 12, 8), "down": (2 * n, 8, 6)},
