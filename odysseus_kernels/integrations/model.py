@@ -31,7 +31,7 @@ from odysseus_kernels.integrations.inputs import (
 from odysseus_kernels.integrations.intact import check_intact, check_loss
 from odysseus_kernels.integrations.outputs import (
     TokenStatisticsOutput,
-    check_logits_to_keep,
+    checked_logits_to_keep,
     last_logits,
     loss_of,
     router_loss,
@@ -305,7 +305,7 @@ class SequenceCausalLM(Pipelined):
         """
         check_labels(labels, kwargs.get("shift_labels"))
         asked = kwargs.pop("token_statistics", None)
-        check_logits_to_keep(logits_to_keep, with_logits=labels is None and asked is None)
+        keep = checked_logits_to_keep(logits_to_keep, with_logits=labels is None and asked is None)
         check_intact(self, self.sequence_group)
         if labels is not None:
             check_loss(self)
@@ -330,7 +330,7 @@ class SequenceCausalLM(Pipelined):
                 None if targets is None else targets_of(cut, targets, ignore_index),
                 {"num_items": num_items, "ignore_index": ignore_index, "each": each},
                 asked,
-                logits_to_keep,
+                keep,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,

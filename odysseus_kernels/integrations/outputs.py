@@ -17,7 +17,7 @@ from odysseus_kernels.nn.loss import DistributedHead, sequence_loss, token_losse
 from odysseus_kernels.nn.moe import load_balancing_loss
 from odysseus_kernels.nn.parameters import token_parameter
 
-__all__ = ["TokenStatisticsOutput", "check_logits_to_keep", "last_logits", "loss_of", "router_loss"]
+__all__ = ["TokenStatisticsOutput", "checked_logits_to_keep", "last_logits", "loss_of", "router_loss"]
 
 
 @dataclasses.dataclass
@@ -35,8 +35,8 @@ class TokenStatisticsOutput(ModelOutput):  # type: ignore[misc]
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-def check_logits_to_keep(count: int | torch.Tensor, *, with_logits: bool) -> None:
-    """Raises ValueError unless it is a number of tokens, and 0 where there are no logits."""
+def checked_logits_to_keep(count: int | torch.Tensor, *, with_logits: bool) -> int:
+    """The number of tokens; ValueError for what is none, and unless it is 0 where there are no logits."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         got = f"a tensor {list(count.shape)}" if isinstance(count, torch.Tensor) else repr(count)
         raise ValueError(
@@ -47,6 +47,7 @@ def check_logits_to_keep(count: int | torch.Tensor, *, with_logits: bool) -> Non
         raise ValueError(
             f"logits_to_keep: expected 0 beside labels or token_statistics, with which there are no logits, got {count}"
         )
+    return count
 
 
 def last_logits(hidden: torch.Tensor, head: Any, cut: SequenceCut, count: int, group: SequenceGroup) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cut_cases import gradients_of
-from family_cases import Case, make_mesh, parallel_model, without_labels
+from family_cases import Case, data_mesh, fully_sharded, make_mesh, parallel_model, without_labels
 from logprob_cases import CHANGES, rollouts
 
 import odysseus_kernels as ody
@@ -96,6 +96,19 @@ def distillation(rank: int, world_size: int, strategy: str) -> None:
     expected = (top.exp() * (top - stock[1].gather(-1, ids))).sum(-1)
     for found in divergences:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def beside_fsdp(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entropies and the likeliest tokens of this replica's row, asked of a wrapped model."""
+    mesh = data_mesh((2, 1, 2))
+    model = fully_sharded(ody.parallelize(case_of().model(), mesh, "ulysses"), mesh)
+    replica = mesh.get_local_rank("dp")
+    row = {name: tensor[replica : replica + 1] for name, tensor in rollouts().items()}
+    part = ody.shard_sequence(row, model)
+    found = ody.sequence_logprobs(model, part, entropy=True, top_k=TOP, temperature=TEMPERATURE)
+    found.entropy.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lm_head" in name)
+    return found.entropy.detach(), found.top_ids
 
 
 def refusals(rank: int, world_size: int) -> None:

@@ -47,6 +47,14 @@ def test_distillation_over_the_likeliest_tokens(ranks, strategy):
     ranks(2).run(cases.distillation, strategy)
 
 
+def test_beside_fsdp(ranks):
+    expected, _ = stock(cases.case_of(), False)
+    for rank, (entropy, top_ids) in enumerate(ranks(4).run(cases.beside_fsdp)):
+        row = slice(rank // 2, rank // 2 + 1)
+        torch.testing.assert_close(entropy, expected.entropy[row], rtol=1e-9, atol=1e-9)
+        assert torch.equal(top_ids, expected.top_ids[row])
+
+
 def test_refusals(ranks):
     ranks(2).run(cases.refusals)
 

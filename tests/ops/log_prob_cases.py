@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from operator_cases import leaf
 from torch import Tensor
 
 import odysseus_kernels as ody
+from benchmarks.common.memory import peak_of_others, record_allocations
 from odysseus_kernels.ops import LogProbs, linear_log_probs
 from odysseus_kernels.testing.compare import nan_empty
 
@@ -135,6 +137,39 @@ def traffic(rank: int, world: int, placement: str) -> dict[str, int]:
     with ody.CommRecorder() as record:
         found(placement, data, rank, world, ody.OverlapConfig(timeout_s=60))
     return {f"{row['phase']} {row['collective']}": row["bytes"] for row in record.rows()}
+
+
+def largest_allocation(rank: int, world: int, placement: str) -> tuple[int, int, int]:
+    """Bytes of the largest allocation; of a chunk's logits or of an operand in fp32; and of all rows' logits."""
+    rows, features, vocabulary, chunk = 1024, 8, 512, 32
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, features, generator=generator).bfloat16()
+    weight = torch.randn(vocabulary, features, generator=generator).bfloat16()
+    ids = torch.randint(vocabulary, (rows, 2), generator=generator)
+
+    def run() -> list[Tensor]:
+        leaves = [leaf(hidden), leaf(weight)]
+        found = linear_log_probs(
+            leaves[0], ids, leaves[1], group=None, placement=placement, entropy=True, top_k=3, chunk_rows=chunk,
+            config=ody.OverlapConfig(transport="symmetric", timeout_s=60),
+        )  # fmt: skip
+        (found.log_probs.sum() + found.entropy.sum()).backward()
+        return [found.log_probs]
+
+    run()
+    _, events = record_allocations(run)
+    _, largest = peak_of_others(events, set())
+    return largest, max(chunk * vocabulary, world * weight.numel(), hidden.numel()) * 4, rows * vocabulary * 4
+
+
+def opcheck(rank: int, world: int) -> None:
+    name, key = dist.group.WORLD.group_name, ody.OverlapConfig(timeout_s=30).key()
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    ids = torch.tensor([[0, 1], [4, 4], [IGNORE, 2], [2, 0], [1, IGNORE], [3, 0]])
+    for placement in PLACEMENTS:
+        for bias, entropy, top_k in ((None, False, 0), (torch.randn(5, requires_grad=True), True, 2)):
+            settings = (placement, name, key, TEMPERATURE, entropy, top_k, IGNORE, 4, [], "")
+            torch.library.opcheck(torch.ops.odysseus.linear_log_probs.default, (hidden, ids, weight, bias, *settings))
 
 
 def messages(rank: int, world: int) -> dict[str, str]:

@@ -47,6 +47,16 @@ def test_bytes_equal_the_formula(ranks: RankPools, world: int) -> None:
     assert ranks(world).run(cases.traffic, "whole") == [{}] * world
 
 
+@EVERY
+def test_logits_of_all_rows_never_exist(ranks: RankPools, placement: str) -> None:
+    for largest, bound, logits in ranks(2).run(cases.largest_allocation, placement):
+        assert largest <= bound <= logits / 16
+
+
+def test_opcheck(ranks: RankPools) -> None:
+    ranks(2).run(cases.opcheck)
+
+
 def test_refusals(ranks: RankPools) -> None:
     for said in ranks(2).run(cases.messages):
         assert "expected placement to be one of ('whole', 'zero3', 'vocab_parallel'), got 'cut'" in said["placement"]
