@@ -33,8 +33,8 @@ from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.nn.ahead import Shards
 from odysseus_kernels.nn.derivatives import not_differentiable
+from odysseus_kernels.nn.gradient_sums import GradientSums
 from odysseus_kernels.ops._gathered_product import gathered_product
-from odysseus_kernels.ops._products import add_wide
 
 __all__ = ["ShardedWeights", "TensorParallelWeights", "TiledNetwork", "tiled"]
 
@@ -109,46 +109,6 @@ class _Needed:
     parameters: tuple[bool, ...]
 
 
-class _Sums:
-    """Gradients of parameters, added over the tiles in a wide type; None where they are not needed."""
-
-    def __init__(self, like: Sequence[Tensor | None], needed: Sequence[bool], dtype: torch.dtype) -> None:
-        self._like = like
-        self.totals = [
-            torch.zeros_like(one, dtype=dtype) if one is not None and wanted else None
-            for one, wanted in zip(like, needed, strict=True)
-        ]
-
-    def product(self, index: int, grad: Tensor, lines: Tensor) -> None:
-        """Adds ``grad.T @ lines``, a weight's gradient."""
-        total = self.totals[index]
-        if total is None:
-            return
-        if total.dtype == lines.dtype:
-            torch.addmm(total, grad.t(), lines, out=total)
-        else:
-            add_wide(total, grad.t(), lines)
-
-    def lines(self, index: int, grad: Tensor) -> None:
-        """Adds the sum over the rows, a bias's gradient."""
-        total = self.totals[index]
-        if total is not None:
-            total.add_(grad.sum(0, dtype=total.dtype))
-
-    def add(self, index: int, part: Tensor | None) -> None:
-        """Adds a gradient as it is."""
-        total = self.totals[index]
-        if total is not None and part is not None:
-            total.add_(part)
-
-    def results(self) -> list[Tensor | None]:
-        """In the parameters' own types."""
-        return [
-            None if total is None or own is None else total.to(own.dtype)
-            for total, own in zip(self.totals, self._like, strict=True)
-        ]
-
-
 class ShardedWeights(TiledNetwork):
     """ZeRO-3: weights [n/N, K] and biases [n/N] cut into rows, tokens of this rank's own.
 
@@ -182,7 +142,7 @@ class ShardedWeights(TiledNetwork):
         projected, inner = self._gather_inner(lines[first], weights, inner_biases, "backward", weights.outer)
         d_hidden, outer = self._gather(grad[first], weights.outer, None, "backward", transposed=True)
         whole = [*inner, *inner_biases, outer, _like_bias(weights.outer_bias, outer)]
-        sums = _Sums(whole, needed.parameters, accumulator_dtype(lines.dtype))
+        sums = GradientSums(whole, needed.parameters, accumulator_dtype(lines.dtype))
         dx = torch.empty_like(lines)
         self._tile(grad[first], lines[first], projected, d_hidden, inner, sums, dx[first])
         del projected, d_hidden
@@ -200,7 +160,7 @@ class ShardedWeights(TiledNetwork):
         projected: Sequence[Tensor],
         d_hidden: Tensor,
         inner: Sequence[Tensor],
-        sums: _Sums,
+        sums: GradientSums,
         dx: Tensor,
     ) -> None:
         count = len(inner)
@@ -237,7 +197,7 @@ class ShardedWeights(TiledNetwork):
         settings: Any = {"operator": _OPERATOR, "phase": phase, "config": self.config, "keeps_ahead": True}
         return [None if shard is None else all_gather(shard, self.group, **settings) for shard in shards]
 
-    def _reduce(self, sums: _Sums, index: int, own: Tensor | None) -> Tensor | None:
+    def _reduce(self, sums: GradientSums, index: int, own: Tensor | None) -> Tensor | None:
         """This rank's rows of a gradient: a weight's travels in its own type, a bias's in the accumulator's."""
         total, sums.totals[index] = sums.totals[index], None
         if total is None or own is None:
@@ -286,7 +246,7 @@ class TensorParallelWeights(TiledNetwork):
 
     def backward(self, grad: Tensor, lines: Tensor, weights: _Weights, needed: _Needed) -> tuple[Tensor, list[Any]]:
         """Each tile's intermediate again, then its gradients; what down gave is not computed again."""
-        sums = _Sums(weights.flat(), needed.parameters, accumulator_dtype(lines.dtype))
+        sums = GradientSums(weights.flat(), needed.parameters, accumulator_dtype(lines.dtype))
         dx, count = torch.empty_like(lines), len(weights.inner)
         wanted = [index for index in range(2 * count) if needed.parameters[index]]
         for tile in self.tiles(lines):
@@ -308,8 +268,8 @@ class TensorParallelWeights(TiledNetwork):
                 found = list(torch.autograd.grad(projected, inputs, back(d_hidden)))  # type: ignore[arg-type]
                 if needed.x:
                     dx[tile] = found.pop(0)
-                for index, part in zip(wanted, found, strict=True):
-                    sums.add(index, part)
+                for index in wanted:
+                    sums.add(index, found.pop(0))
             del projected, back, d_hidden
         return dx, sums.results()
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -176,5 +177,39 @@ def peaks(rank: int, world: int, problem: Problem) -> dict[str, int]:
         tensor.grad = None
     (y,), events = record_allocations(lambda: [block(x)])
     found = {"forward": peak_of_others(events, set())[0]}
-    _, events = record_allocations(lambda: [y.backward(grad)] and [])  # type: ignore[func-returns-value]
+
+    def backward() -> list[Tensor]:
+        y.backward(grad)
+        return []
+
+    _, events = record_allocations(backward)
     return {**found, "backward": peak_of_others(events, set())[0]}
+
+
+def refused_derivative(rank: int, world: int) -> None:
+    for strategy in CLASSES:
+        problem = Problem(strategy=strategy)
+        block: Any = make_block(problem)
+        distribute(block, problem, make_mesh(world, 1))
+        x = part_of(problem, inputs(problem, world)[0], rank, world).requires_grad_()
+        (gradient,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            gradient.square().sum().backward()
+
+
+def under_autocast(rank: int, world: int) -> None:
+    """What travels and what comes back have the types that they have without tiles."""
+    problem = Problem(dtype=torch.float32)
+    block = make_block(problem)
+    distribute(block, problem, make_mesh(world, 1))
+    x, grad = (part_of(problem, one, rank, world) for one in inputs(problem, world))
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), ody.CommRecorder() as record:
+        y = block(x)
+        assert y.dtype == torch.bfloat16
+        y.backward(grad.bfloat16())
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    weights = 3 * problem.width * problem.intermediate // world * 2
+    biases = 2 * problem.intermediate // world * 2
+    assert record.bytes(phase="forward") == weights + biases + problem.width // world * 2
+    assert record.bytes(phase="backward", collective="all_gather") == weights + biases
