@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from odysseus_kernels.data.loader import SequenceDataLoader
     from odysseus_kernels.integrations.checkpoint import load_checkpoint, save_checkpoint
     from odysseus_kernels.integrations.huggingface import parallelize
+    from odysseus_kernels.integrations.offloading import offload_activations
     from odysseus_kernels.integrations.pretrained import load_pretrained, save_pretrained
     from odysseus_kernels.integrations.switching import set_strategy
     from odysseus_kernels.integrations.verify import verify
@@ -80,6 +81,7 @@ __all__ = [
     "load_checkpoint",
     "load_pretrained",
     "num_items_in_batch",
+    "offload_activations",
     "parallelize",
     "pipelined_attention",
     "ring_attention",
@@ -107,6 +109,7 @@ _LAZY = {
     "load_checkpoint": "odysseus_kernels.integrations.checkpoint",
     "load_pretrained": "odysseus_kernels.integrations.pretrained",
     "num_items_in_batch": "odysseus_kernels.nn.items",
+    "offload_activations": "odysseus_kernels.integrations.offloading",
     "parallelize": "odysseus_kernels.integrations.huggingface",
     "ring_attention": "odysseus_kernels.attention.ring",
     "save_checkpoint": "odysseus_kernels.integrations.checkpoint",

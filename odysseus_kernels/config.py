@@ -90,6 +90,10 @@ class OverlapConfig:
             (:func:`pipelined_attention`; strategies ``"odysseus"`` and ``"tp_sp"``); ``"auto"``: as many as
             :func:`shard_sequence` cut the batch into, which asks the cost model; None: its operators are fused one by
             one.
+        tile_rows: tokens of each rank that a model's feed-forward networks compute at one time, so that what lies
+            between their products is [tile_rows, intermediate size], in backward, too, which computes it again; None:
+            all tokens.  ZeRO-3 networks then hold their whole weights while they run (``nn/tiled_mlp.py``); mixtures
+            of experts are not tiled.
 
     Example:
         >>> config = ody.OverlapConfig(mode="fused", gathered="save", timeout_s=60)
@@ -109,6 +113,7 @@ class OverlapConfig:
     tune: Tune = "auto"
     tile_bytes: int = 1 << 30
     pipeline: int | Literal["auto"] | None = "auto"
+    tile_rows: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("mode", Mode), ("transport", TransportName), ("gathered", Gathered), ("tune", Tune)):
@@ -130,6 +135,9 @@ class OverlapConfig:
             raise ValueError(
                 f'pipeline: expected "auto", None or a whole number from 1 to {MOST_PIECES}, got {pieces!r}'
             )
+        rows = self.tile_rows
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+            raise ValueError(f"tile_rows: expected a whole number of tokens, 1 or more, or None, got {rows!r}")
 
     def key(self) -> str:
         """This configuration as a string: what a custom operator takes, since it cannot take a dataclass."""
@@ -140,7 +148,7 @@ class OverlapConfig:
     @functools.lru_cache(maxsize=256)
     def from_key(key: str) -> OverlapConfig:
         """The configuration that :meth:`key` turned into ``key``."""
-        mode, transport, chunks, gathered, reduce_dtype, timeout_s, tune, tile_bytes, pipeline = key.split("|")
+        mode, transport, chunks, gathered, reduce_dtype, timeout_s, tune, tile_bytes, pipeline, rows = key.split("|")
         return OverlapConfig(
             mode=cast(Mode, mode),
             transport=cast(TransportName, transport),
@@ -151,6 +159,7 @@ class OverlapConfig:
             tune=cast(Tune, tune),
             tile_bytes=int(tile_bytes),
             pipeline="auto" if pipeline == "auto" else None if pipeline == "None" else int(pipeline),
+            tile_rows=None if rows == "None" else int(rows),
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
 
-__all__ = ["first_derivative"]
+__all__ = ["first_derivative", "not_differentiable"]
 
 _Backward = Callable[..., tuple[Any, ...]]
 
@@ -27,13 +27,17 @@ def first_derivative(backward: _Backward) -> _Backward:
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        causes = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, torch.Tensor) and t.requires_grad]
-        if not causes:
-            return results
-        name = type(ctx).__name__.removesuffix("Backward")
-        return tuple(r if r is None else _NotDifferentiable.apply(name, r, *causes) for r in results)
+        return not_differentiable(type(ctx).__name__.removesuffix("Backward"), results, (*grads, *ctx.saved_tensors))
 
     return refusing
+
+
+def not_differentiable(name: str, results: tuple[Any, ...], made_of: Iterable[Any]) -> tuple[Any, ...]:
+    """Gradients ``results`` that raise, naming ``name``, when they are differentiated by what they are made of."""
+    causes = [t for t in made_of if isinstance(t, torch.Tensor) and t.requires_grad]
+    if not causes:
+        return results
+    return tuple(r if r is None else _NotDifferentiable.apply(name, r, *causes) for r in results)
 
 
 class _NotDifferentiable(torch.autograd.Function):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from odysseus_kernels import ops
 from odysseus_kernels.nn.ahead import GathersWeights, Shards, ahead_in_backward, ahead_in_forward, shard_of
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import local_parameter, sharded_parameter, token_parameter
+from odysseus_kernels.nn.tiled_mlp import ShardedWeights, TensorParallelWeights, TiledNetwork, tiled
 
 __all__ = ["MLPSpec", "SequenceParallelMLP", "TensorParallelMLP", "Zero3MLP"]
 
@@ -50,6 +53,13 @@ class _MLP(nn.Module):
         first = activation(projected[0])
         return first if len(projected) == 1 else first * projected[1]
 
+    def _in_tiles(self, network: TiledNetwork, x: torch.Tensor, parameters: Callable[[str, str], Any]) -> torch.Tensor:
+        """The network some tokens at a time; ``parameters`` gives what the operators take of a layer's parameter."""
+        spec = self.mlp_spec
+        inner = [name for name in (spec.gate, spec.up) if name is not None]
+        found = [parameters(name, kind) for kind in ("weight", "bias") for name in inner]
+        return self._dropped(tiled(network, x, [*found, *(parameters(spec.down, kind) for kind in ("weight", "bias"))]))
+
     def _inner(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...] | None]:
         """Column-parallel weights and biases of gate and up, or of up alone."""
         spec, group = self.mlp_spec, self.sequence_group
@@ -71,6 +81,8 @@ class Zero3MLP(_MLP, GathersWeights):
         spec = self.mlp_spec
         activation = getattr(self, spec.activation)
         self.note_changes()
+        if self.sequence_group.config.tile_rows is not None:
+            return self._tiled(x, self.sequence_group.config.tile_rows)
         # Each product names the weights that travel next.  Backward goes the other way: down, up, gate.
         before, inner = ahead_in_backward(self, x), x.requires_grad
         if spec.gate is None:
@@ -81,6 +93,12 @@ class Zero3MLP(_MLP, GathersWeights):
         self.note_backward(hidden)
         following = ahead_in_forward(self, last=True)
         return self._dropped(self._project(spec.down, hidden, following, self._shard(spec.up) if inner else None))
+
+    def _tiled(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        group, following = self.sequence_group, ahead_in_forward(self, last=True)
+        self.note_backward(x)
+        network = ShardedWeights(self._activated, rows, group.everyone, group.config, following=following)
+        return self._in_tiles(network, x, lambda name, kind: local_parameter(getattr(getattr(self, name), kind)))
 
     def _project(self, name: str, x: torch.Tensor, following: Shards, preceding: Shards) -> torch.Tensor:
         """One projection, while the weights of the next one (in backward: of the one before) are on their way."""
@@ -103,7 +121,13 @@ class Zero3MLP(_MLP, GathersWeights):
         return shard_of(getattr(self, spec.up if spec.gate is None else spec.gate))
 
     def first_gathered_in_backward(self) -> Shards:
-        return shard_of(getattr(self, self.mlp_spec.down)) if self.gathers_in_backward else None
+        if not self.gathers_in_backward:
+            return None
+        # Tiles are computed again before they are differentiated.
+        return self.first_gathered() if self.sequence_group.config.tile_rows else shard_of(self._down())
+
+    def _down(self) -> nn.Module:
+        return getattr(self, self.mlp_spec.down)  # type: ignore[no-any-return]
 
 
 class SequenceParallelMLP(_MLP):
@@ -116,11 +140,19 @@ class SequenceParallelMLP(_MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the network to the tokens of all ranks."""
         group, down = self.sequence_group, getattr(self, self.mlp_spec.down)
+        if group.config.tile_rows is not None:
+            network = TensorParallelWeights(
+                self._activated, group.config.tile_rows, group.group, group.config, cut=True
+            )
+            return self._in_tiles(network, x, self._parameter)
         weights, biases = self._inner()
         hidden = self._activated(ops.all_gather_linear(x, weights, biases, group=group.group, config=group.config))
         weight, bias = sharded_parameter(down.weight, group), sharded_parameter(down.bias, group)
         assert weight is not None
         return self._dropped(ops.linear_reduce_scatter(hidden, weight, bias, group=group.group, config=group.config))
+
+    def _parameter(self, name: str, kind: str) -> torch.Tensor | None:
+        return sharded_parameter(getattr(getattr(self, name), kind), self.sequence_group)
 
 
 class TensorParallelMLP(_MLP):
@@ -132,8 +164,17 @@ class TensorParallelMLP(_MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the network to the tokens that all ranks have."""
         group, down = self.sequence_group, getattr(self, self.mlp_spec.down)
+        if group.config.tile_rows is not None:
+            rows = group.config.tile_rows * group.size  # of all tokens, that is as many for each rank
+            network = TensorParallelWeights(self._activated, rows, group.group, group.config, cut=False)
+            return self._in_tiles(network, x, self._parameter)
         weights, biases = self._inner()
         hidden = self._activated(ops.column_parallel_linear(x, weights, biases, group=group.group, config=group.config))
         weight, bias = sharded_parameter(down.weight, group), token_parameter(down.bias, group)
         assert weight is not None
         return self._dropped(ops.linear_all_reduce(hidden, weight, bias, group=group.group, config=group.config))
+
+    def _parameter(self, name: str, kind: str) -> torch.Tensor | None:
+        parameter = getattr(getattr(self, name), kind)
+        whole = kind == "bias" and name == self.mlp_spec.down
+        return (token_parameter if whole else sharded_parameter)(parameter, self.sequence_group)

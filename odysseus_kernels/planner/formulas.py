@@ -38,8 +38,9 @@ forward, where they are kept: all_gather of [L, 2k] forward, reduce_scatter back
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from typing import Literal
+
+from odysseus_kernels.planner.ledger import Ledger, Traffic, part_of
 
 __all__ = [
     "PIPELINED",
@@ -47,6 +48,7 @@ __all__ = [
     "LayerShape",
     "Traffic",
     "check_sizes",
+    "check_tile_rows",
     "head_traffic",
     "replicated_traffic",
     "traffic",
@@ -59,9 +61,6 @@ PIPELINED = ("tp_sp", "odysseus")
 """Strategies whose attention block can be one operator."""
 
 _ZERO3 = ("ulysses", "odysseus", "tsp")  # strategies whose feed-forward networks and heads are ZeRO-3
-
-Traffic = dict[tuple[str, str, str], int]
-"""Bytes that one rank sends by (phase, operator, collective), as :class:`~odysseus_kernels.CommRecorder` names them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,55 +128,6 @@ def check_sizes(shape: LayerShape, strategy: str, world: int, ring: int, tokens:
         )
 
 
-class _Ledger:
-    """Adds up bytes; ``size`` is the bytes of an element."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.bytes: Counter[tuple[str, str, str]] = Counter()
-
-    def shard(self, phase: str, operator: str, collective: str, ranks: int, elements: int) -> None:
-        """``elements`` of one rank's part, sent to each of the others or received from them."""
-        if ranks > 1:
-            self.bytes[phase, operator, collective] += (ranks - 1) * elements * self.size
-
-    def all_reduce(self, phase: str, operator: str, ranks: int, elements: int) -> None:
-        self.shard(phase, operator, "all_reduce", ranks, 2 * -(-elements // ranks))
-
-    def replicated(self, ranks: int, elements: int) -> None:
-        """The gradient of a parameter of which ``ranks`` ranks hold the same part."""
-        self.all_reduce("backward", "replicated_parameter", ranks, elements)
-
-    def zero3(self, operator: str, ranks: int, elements: int) -> None:
-        """A weight of ``elements`` cut over ``ranks``: gathered twice, its gradient reduced once."""
-        rows = _part(elements, ranks)
-        self.shard("forward", operator, "all_gather", ranks, rows)
-        self.shard("backward", operator, "all_gather", ranks, rows)
-        self.shard("backward", operator, "reduce_scatter", ranks, rows)
-
-    def zero3_bias(self, operator: str, ranks: int, elements: int) -> None:
-        """A bias that is cut like its ZeRO-3 weight: gathered once; its gradient travels in the accumulator's type."""
-        rows = _part(elements, ranks)
-        self.shard("forward", operator, "all_gather", ranks, rows)
-        if ranks > 1:
-            self.bytes["backward", operator, "reduce_scatter"] += (ranks - 1) * rows * max(self.size, 4)
-
-    def rename(self, operators: tuple[str, ...], name: str) -> None:
-        """What ``operators`` have sent so far was sent by the one operator ``name``."""
-        for phase, operator, collective in list(self.bytes):
-            if operator in operators:
-                self.bytes[phase, name, collective] += self.bytes.pop((phase, operator, collective))
-
-    def result(self) -> Traffic:
-        return dict(self.bytes)
-
-
-def _part(elements: int, ranks: int) -> int:
-    if elements % ranks:
-        raise ValueError(f"expected a parameter whose {elements} elements {ranks} ranks divide")
-    return elements // ranks
-
-
 def traffic(
     shape: LayerShape,
     strategy: str,
@@ -190,6 +140,7 @@ def traffic(
     checkpointing: bool = False,
     pipelined: bool = False,
     keys_at_once: bool = False,
+    tile_rows: int | None = None,
 ) -> Traffic:
     """Bytes that each rank sends for forward and backward of one decoder layer, all gradients included.
 
@@ -205,6 +156,8 @@ def traffic(
         pipelined: whether attention is one operator, :func:`~odysseus_kernels.pipelined_attention`: the same bytes
             under its name (strategies ``"tp_sp"`` and ``"odysseus"``).
         keys_at_once: under ``"tsp"``, whether the attention function takes all keys at once, as eager attention does.
+        tile_rows: as in :class:`~odysseus_kernels.OverlapConfig`, or None.  With ``checkpointing``
+            the layer is then recomputed up to its feed-forward network, which recomputes itself.
 
     Returns:
         Only what is not zero.
@@ -213,7 +166,7 @@ def traffic(
         ValueError: sizes that the ranks do not divide, or an unknown strategy.
     """
     check_sizes(shape, strategy, world, ring, tokens, gathered)
-    ledger = _Ledger(element_size)
+    ledger = Ledger(element_size)
     if strategy == "tsp":
         _folded_attention(ledger, shape, ring * world, tokens, keys_at_once)
     else:
@@ -222,7 +175,10 @@ def traffic(
         if strategy not in PIPELINED:
             raise ValueError(f"pipelined: expected one of the strategies {PIPELINED}, got {strategy!r}")
         ledger.rename(("all_gather_linear", "linear_reduce_scatter"), "pipelined_attention")
-    _feed_forward(ledger, shape, strategy, world, ring, tokens, gathered)
+    if tile_rows is None:
+        _feed_forward(ledger, shape, strategy, world, ring, tokens, gathered)
+    else:
+        check_tile_rows(tile_rows)
     different = ring * (1 if strategy == "tp" else world)  # ranks that hold different tokens
     for elements in (shape.hidden, shape.hidden) * (2 if shape.norm_bias else 1):
         ledger.replicated(different, elements)
@@ -231,11 +187,19 @@ def traffic(
             ledger.replicated(ring * world, shape.head_dim)
     if checkpointing:
         ledger.bytes.update({key: count for key, count in ledger.bytes.items() if key[0] == "forward"})
+    if tile_rows is not None:
+        _tiled_feed_forward(ledger, shape, strategy, world, ring, tokens, tile_rows)
     return ledger.result()
 
 
+def check_tile_rows(tile_rows: int) -> None:
+    """Raises ValueError for what is no number of tokens."""
+    if tile_rows < 1:
+        raise ValueError(f"tile_rows: expected 1 or more, got {tile_rows}")
+
+
 def _attention(
-    ledger: _Ledger, shape: LayerShape, strategy: str, world: int, ring: int, tokens: int, gathered: str
+    ledger: Ledger, shape: LayerShape, strategy: str, world: int, ring: int, tokens: int, gathered: str
 ) -> None:
     d, everyone = shape.hidden, ring * world
     own = tokens // everyone
@@ -269,7 +233,7 @@ def _attention(
     _ring_attention(ledger, ring, 2 * (tokens // ring) * used // world)
 
 
-def _folded_attention(ledger: _Ledger, shape: LayerShape, everyone: int, tokens: int, at_once: bool) -> None:
+def _folded_attention(ledger: Ledger, shape: LayerShape, everyone: int, tokens: int, at_once: bool) -> None:
     d = shape.hidden
     for width in (shape.query, shape.key_value, shape.key_value):
         ledger.zero3("zero3_linear", everyone, width * d)
@@ -283,21 +247,21 @@ def _folded_attention(ledger: _Ledger, shape: LayerShape, everyone: int, tokens:
         _ring_attention(ledger, everyone, keys_and_values)
         return
     ledger.shard("forward", "gathered_key_value", "all_gather", everyone, keys_and_values)
-    gradients = _Ledger(max(4, ledger.size))
+    gradients = Ledger(max(4, ledger.size))
     gradients.shard("backward", "gathered_key_value", "reduce_scatter", everyone, keys_and_values)
     ledger.bytes.update(gradients.bytes)
 
 
-def _ring_attention(ledger: _Ledger, ring: int, keys_and_values: int) -> None:
+def _ring_attention(ledger: Ledger, ring: int, keys_and_values: int) -> None:
     """``keys_and_values`` elements of one rank, which all of the ring attend to."""
     for phase in ("forward", "backward"):
         ledger.shard(phase, "ring_attention", "send_recv", ring, keys_and_values)
-    gradients = _Ledger(max(4, ledger.size))  # shares of every rank's queries, in the accumulator's type
+    gradients = Ledger(max(4, ledger.size))  # shares of every rank's queries, in the accumulator's type
     gradients.shard("backward", "ring_attention", "send_recv", ring, keys_and_values)
     ledger.bytes.update(gradients.bytes)
 
 
-def _gathered(ledger: _Ledger, strategy: str, world: int, shard: int, gathered: str) -> None:
+def _gathered(ledger: Ledger, strategy: str, world: int, shard: int, gathered: str) -> None:
     """Column-parallel projections of an input of ``shard`` elements on each rank."""
     if strategy == "tp":
         ledger.all_reduce("backward", "column_parallel_linear", world, shard * world)
@@ -308,7 +272,7 @@ def _gathered(ledger: _Ledger, strategy: str, world: int, shard: int, gathered: 
         ledger.shard("backward", "all_gather_linear", "all_gather", world, shard)
 
 
-def _scattered(ledger: _Ledger, strategy: str, world: int, shard: int) -> None:
+def _scattered(ledger: Ledger, strategy: str, world: int, shard: int) -> None:
     """A row-parallel projection with an output of ``shard`` elements on each rank."""
     if strategy == "tp":
         ledger.all_reduce("forward", "linear_all_reduce", world, shard * world)
@@ -318,7 +282,7 @@ def _scattered(ledger: _Ledger, strategy: str, world: int, shard: int) -> None:
 
 
 def _feed_forward(
-    ledger: _Ledger, shape: LayerShape, strategy: str, world: int, ring: int, tokens: int, gathered: str
+    ledger: Ledger, shape: LayerShape, strategy: str, world: int, ring: int, tokens: int, gathered: str
 ) -> None:
     d, i, everyone = shape.hidden, shape.intermediate, ring * world
     widths = [i] * shape.inner
@@ -331,12 +295,49 @@ def _feed_forward(
     own = tokens // everyone
     _gathered(ledger, strategy, world, own * d, gathered)
     _scattered(ledger, strategy, world, own * d)
-    for width in widths:
-        for elements in (width * d, width) if shape.mlp_bias else (width * d,):
-            ledger.replicated(ring, _part(elements, world))
-    ledger.replicated(ring, _part(i * d, world))
+    _replicated_feed_forward(ledger, shape, world, ring)
+
+
+def _replicated_feed_forward(ledger: Ledger, shape: LayerShape, world: int, ring: int) -> None:
+    """Gradients of tensor-parallel weights, of which ranks of the ring hold copies."""
+    d, i = shape.hidden, shape.intermediate
+    for _ in range(shape.inner):
+        for elements in (i * d, i) if shape.mlp_bias else (i * d,):
+            ledger.replicated(ring, part_of(elements, world))
+    ledger.replicated(ring, part_of(i * d, world))
     if shape.mlp_bias:
         ledger.replicated(ring, d)
+
+
+def _tiled_feed_forward(
+    ledger: Ledger, shape: LayerShape, strategy: str, world: int, ring: int, tokens: int, tile_rows: int
+) -> None:
+    """The same in tiles.
+
+    ZeRO-3: as without, and biases of gate and up are gathered in backward, too.  TP-SP: the input is gathered for each
+    forward and once in backward, whatever ``"gathered"`` says.  TP: all_reduce of each tile, padded by itself.
+    """
+    d, i, everyone = shape.hidden, shape.intermediate, ring * world
+    own = tokens // everyone
+    if strategy == "tp":
+        rows = own * world
+        for first in range(0, rows, tile_rows * world):
+            elements = min(tile_rows * world, rows - first) * d
+            ledger.all_reduce("forward", "linear_all_reduce", world, elements)
+            ledger.all_reduce("backward", "column_parallel_linear", world, elements)
+    elif strategy == "tp_sp":
+        for _ in range(2):  # in forward, and again in backward, where it is still a forward call
+            ledger.shard("forward", "all_gather_linear", "all_gather", world, own * d)
+        ledger.shard("forward", "linear_reduce_scatter", "reduce_scatter", world, own * d)
+        ledger.shard("backward", "linear_reduce_scatter", "all_gather", world, own * d)
+        ledger.shard("backward", "all_gather_linear", "reduce_scatter", world, own * d)
+    else:
+        _feed_forward(ledger, shape, strategy, world, ring, tokens, "regather")
+        if shape.mlp_bias:
+            for _ in range(shape.inner):
+                ledger.shard("backward", "zero3_linear", "all_gather", everyone, part_of(i, everyone))
+        return
+    _replicated_feed_forward(ledger, shape, world, ring)
 
 
 def replicated_traffic(elements: int, strategy: str, world: int, *, ring: int = 1, element_size: int = 4) -> Traffic:
@@ -344,7 +345,7 @@ def replicated_traffic(elements: int, strategy: str, world: int, *, ring: int = 
 
     That is an embedding, or the norm after the last layer.
     """
-    ledger = _Ledger(element_size)
+    ledger = Ledger(element_size)
     ledger.replicated(ring * (1 if strategy == "tp" else world), elements)
     return ledger.result()
 
@@ -370,7 +371,7 @@ def head_traffic(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {STRATEGIES}, got {strategy!r}")
-    ledger, everyone = _Ledger(element_size), ring * world
+    ledger, everyone = Ledger(element_size), ring * world
     different = ring * (1 if strategy == "tp" else world)
     zero3 = strategy in _ZERO3
     if vocabulary % (everyone if zero3 else world):
@@ -379,14 +380,14 @@ def head_traffic(
         ledger.zero3("zero3_linear_cross_entropy", everyone, vocabulary * hidden)
     else:
         ledger.replicated(ring, vocabulary * hidden // world)
-        name, wide = "vocab_parallel_linear_cross_entropy", _Ledger(max(4, element_size))
+        name, wide = "vocab_parallel_linear_cross_entropy", Ledger(max(4, element_size))
         if strategy == "tp":
             rows = tokens // ring
             wide.shard("forward", name, "all_gather", world, 2 * rows)
             ledger.all_reduce("backward", name, world, rows * hidden)
         else:
             rows = tokens // everyone
-            labels = _Ledger(8)
+            labels = Ledger(8)
             labels.shard("forward", name, "all_gather", world, rows)
             ledger.shard("forward", name, "all_gather", world, rows * hidden)
             wide.shard("forward", name, "all_to_all", world, 2 * rows)
@@ -395,7 +396,7 @@ def head_traffic(
             ledger.shard("backward", name, "reduce_scatter", world, rows * hidden)
             ledger.bytes.update(labels.bytes)
         ledger.bytes.update(wide.bytes)
-    loss = _Ledger(8)  # the sum and the number of tokens, in fp64
+    loss = Ledger(8)  # the sum and the number of tokens, in fp64
     loss.all_reduce("forward", "sequence_loss", different, 2)
     ledger.bytes.update(loss.bytes)
     return ledger.result()

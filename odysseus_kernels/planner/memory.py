@@ -1,4 +1,4 @@
-"""What one decoder layer, and a language head, keep for backward on each rank, in whole bytes.
+"""What one decoder layer, and a language head, keep for backward on each rank, and tiles hold, in whole bytes.
 
 Symbols as in formulas.py: L tokens over W = R * N ranks, s = L / W, hidden size d, key/value width dk, intermediate
 size i.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from odysseus_kernels.planner.formulas import LayerShape, check_sizes
+from odysseus_kernels.planner.formulas import LayerShape, check_sizes, check_tile_rows
 
-__all__ = ["head_saved", "saved"]
+__all__ = ["feed_forward_peak", "head_saved", "layer_inputs", "saved"]
 
 
 def saved(
@@ -25,6 +25,7 @@ def saved(
     fused_activation: bool = False,
     stock_norms: bool = True,
     checkpointing: bool = False,
+    tiled: bool = False,
 ) -> dict[str, int]:
     """Bytes that each rank keeps for the backward of one decoder layer, by what they are; parameters are not counted.
 
@@ -39,6 +40,8 @@ def saved(
         stock_norms: norms are chains of operators, as in transformers: each keeps the normalised input as well, one
             number in fp32 for each token, and its input in fp32 where that is another tensor.
         checkpointing: whether the whole layer is recomputed: its input is all that is kept.
+        tiled: whether the feed-forward network is computed in tiles (``tile_rows``): of it, its input is all that is
+            kept.
 
     Returns:
         Bytes of ``"activations"``, ``"log-sum-exp"``, ``"strategy"`` and ``"norms"``; their sum is the layer's.
@@ -54,13 +57,14 @@ def saved(
     d, i = shape.hidden, shape.intermediate
     if checkpointing:
         return {"activations": rows * d * element_size, "log-sum-exp": 0, "strategy": 0, "norms": 0}
-    inner = (3 if fused_activation else 4) if shape.gated else 2
+    inner = 0 if tiled else (3 if fused_activation else 4) if shape.gated else 2
     heads_over = 1 if strategy == "tsp" else world
     attention = own * (2 * shape.query + 2 * shape.used_key_value(heads_over))
     activations = own * (4 * d + inner * i) + attention
     beyond = {"tp": 4 * (rows - own) * d, "ulysses": own * shape.query}.get(strategy, 0)
     if gathered == "save":
-        beyond += {"tp_sp": 2, "odysseus": 1}.get(strategy, 0) * (world - 1) * own * d
+        inputs = {"tp_sp": 1 if tiled else 2, "odysseus": 1}.get(strategy, 0)
+        beyond += inputs * (world - 1) * own * d
     # In fp32 the normalised input; in other types that, and the input in fp32 in place of the input.
     norms = 2 * rows * 4 * (d + 1) if stock_norms else 0
     return {
@@ -69,6 +73,91 @@ def saved(
         "strategy": beyond * element_size,
         "norms": norms,
     }
+
+
+def layer_inputs(
+    hidden: int,
+    strategy: str,
+    world: int,
+    *,
+    layers: int,
+    tokens: int,
+    ring: int = 1,
+    element_size: int = 4,
+    keep: int | None = None,
+) -> int:
+    """Most bytes of inputs of checkpointed layers that a rank holds at one moment.
+
+    Args:
+        hidden, strategy, world, tokens, ring, element_size: as in :func:`saved`.
+        layers: checkpointed layers.
+        keep: of :func:`~odysseus_kernels.offload_activations`; None without it.  Then one input is in use while the
+            next one is on its way.
+    """
+    rows = tokens // ring if strategy == "tp" else tokens // (ring * world)
+    held = layers if keep is None else min(layers, max(keep, 2))
+    return held * rows * hidden * element_size
+
+
+def feed_forward_peak(
+    shape: LayerShape,
+    strategy: str,
+    world: int,
+    *,
+    tokens: int,
+    tile_rows: int,
+    ring: int = 1,
+    element_size: int = 4,
+) -> dict[str, int]:
+    """Most bytes that a feed-forward network in tiles holds, on the symmetric transport.
+
+    With s tokens of a rank (under TP s = T, all of them), n of a tile, and P ranks that share its weights:
+
+    ============= ==================================================================================
+    what          elements
+    ============= ==================================================================================
+    forward       s d; a gated network's 4 n i, a plain one's 2 n i; ZeRO-3: its whole weights, m d i
+    backward      s d; 6 n i or 3 n i; gradients of its weights, and ZeRO-3: its whole weights, each m d i
+    ============= ==================================================================================
+
+    Tensor parallelism holds a tile's gathered input, or dx, beside that, and has another moment that may be higher:
+    that of the weights' gradients of one tile.  Biases are not counted; activations are those that keep their input
+    only, as SiLU and GELU do.
+
+    Args:
+        shape, strategy, world, tokens, ring: as in :func:`saved`.
+        tile_rows: n.
+        element_size: 4 or 8; in 16 bits accumulators are wider than what they add.
+
+    Returns:
+        Bytes in ``"forward"`` and ``"backward"``: outputs and gradients included, inputs, the incoming gradient and
+        parameters not.
+
+    Raises:
+        ValueError: as :func:`~.formulas.traffic` does, and for other element sizes.
+    """
+    check_sizes(shape, strategy, world, ring, tokens, "regather")
+    if element_size not in (4, 8):
+        raise ValueError(f"element_size: expected 4 or 8, got {element_size}: no formula says what 16 bits hold")
+    check_tile_rows(tile_rows)
+    d, own = shape.hidden, tokens // (ring * world)
+    rows, tile = own * (world if strategy == "tp" else 1), min(tile_rows, own)
+    inside, weight = tile * shape.intermediate, d * shape.intermediate
+    matrices = shape.inner + 1
+    forward, backward = (4, 6) if shape.gated else (2, 3)
+    result = rows * d
+    if strategy not in ("tp", "tp_sp"):
+        held = result + matrices * weight
+        elements = (held + forward * inside, held + matrices * weight + backward * inside)
+    else:
+        part = weight // world
+        # TP-SP keeps a tile's gathered input; both receive its gradient.
+        kept = world * tile * d if strategy == "tp_sp" else 0
+        received = (1 if strategy == "tp_sp" else world) * tile * d
+        activation = kept + backward * inside
+        products = kept + received + shape.inner * part + (5 if shape.gated else 3) * inside
+        elements = (result + forward * inside, result + matrices * part + max(activation, products))
+    return {"forward": elements[0] * element_size, "backward": elements[1] * element_size}
 
 
 def head_saved(hidden: int, strategy: str, world: int, *, tokens: int, ring: int = 1, element_size: int = 4) -> int:
