@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from odysseus_kernels.nn.master import MasterWeights
     from odysseus_kernels.nn.sequence import declare_cut, shard_sequence
     from odysseus_kernels.nn.step import step
+    from odysseus_kernels.planner.planning.plan import plan
 
 __version__ = "0.1.0"
 
@@ -84,6 +85,7 @@ __all__ = [
     "offload_activations",
     "parallelize",
     "pipelined_attention",
+    "plan",
     "ring_attention",
     "save_checkpoint",
     "save_pretrained",
@@ -111,6 +113,7 @@ _LAZY = {
     "num_items_in_batch": "odysseus_kernels.nn.items",
     "offload_activations": "odysseus_kernels.integrations.offloading",
     "parallelize": "odysseus_kernels.integrations.huggingface",
+    "plan": "odysseus_kernels.planner.planning.plan",
     "ring_attention": "odysseus_kernels.attention.ring",
     "save_checkpoint": "odysseus_kernels.integrations.checkpoint",
     "save_pretrained": "odysseus_kernels.integrations.pretrained",

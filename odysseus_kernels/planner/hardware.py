@@ -13,8 +13,11 @@ H200, H200 NVL     NVIDIA H200 Tensor Core GPU data sheet (halved likewise)
 B200               NVIDIA Blackwell architecture technical brief, GPU of an HGX B200
 L40S               NVIDIA L40S data sheet; fp64 is 1/64 of fp32 (Ada architecture white paper)
 InfiniBand         DGX data sheets, one port for each GPU: A100 ConnectX-6, HDR, 200 Gb/s; H100, H200 and B200
-                   ConnectX-7, NDR, 400 Gb/s
+                   ConnectX-7, NDR, 400 Gb/s; XDR, 800 Gb/s: ConnectX-8 SuperNIC data sheet
 =================  ===============================================================================================
+
+Sizes of memory are the same sheets', read as 10^9 bytes: drivers report somewhat more, which is left for contexts and
+for what allocators lose.  The B200's is an eighth of a DGX B200's (DGX B200 data sheet: 1,440 GB).
 
 Latencies and launch overheads are on no data sheet: they are estimates of the usual order of magnitude, and so is
 everything about :data:`GENERIC_GPU` and :data:`CPU`.
@@ -23,16 +26,21 @@ everything about :data:`GENERIC_GPU` and :data:`CPU`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
 __all__ = [
     "CPU",
+    "ETHERNET_100_BYTES_PER_S",
     "GENERIC_GPU",
     "INFINIBAND_HDR_BYTES_PER_S",
     "INFINIBAND_NDR_BYTES_PER_S",
+    "INFINIBAND_XDR_BYTES_PER_S",
     "KNOWN_GPUS",
+    "PCIE4_BYTES_PER_S",
+    "PCIE5_BYTES_PER_S",
     "Hardware",
     "hardware_for",
 ]
@@ -40,14 +48,24 @@ __all__ = [
 _GPU_LAUNCH_S = 4e-6
 _NVLINK_LATENCY_S = 3e-6
 _PCIE_LATENCY_S = 6e-6
-_PCIE4 = 32e9
-_PCIE5 = 64e9
+
+PCIE4_BYTES_PER_S = 32e9
+"""Of 16 lanes of PCI Express 4.0, which an A100 or L40S has, in one direction."""
+
+PCIE5_BYTES_PER_S = 64e9
+"""Of 16 lanes of PCI Express 5.0, which an H100, H200 or B200 has, in one direction."""
+
+ETHERNET_100_BYTES_PER_S = 12.5e9
+"""Of one port of 100-gigabit Ethernet (IEEE 802.3ba), in one direction."""
 
 INFINIBAND_HDR_BYTES_PER_S = 25e9
 """Of one HDR port, which one A100 has, in one direction."""
 
 INFINIBAND_NDR_BYTES_PER_S = 50e9
 """Of one NDR port, which one H100, H200 or B200 has, in one direction."""
+
+INFINIBAND_XDR_BYTES_PER_S = 100e9
+"""Of one XDR port, in one direction."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +81,7 @@ class Hardware:
         link_latency_s: from a store on one device to its being seen on another.
         launch_overhead_s: host time of one kernel, copy or library call.
         overlaps: whether copies between ranks run beside products.  A CPU's cores do one or the other.
+        memory_bytes: of the device's memory; infinite where it is not known.
     """
 
     name: str
@@ -72,10 +91,13 @@ class Hardware:
     link_latency_s: float
     launch_overhead_s: float
     overlaps: bool = True
+    memory_bytes: float = math.inf
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "flops", MappingProxyType(dict(self.flops)))
-        rates = {**self.flops, "memory_bytes_per_s": self.memory_bytes_per_s, "link_bytes_per_s": self.link_bytes_per_s}
+        rates = dict(self.flops)
+        for what in ("memory_bytes_per_s", "link_bytes_per_s", "memory_bytes"):
+            rates[what] = getattr(self, what)
         for what, rate in rates.items():
             if not rate > 0:
                 raise ValueError(f"{self.name}: expected {what} above 0, got {rate!r}")
@@ -95,34 +117,43 @@ class Hardware:
         return self.flops[name]
 
 
-def _gpu(name: str, half: float, single: float, double: float, memory: float, link: float, latency: float) -> Hardware:
-    """Rates in TFLOP/s for 16-bit, fp32 and fp64 products; memory and link in bytes/s."""
+def _gpu(
+    name: str,
+    half: float,
+    single: float,
+    double: float,
+    memory: float,
+    link: float,
+    latency: float,
+    gigabytes: float = math.inf,
+) -> Hardware:
+    """Rates in TFLOP/s for 16-bit, fp32 and fp64 products, of memory and link in bytes/s; memory in 10^9 bytes."""
     flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12, "float64": double * 1e12}
-    return Hardware(name, flops, memory, link, latency, _GPU_LAUNCH_S)
+    return Hardware(name, flops, memory, link, latency, _GPU_LAUNCH_S, memory_bytes=gigabytes * 1e9)
 
 
 # Words of a device's name, the more specific ones first. Whole words: a GH200 is not an H200, a GB200 not a B200.
 _BY_WORDS: tuple[tuple[frozenset[str], Hardware], ...] = tuple(
     (frozenset(words.split()), hardware)
     for words, hardware in (
-        ("A100 PCIE 40GB", _gpu("A100 PCIe 40GB", 312, 19.5, 19.5, 1.555e12, _PCIE4, _PCIE_LATENCY_S)),
-        ("A100 PCIE", _gpu("A100 PCIe 80GB", 312, 19.5, 19.5, 1.935e12, _PCIE4, _PCIE_LATENCY_S)),
-        ("A100 SXM4 40GB", _gpu("A100 SXM 40GB", 312, 19.5, 19.5, 1.555e12, 300e9, _NVLINK_LATENCY_S)),
-        ("A100 SXM4", _gpu("A100 SXM 80GB", 312, 19.5, 19.5, 2.039e12, 300e9, _NVLINK_LATENCY_S)),
-        ("H100 PCIE", _gpu("H100 PCIe", 756, 51, 51, 2.0e12, _PCIE5, _PCIE_LATENCY_S)),
-        ("H100 NVL", _gpu("H100 NVL", 835, 60, 60, 3.9e12, _PCIE5, _PCIE_LATENCY_S)),
-        ("H100", _gpu("H100 SXM", 989, 67, 67, 3.35e12, 450e9, _NVLINK_LATENCY_S)),
-        ("H200 NVL", _gpu("H200 NVL", 835, 60, 60, 4.8e12, _PCIE5, _PCIE_LATENCY_S)),
-        ("H200", _gpu("H200 SXM", 989, 67, 67, 4.8e12, 450e9, _NVLINK_LATENCY_S)),
-        ("B200", _gpu("B200", 2250, 80, 40, 8.0e12, 900e9, _NVLINK_LATENCY_S)),
-        ("L40S", _gpu("L40S", 362, 91.6, 1.43, 0.864e12, _PCIE4, _PCIE_LATENCY_S)),
+        ("A100 PCIE 40GB", _gpu("A100 PCIe 40GB", 312, 19.5, 19.5, 1.555e12, PCIE4_BYTES_PER_S, _PCIE_LATENCY_S, 40)),
+        ("A100 PCIE", _gpu("A100 PCIe 80GB", 312, 19.5, 19.5, 1.935e12, PCIE4_BYTES_PER_S, _PCIE_LATENCY_S, 80)),
+        ("A100 SXM4 40GB", _gpu("A100 SXM 40GB", 312, 19.5, 19.5, 1.555e12, 300e9, _NVLINK_LATENCY_S, 40)),
+        ("A100 SXM4", _gpu("A100 SXM 80GB", 312, 19.5, 19.5, 2.039e12, 300e9, _NVLINK_LATENCY_S, 80)),
+        ("H100 PCIE", _gpu("H100 PCIe", 756, 51, 51, 2.0e12, PCIE5_BYTES_PER_S, _PCIE_LATENCY_S, 80)),
+        ("H100 NVL", _gpu("H100 NVL", 835, 60, 60, 3.9e12, PCIE5_BYTES_PER_S, _PCIE_LATENCY_S, 94)),
+        ("H100", _gpu("H100 SXM", 989, 67, 67, 3.35e12, 450e9, _NVLINK_LATENCY_S, 80)),
+        ("H200 NVL", _gpu("H200 NVL", 835, 60, 60, 4.8e12, PCIE5_BYTES_PER_S, _PCIE_LATENCY_S, 141)),
+        ("H200", _gpu("H200 SXM", 989, 67, 67, 4.8e12, 450e9, _NVLINK_LATENCY_S, 141)),
+        ("B200", _gpu("B200", 2250, 80, 40, 8.0e12, 900e9, _NVLINK_LATENCY_S, 180)),
+        ("L40S", _gpu("L40S", 362, 91.6, 1.43, 0.864e12, PCIE4_BYTES_PER_S, _PCIE_LATENCY_S, 48)),
     )
 )
 
 KNOWN_GPUS: tuple[Hardware, ...] = tuple(hardware for _, hardware in _BY_WORDS)
 """The devices of the module's table."""
 
-GENERIC_GPU = _gpu("unknown GPU", 100, 20, 0.5, 1.0e12, _PCIE4, _PCIE_LATENCY_S)
+GENERIC_GPU = _gpu("unknown GPU", 100, 20, 0.5, 1.0e12, PCIE4_BYTES_PER_S, _PCIE_LATENCY_S)
 """For devices that are not in the table: a modest data-center GPU on PCIe."""
 
 CPU = Hardware(
