@@ -16,6 +16,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.families import FAMILIES, Family
 from odysseus_kernels.integrations.model import SequenceCausalLM, SequenceModel
+from odysseus_kernels.integrations.peft import (
+    base_layer,
+    check_adapter,
+    check_peft_model,
+    give_whole_sizes,
+    lora_linears,
+    refuse_others,
+    stock_model,
+    take_in,
+)
 from odysseus_kernels.integrations.pipelining import why_whole_only
 from odysseus_kernels.integrations.switching import Parallelized, check_strategy
 from odysseus_kernels.integrations.wrappers import refuse_replicating_wrappers
@@ -41,9 +51,13 @@ def parallelize(
     of the sequence (see :func:`shard_sequence`), and every parameter's gradient is that of the whole batch.
     Make optimizers afterwards: one made before holds the full parameters, and its first step is a ValueError.
 
+    Low-rank adapters (PEFT's LoRA) around projections are kept, with PEFT's names, as plain parameters that are the
+    same on every rank; ``get_peft_model`` may also come afterwards, and its adapters then get the first rank's values
+    at the next forward.  Weights that are frozen send nothing for their gradients.
+
     Args:
         model: a stock transformers model of one of the supported families (``integrations/families.py``) on the device
-            of ``mesh``.
+            of ``mesh``, or a PEFT model with LoRA adapters around one.
         mesh: device mesh with the dimension ``"seq"``, optionally ``"ring"`` outside of it (Ring attention between
             ranks that the strategy serves within) and ``"dp"`` outside of both (see the note).
         strategy: ``"tp"``, ``"tp_sp"``, ``"ulysses"``, ``"odysseus"`` or ``"tsp"``.
@@ -74,14 +88,18 @@ def parallelize(
     refuse_replicating_wrappers()
     chosen = get_strategy(strategy)
     group = chosen.group(SequenceGroup.of(mesh, config))
+    give_whole_sizes()
+    check_peft_model(model)
+    outer, model = model, stock_model(model)
     family = _family(model)
     shape = _shape(model, family)
     check_strategy(model, shape, chosen, group)
+    adapted = _adapted(model, family, group)
     parts = _parts(model, family, shape)
-    _check_parameters(model, parts, group)
+    _check_parameters(model, parts, adapted, group)
     check_identical([*model.named_parameters(), *model.named_buffers()], group)
 
-    full = list(model.parameters())
+    full = [layer_parameter for part in parts for layer in part.layers.values() for layer_parameter in _own(layer)]
     apply_strategy(chosen, shape, parts, group)
     for parameter in full:
         retire_parameter(parameter)
@@ -91,7 +109,24 @@ def parallelize(
         swap_class(module, mixin, keep_name=True)
         module.sequence_group = group
     model.parallelized = Parallelized(chosen, shape, tuple(parts))
-    return model
+    take_in(model, adapted, group, alike=True)
+    return outer
+
+
+def _own(layer: nn.Module) -> list[nn.Parameter]:
+    return list(layer.parameters(recurse=False))
+
+
+def _adapted(model: PreTrainedModel, family: Family, group: SequenceGroup) -> list[Any]:
+    """LoRA layers around projections; a ValueError for all else that PEFT may have wrapped."""
+    found = {}
+    for path, module in model.named_modules():
+        if path.split(".")[-2:-1] and path.split(".")[-2] in (family.attention, family.mlp):
+            found.update({path: one for one in lora_linears([module])})
+    refuse_others(model, found.values())
+    for path, module in found.items():
+        check_adapter(path, module, group)
+    return list(found.values())
 
 
 def _family(model: nn.Module) -> Family:
@@ -158,7 +193,7 @@ def _attention_parts(attention: nn.Module, family: Family, modeling: Any, spec: 
     _expect(attention, getattr(modeling, family.attention_class))
     spec = dataclasses.replace(spec, whole_only=why_whole_only(spec, attention))
     projections: dict[Any, nn.Module] = {
-        role: getattr(attention, getattr(spec, role)) for role in ("query", "key", "value", "output")
+        role: base_layer(getattr(attention, getattr(spec, role))) for role in ("query", "key", "value", "output")
     }
     for projection in projections.values():
         _expect(projection, nn.Linear)
@@ -182,9 +217,10 @@ def _mlp_parts(mlp: nn.Module, family: Family, modeling: Any, activation: str) -
         ]
     assert family.mlp_class is not None, "a family without experts has a feed-forward class"
     _expect(mlp, getattr(modeling, family.mlp_class))
-    weights: dict[Any, nn.Module] = {"up": getattr(mlp, names.up), "down": getattr(mlp, names.down)}
+    weights: dict[Any, nn.Module] = {"up": base_layer(getattr(mlp, names.up))}
+    weights["down"] = base_layer(getattr(mlp, names.down))
     if names.gate is not None:
-        weights["gate"] = getattr(mlp, names.gate)
+        weights["gate"] = base_layer(getattr(mlp, names.gate))
     for projection in weights.values():
         _expect(projection, nn.Linear)
     return [Part("mlp", mlp, weights, names)]
@@ -194,13 +230,14 @@ def _expect(module: nn.Module, cls: type) -> None:
     if type(module) is not cls:
         raise ValueError(
             f"model: expected a stock {cls.__name__}, got {type(module).__module__}.{type(module).__name__}: "
-            f"adapters, quantized layers and changed classes are not supported"
+            f"adapters other than PEFT's LoRA, quantized layers and changed classes are not supported"
         )
 
 
-def _check_parameters(model: nn.Module, parts: list[Part], group: SequenceGroup) -> None:
+def _check_parameters(model: nn.Module, parts: list[Part], adapted: list[Any], group: SequenceGroup) -> None:
     """Refuses parameters that no part accounts for, that are distributed already, or that are on another device."""
-    known = {id(p) for part in parts for layer in part.layers.values() for p in layer.parameters(recurse=False)}
+    known = {id(p) for part in parts for layer in part.layers.values() for p in _own(layer)}
+    known |= {id(p) for module in adapted for kind in (module.lora_A, module.lora_B) for p in kind.parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:
             raise ValueError(f"model: expected the stock model's parameters only, got {name} as well")

@@ -1,8 +1,8 @@
 """Whether a parallelized model is still what ``parallelize`` made of it: what was put into it since may not be seen.
 
-Projections are not called: their weights are read and multiplied while they travel.  So a hook on one, an adapter
+Projections are not called: their weights are read and multiplied while they travel.  So a hook on one, a wrapper
 around it or a forward of its own would be left out without a word, and a parameter that is no distributed one would get
-the gradient of this rank's tokens.
+the gradient of this rank's tokens.  PEFT's LoRA layers are the wrappers that are read, too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from odysseus_kernels.integrations.calls import changed_call
+from odysseus_kernels.integrations.peft import check_adapter, lora_linears, refuse_others, take_in
 from odysseus_kernels.nn.group import SEQUENCE_DIMENSION, SequenceGroup
 
-__all__ = ["changed_call", "check_intact", "check_loss"]
+__all__ = ["check_intact", "check_loss"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RANDOM = ("residual_dropout", "embedding_dropout", "jitter_noise")
 _AGAIN = "change the stock model, and parallelize it then"
 
@@ -31,19 +32,34 @@ def check_intact(model: nn.Module, group: SequenceGroup) -> None:
 
     Likewise if the experts' activation is another one, or if ranks with the same tokens would draw random numbers.
 
-    Nothing is sent and no values are read.
+    Adapters that PEFT has put around projections since get the first rank's values; else nothing is sent and no values
+    are read.
     """
     if torch.compiler.is_compiling():
         return
+    projections = {
+        f"{path}.{name}": getattr(module, name)
+        for path, module in model.named_modules()
+        for name in _projections(module)
+    }
+    adapted = list(lora_linears(projections.values()))
+    refuse_others(model, adapted)
+    for name, projection in projections.items():
+        _check_projection(name, projection, group)
+    take_in(model, adapted, group)
+    adapters = {
+        id(parameter)
+        for module in adapted
+        for kind in (module.lora_A, module.lora_B)
+        for parameter in kind.parameters()
+    }
     for path, module in model.named_modules():
-        for name in _projections(module):
-            _check_projection(f"{path}.{name}", getattr(module, name))
         if "experts_spec" in vars(module):
             _check_activation(f"{path}.act_fn", module)
         if group.tokens == "replicated" and module.training:
             _check_nothing_random(path, module)
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and id(parameter) not in adapters:
                 _check_parameter(f"{path}.{name}", parameter, vars(module).get("sequence_placements", {}), name, group)
 
 
@@ -79,18 +95,21 @@ def _projections(module: nn.Module) -> Iterator[str]:
         yield from (name for name in (mlp.gate, mlp.up, mlp.down) if name is not None)
 
 
-def _check_projection(name: str, module: nn.Module) -> None:
+def _check_projection(name: str, module: Any, group: SequenceGroup) -> None:
+    instead = "projections of a parallelized model are not called: put it on the module around, or on the parameters"
+    if next(lora_linears([module]), None) is not None:
+        check_adapter(name, module, group)
+        _check_called(name, module, instead)
+        _check_called(f"{name}.base_layer", module.base_layer, instead)
+        return
     # A parametrized layer is another class; its weight is what the parametrization makes of it, and that is read.
     if type(module) is not nn.Linear and not (isinstance(module, nn.Linear) and is_parametrized(module)):
         raise ValueError(
-            f"{name}: expected a stock Linear, got {_kind(module)}: adapters, quantized and wrapped layers are not "
-            f"called within a parallelized model; merge them into the stock model's weight, and parallelize it then"
+            f"{name}: expected a stock Linear, or PEFT's LoRA layer around one, got {_kind(module)}: other adapters, "
+            f"quantized and wrapped layers are not called within a parallelized model; merge them into the stock "
+            f"model's weight, and parallelize it then"
         )
-    _check_called(
-        name,
-        module,
-        "projections of a parallelized model are not called: put it on the module around, or on the parameters",
-    )
+    _check_called(name, module, instead)
 
 
 def _check_activation(name: str, experts: Any) -> None:
@@ -112,14 +131,6 @@ def _check_nothing_random(path: str, module: nn.Module) -> None:
                 f"{path}.{name}: expected 0 where ranks compute the same tokens, got {value}: they would draw "
                 f"different random numbers; use another strategy than 'tp'"
             )
-
-
-def changed_call(module: nn.Module) -> str:
-    """What would be left out if ``module`` were not called: its hooks, or a forward of its own; empty if nothing."""
-    hooks = [hooks for hooks in _HOOKS if getattr(module, hooks)]
-    if hooks:
-        return f"hooks ({', '.join(hooks)})"
-    return "a forward of its own" if "forward" in vars(module) else ""
 
 
 def _check_called(name: str, module: nn.Module, instead: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from odysseus_kernels.attention.local import check_attention_kernel
-from odysseus_kernels.integrations.intact import changed_call
+from odysseus_kernels.integrations.calls import changed_call
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.cut import KEY, SequenceCut
 from odysseus_kernels.nn.head_parallel_attention import HeadParallelAttention

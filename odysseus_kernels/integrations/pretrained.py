@@ -31,6 +31,7 @@ from transformers.core_model_loading import (
 )
 
 from odysseus_kernels.integrations.checkpoint import join_names, model_tensors
+from odysseus_kernels.integrations.peft import has_adapters, is_peft_model, load_adapter, save_adapters
 from odysseus_kernels.integrations.saving import SavingRanks
 
 __all__ = ["load_pretrained", "save_pretrained"]
@@ -53,8 +54,11 @@ def save_pretrained(
     weights are saved once. Other files in the folder, such as a tokenizer's, are left alone; earlier weights are
     replaced at the end.
 
+    Of a PEFT model it writes PEFT's directory: the adapters and their configuration, which
+    ``PeftModel.from_pretrained`` loads.
+
     Args:
-        model: parallelized or stock.
+        model: parallelized or stock, or a PEFT model around one.
         folder: made with its parents on the first rank, which alone writes.
         max_shard_bytes: size of a weights file, and memory that the first rank needs for it; a larger parameter gets
             a file of its own.
@@ -77,6 +81,14 @@ def save_pretrained(
         raise ValueError(f"folder: expected a directory, got the file {target}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected bytes above 0, got {max_shard_bytes}")
+    if is_peft_model(model):
+        save_adapters(model, target)
+        return
+    if has_adapters(model):
+        raise ValueError(
+            "model: expected a PEFT model, whose adapters are saved, or one without adapters, got a model with "
+            "adapters in it: give what get_peft_model returned, or merge them by merge_and_unload() first"
+        )
     ignored = set(model._keys_to_ignore_on_save or ())
     ranks = SavingRanks(model)
     first = ranks.first
@@ -110,10 +122,10 @@ def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> N
     """Loads a Hugging Face directory into a model that may be parallelized already; nothing is sent.
 
     Each rank reads the slices of its parameters. Values are converted to the model's dtype, as ``from_pretrained``
-    with that dtype does.
+    with that dtype does.  Of a PEFT model it loads the active adapter, from PEFT's directory.
 
     Args:
-        model: a model of the directory's architecture and sizes.
+        model: a model of the directory's architecture and sizes, or a PEFT model.
         folder: a local directory with ``model.safetensors``, or with several files and their index.
 
     Raises:
@@ -125,6 +137,9 @@ def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> N
         >>> model = ody.parallelize(model, mesh, "tp")
         >>> ody.load_pretrained(model, folder / "export")
     """
+    if is_peft_model(model):
+        load_adapter(model, folder)
+        return
     source = Path(folder)
     headers = _Headers(source)
     plan = _plan(model, headers)

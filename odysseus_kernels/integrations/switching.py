@@ -89,7 +89,12 @@ def set_strategy(model: nn.Module, strategy: str, *, optimizer: torch.optim.Opti
         raise ValueError("set_strategy: expected a call between steps, got one within a forward pass or ody.step")
     check_strategy(inner, found.shape, chosen, new)
     for name, parameter in inner.named_parameters():
-        if not isinstance(parameter, DTensor) or parameter.device_mesh != group.mesh:
+        if not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{name}: expected a parameter as parallelize distributed it, got a plain one: models with adapters "
+                f"keep their strategy; parallelize anew, and load what save_pretrained wrote"
+            )
+        if parameter.device_mesh != group.mesh:
             raise ValueError(
                 f"{name}: expected a parameter as parallelize distributed it, got one of data parallelism around the "
                 f"model: save_checkpoint, parallelize anew with strategy {strategy!r}, wrap, and load_checkpoint"

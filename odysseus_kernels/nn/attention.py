@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from odysseus_kernels.attention.ring import ring_attention
+from odysseus_kernels.nn.adapters import adapters_of, add_column_parallel, base_of, row_parallel_product
 from odysseus_kernels.nn.ahead import GathersWeights
 from odysseus_kernels.nn.cut import RING_LAYOUT
 from odysseus_kernels.nn.group import SequenceGroup
@@ -255,9 +256,43 @@ class SequenceAttention(nn.Module, GathersWeights):
         chosen = mask.masks[self.mask_kind]
         return spec.attend(self, query, key, value, chosen, dropout=dropout, scaling=self.scaling, **kwargs)
 
-    def _layers(self) -> tuple[Any, Any, Any]:
+    def _projections(self) -> tuple[Any, Any, Any]:
+        """Query, key and value projections, with adapters that are wrapped around them."""
         spec = self.attention_spec
         return getattr(self, spec.query), getattr(self, spec.key), getattr(self, spec.value)
+
+    def _layers(self) -> tuple[Any, Any, Any]:
+        """The linear layers in them."""
+        query, key, value = self._projections()
+        return base_of(query), base_of(key), base_of(value)
+
+    def _rows(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """(first, number) of the features of this rank's heads in query, key and value projections."""
+        spec, group = self.attention_spec, self.sequence_group
+        heads, first, count = local_heads(spec.heads, spec.kv_heads, group.rank, group.size)
+        width = heads * spec.head_dim
+        others = (first * spec.head_dim, count * spec.head_dim)
+        return (group.rank * width, width), others, others
+
+    def _adapted(self, projected: Heads, hidden_states: torch.Tensor) -> Heads:
+        """Queries, keys and values of this rank's heads, and what adapters add to them."""
+        query, key, value = add_column_parallel(
+            projected, self._projections(), hidden_states, self._rows(), self.sequence_group
+        )
+        return query, key, value
+
+    def _output_adapted(self) -> bool:
+        return bool(adapters_of(getattr(self, self.attention_spec.output)))
+
+    def _output_with_adapters(self, out: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """``project(out)`` and what adapters add to it.
+
+        Theirs comes first: the projection is the call after which the next layer's weights are sent ahead.
+        """
+        layer = getattr(self, self.attention_spec.output)
+        added = row_parallel_product(layer, out, self._rows()[0], self.sequence_group)
+        result = project(out)
+        return result if added is None else (result + added).to(result.dtype)
 
     def _head_sharded(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...] | None]:
         """Column-parallel query, key and value weights, and their biases or None.
@@ -267,8 +302,7 @@ class SequenceAttention(nn.Module, GathersWeights):
         spec, group = self.attention_spec, self.sequence_group
         query, *others = self._layers()
         weights, biases = [sharded_parameter(query.weight, group)], [sharded_parameter(query.bias, group)]
-        _, first, count = local_heads(spec.heads, spec.kv_heads, group.rank, group.size)
-        rows = (first * spec.head_dim, count * spec.head_dim)
+        _, rows, _ = self._rows()
         for layer in others:
             for parts, parameter in ((weights, layer.weight), (biases, layer.bias)):
                 if spec.kv_heads % group.size:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from odysseus_kernels import ops
+from odysseus_kernels.nn.adapters import base_of, effective_bias, effective_weight
 from odysseus_kernels.nn.ahead import (
     ahead_in_backward,
     ahead_in_forward,
@@ -39,10 +40,8 @@ class HeadParallelAttention(SequenceAttention):
                 hidden_states, position_embeddings, attention_mask, past_key_values, sequence_mask, **kwargs
             )
         spec, group = self.attention_spec, self.sequence_group
-        output = getattr(self, spec.output)
-        output_weight, output_bias = sharded_parameter(output.weight, group), sharded_parameter(output.bias, group)
-        assert output_weight is not None
-        weights, biases = self._head_sharded()
+        output_weight, output_bias = self._effective_output()
+        weights, biases = self._effective_heads()
         norms, eps = None, 0.0
         if spec.query_norm is not None and spec.key_norm is not None:
             modules: list[Any] = [getattr(self, spec.query_norm), getattr(self, spec.key_norm)]
@@ -80,6 +79,29 @@ class HeadParallelAttention(SequenceAttention):
         )
         return self._dropped(result), None
 
+    def _effective_heads(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...] | None]:
+        """As :meth:`_head_sharded`, with adapters in the weights: the pipelined block is one operator."""
+        group, rows = self.sequence_group, self._rows()
+        weights, biases = self._head_sharded()
+        adapted = list(zip(self._projections(), rows, strict=True))
+        weights = tuple(
+            effective_weight(weight, layer, group, rows=own)
+            for weight, (layer, own) in zip(weights, adapted, strict=True)
+        )
+        found = tuple(
+            effective_bias(bias, layer, group, own)
+            for bias, (layer, own) in zip(biases or (None, None, None), adapted, strict=True)
+        )
+        return weights, None if all(bias is None for bias in found) else found
+
+    def _effective_output(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
+        base = base_of(layer)
+        weight = sharded_parameter(base.weight, group)
+        assert weight is not None
+        weight = effective_weight(weight, layer, group, columns=self._rows()[0])
+        return weight, effective_bias(sharded_parameter(base.bias, group), layer, group)
+
     def _project(self, hidden_states: torch.Tensor) -> Heads:
         group = self.sequence_group
         weights, biases = self._head_sharded()
@@ -91,15 +113,19 @@ class HeadParallelAttention(SequenceAttention):
             config=group.config,
             prefetch_backward=ahead_in_backward(self, hidden_states),
         )
-        return query, key, value
+        return self._adapted((query, key, value), hidden_states)
 
     def _output(self, out: torch.Tensor) -> torch.Tensor:
-        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
+        group, layer = self.sequence_group, base_of(getattr(self, self.attention_spec.output))
         weight, bias = sharded_parameter(layer.weight, group), sharded_parameter(layer.bias, group)
         assert weight is not None
-        return ops.linear_reduce_scatter(
-            out, weight, bias, group=group.group, config=group.config, prefetch=ahead_in_forward(self)
-        )
+
+        def project(out: torch.Tensor) -> torch.Tensor:
+            return ops.linear_reduce_scatter(
+                out, weight, bias, group=group.group, config=group.config, prefetch=ahead_in_forward(self)
+            )
+
+        return self._output_with_adapters(out, project)
 
 
 class TensorParallelAttention(SequenceAttention):
@@ -114,10 +140,14 @@ class TensorParallelAttention(SequenceAttention):
         query, key, value = ops.column_parallel_linear(
             hidden_states, weights, biases, group=group.group, config=group.config
         )
-        return query, key, value
+        return self._adapted((query, key, value), hidden_states)
 
     def _output(self, out: torch.Tensor) -> torch.Tensor:
-        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
+        group, layer = self.sequence_group, base_of(getattr(self, self.attention_spec.output))
         weight, bias = sharded_parameter(layer.weight, group), token_parameter(layer.bias, group)
         assert weight is not None
-        return ops.linear_all_reduce(out, weight, bias, group=group.group, config=group.config)
+
+        def project(out: torch.Tensor) -> torch.Tensor:
+            return ops.linear_all_reduce(out, weight, bias, group=group.group, config=group.config)
+
+        return self._output_with_adapters(out, project)

@@ -104,19 +104,20 @@ def token_parameter(parameter: torch.Tensor | None, group: SequenceGroup) -> tor
 
 
 def head_parameter(
-    parameter: torch.Tensor | None, group: SequenceGroup, rows: tuple[int, int] | None = None
+    parameter: torch.Tensor | None, group: SequenceGroup, rows: tuple[int, int] | None = None, *, dim: int = 0
 ) -> torch.Tensor | None:
     """The value of a replicated parameter that each rank uses for its own heads of its ring rank's tokens.
 
     Args:
-        parameter: a DTensor that every rank holds whole, or None.
+        parameter: a DTensor or a plain parameter (an adapter's) that every rank holds whole, or None.
         group: the ranks whose gradients are to be added.
         rows: (first row, number of rows) that this rank uses; all if None.
+        dim: of the rows; 1: they are columns.
 
     Returns:
         The local tensor ``[rows, ...]``. Its gradient is padded to the full shape and added over all ranks.
     """
-    return _summed(parameter, group, group.everyone, rows)
+    return _summed(parameter, group, group.everyone, rows, dim)
 
 
 def _summed(
@@ -124,19 +125,20 @@ def _summed(
     group: SequenceGroup,
     over: dist.ProcessGroup | None,
     rows: tuple[int, int] | None,
+    dim: int = 0,
 ) -> torch.Tensor | None:
     if parameter is None:
         return None
     if over is None or (rows is None and over.size() == 1):
         assert rows is None, "rows are used by heads, which are added over all ranks"
         return local_parameter(parameter)
-    return SummedParameter.apply(parameter, over.group_name, group.config.key(), rows)  # type: ignore[no-any-return]
+    return SummedParameter.apply(parameter, over.group_name, group.config.key(), rows, dim)  # type: ignore[no-any-return]
 
 
 class SummedParameter(torch.autograd.Function):
     """This rank's part of a parameter, or some rows of it, of which other ranks hold and use the same part.
 
-    Shapes: local part [n, ...]; each rank uses ``count`` rows from ``first`` on.
+    Shapes: local part [n, ...]; each rank uses ``count`` rows (of dimension ``dim``) from ``first`` on.
 
     forward: local = part[first : first + count]
     parameter gradient: sum over the ranks of ``over`` of their gradients, each put at its rank's rows
@@ -144,25 +146,29 @@ class SummedParameter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, parameter: DTensor, group_name: str, config_key: str, rows: tuple[int, int] | None
+        ctx: Any, parameter: torch.Tensor, group_name: str, config_key: str, rows: tuple[int, int] | None, dim: int
     ) -> torch.Tensor:
         """Returns the rows, sharing memory with the parameter."""
-        local = parameter.to_local()
-        ctx.over, ctx.rows, ctx.local_shape = (group_name, config_key), rows, local.shape
-        ctx.mesh, ctx.placements = parameter.device_mesh, parameter.placements
-        ctx.shape, ctx.stride = parameter.shape, parameter.stride()
-        return local.view_as(local) if rows is None else local.narrow(0, *rows)
+        local = local_parameter(parameter)
+        ctx.over, ctx.rows, ctx.dim, ctx.local_shape = (group_name, config_key), rows, dim, local.shape
+        ctx.mesh = None
+        if isinstance(parameter, DTensor):
+            ctx.mesh, ctx.placements = parameter.device_mesh, parameter.placements
+            ctx.shape, ctx.stride = parameter.shape, parameter.stride()
+        return local.view_as(local) if rows is None else local.narrow(dim, *rows)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[DTensor, None, None, None]:
-        """Returns the complete gradient as a DTensor."""
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        """Returns the complete gradient, distributed as the parameter is."""
         (grad,) = grad_outputs
         if ctx.rows is not None:
             rows, grad = grad, grad.new_zeros(ctx.local_shape)
-            grad.narrow(0, *ctx.rows).copy_(rows)
+            grad.narrow(ctx.dim, *ctx.rows).copy_(rows)
         total = torch.ops.odysseus.replicated_parameter_backward(grad, *ctx.over)
+        if ctx.mesh is None:
+            return total, None, None, None, None
         total = DTensor.from_local(total, ctx.mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride)
-        return total, None, None, None
+        return total, None, None, None, None
 
 
 @torch.library.custom_op("odysseus::replicated_parameter_backward", mutates_args=())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from odysseus_kernels import ops
+from odysseus_kernels.nn.adapters import adapters_of, add_own_tokens, base_of
 from odysseus_kernels.nn.ahead import (
     Shards,
     ahead_in_backward,
@@ -43,25 +44,36 @@ class UlyssesAttention(SequenceAttention):
             group=group.group,
             zero3_group=group.everyone,
             config=group.config,
-            prefetch=self._output_shard() if is_linked(self) else None,
+            # An adapter of the output communicates before it: what was sent ahead would be dropped.
+            prefetch=self._output_shard() if is_linked(self) and not self._output_adapted() else None,
             prefetch_backward=ahead_in_backward(self, hidden_states),
             prefetch_recomputed=ahead_in_recomputation(self, hidden_states),
         )
-        return query, key, value
+        # Theirs comes last, so that in backward it comes before the call that sends ahead for the layer before.
+        return self._adapted((query, key, value), hidden_states)
 
     def _output(self, out: torch.Tensor) -> torch.Tensor:
-        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
+        group, layer = self.sequence_group, base_of(getattr(self, self.attention_spec.output))
         self.note_backward(out)
-        return ops.all_to_all_linear(
-            out,
-            local_parameter(layer.weight),
-            local_parameter(layer.bias),
-            group=group.group,
-            zero3_group=group.everyone,
-            config=group.config,
-            prefetch=ahead_in_forward(self),
-            prefetch_backward=self._shared(biases=False) if is_linked(self) and self._input_needed else None,
-        )
+        # Adapters communicate between this projection's backward and that of the first ones.
+        follows = is_linked(self) and self._input_needed and not self._communicating_adapters()
+
+        def project(out: torch.Tensor) -> torch.Tensor:
+            return ops.all_to_all_linear(
+                out,
+                local_parameter(layer.weight),
+                local_parameter(layer.bias),
+                group=group.group,
+                zero3_group=group.everyone,
+                config=group.config,
+                prefetch=ahead_in_forward(self),
+                prefetch_backward=self._shared(biases=False) if follows else None,
+            )
+
+        return self._output_with_adapters(out, project)
+
+    def _communicating_adapters(self) -> bool:
+        return self._output_adapted() or any(adapters_of(layer) for layer in self._projections())
 
     def first_gathered(self) -> Shards:
         return self._shared(biases=True)
@@ -82,7 +94,7 @@ class UlyssesAttention(SequenceAttention):
         return present if len(present) == len(found) else None
 
     def _output_shard(self) -> Shards:
-        shard = shard_of(getattr(self, self.attention_spec.output))
+        shard = shard_of(base_of(getattr(self, self.attention_spec.output)))
         return None if shard is None else (shard,)
 
 
@@ -100,7 +112,7 @@ class FoldedAttention(SequenceAttention):
         self.num_key_value_groups = self.attention_spec.heads // self.attention_spec.kv_heads
 
     def _project(self, hidden_states: torch.Tensor) -> Heads:
-        query, key, value = self._layers()
+        query, key, value = self._projections()
         # Each product names the weights that travel next. Backward goes the other way: value, key, query.
         return (
             self._zero3(query, hidden_states, following=key),
@@ -112,16 +124,17 @@ class FoldedAttention(SequenceAttention):
         return self._zero3(getattr(self, self.attention_spec.output), out)
 
     def _zero3(self, layer: Any, x: torch.Tensor, *, following: Any = None, preceding: Any = None) -> torch.Tensor:
-        group = self.sequence_group
-        return ops.zero3_linear(
+        group, base = self.sequence_group, base_of(layer)
+        y = ops.zero3_linear(
             x,
-            local_parameter(layer.weight),
-            local_parameter(layer.bias),
+            local_parameter(base.weight),
+            local_parameter(base.bias),
             group=group.everyone,
             config=group.config,
-            prefetch=None if following is None else local_parameter(following.weight),
-            prefetch_backward=None if preceding is None else local_parameter(preceding.weight),
+            prefetch=None if following is None else local_parameter(base_of(following).weight),
+            prefetch_backward=None if preceding is None else local_parameter(base_of(preceding).weight),
         )
+        return add_own_tokens(y, layer, x, group)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SequenceMask, kwargs: dict[str, Any]
