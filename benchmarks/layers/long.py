@@ -99,7 +99,7 @@ def measure(rank: int, world: int, case: LongCase) -> dict[str, float]:
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("seq",))
     settings = OverlapConfig(tile_rows=case.tile_rows)
     model = ody.parallelize(MistralForCausalLM(config).train(), mesh, case.strategy, settings)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     offload = None
     if case.folder is not None:
         offload = ody.offload_activations(model, folder=case.folder, min_bytes=0, keep=_KEPT)
