@@ -290,7 +290,7 @@ def _binds(model: ModelSizes, split: Split, machine: Machine, seconds: SplitSeco
 
 
 def _notes(model: ModelSizes) -> list[str]:
-    present = {"qk_norm": model.layer.qk_norm, "experts": model.experts > 0, "tied": model.tied}
+    present = {"qk_norm": model.layer.qk_norm, "experts": model.experts > 0}
     return [text for name, text in ESTIMATED.items() if present[name]]
 
 
