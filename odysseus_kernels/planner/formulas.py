@@ -359,12 +359,14 @@ def head_traffic(
     tokens: int,
     ring: int = 1,
     element_size: int = 4,
+    tied: bool = False,
 ) -> Traffic:
-    """Bytes for a language head [vocabulary, hidden], not tied to the embedding, with its mean cross-entropy.
+    """Bytes for a language head [vocabulary, hidden] with its mean cross-entropy; the embedding's come on top.
 
     Under ``"ulysses"``, ``"odysseus"`` and ``"tsp"`` the weight is ZeRO-3 and no logits travel.  Under tensor
     parallelism ranks of seq have parts of the vocabulary: hidden states of all tokens come to them, statistics of each
-    token (two numbers) and gradients go back.  A head that the ranks do not divide is whole on all of them.
+    token (two numbers) and gradients go back.  A head that the ranks do not divide, or that is tied to the
+    embedding, is whole on all of them, and its share of the gradient is reduced by itself.
 
     Raises:
         ValueError: as :func:`traffic` does for ``strategy``.
@@ -374,7 +376,7 @@ def head_traffic(
     ledger, everyone = Ledger(element_size), ring * world
     different = ring * (1 if strategy == "tp" else world)
     zero3 = strategy in _ZERO3
-    if vocabulary % (everyone if zero3 else world):
+    if tied or vocabulary % (everyone if zero3 else world):
         ledger.replicated(different, vocabulary * hidden)
     elif zero3:
         ledger.zero3("zero3_linear_cross_entropy", everyone, vocabulary * hidden)

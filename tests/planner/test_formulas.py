@@ -176,6 +176,10 @@ def test_heads_and_losses() -> None:
     # Rows that the ranks do not divide: whole on all of them, gradients all-reduced.
     odd = head_traffic(127, 64, "odysseus", 2, tokens=L, element_size=1)
     assert odd["backward", "replicated_parameter", "all_reduce"] == 127 * 64
+    # Tied to the embedding: the same, whatever the ranks divide; the embedding's gradient comes on top.
+    for strategy, different in (("odysseus", 2), ("tp_sp", 2), ("tp", 1)):
+        tied = head_traffic(128, 64, strategy, 2, tokens=L, element_size=1, tied=True)
+        assert tied.get(("backward", "replicated_parameter", "all_reduce"), 0) == 128 * 64 * (different - 1)
     with pytest.raises(ValueError, match="strategy: expected"):
         head_traffic(128, 64, "other", 2, tokens=L)
 

@@ -49,6 +49,17 @@ def test_figures_belong_together(hardware: Hardware) -> None:
     assert isinstance(hash(hardware), int)
 
 
+def test_sizes_of_memory() -> None:
+    """Every device of the table has one, which takes between a hundredth and a tenth of a second to read."""
+    for hardware in KNOWN_GPUS:
+        assert 0.01 < hardware.memory_bytes / hardware.memory_bytes_per_s < 0.1, hardware.name
+    assert hardware_for("NVIDIA H200").memory_bytes == 141e9
+    assert hardware_for("NVIDIA A100-SXM4-40GB").memory_bytes == 40e9
+    assert CPU.memory_bytes == GENERIC_GPU.memory_bytes == float("inf")
+    with pytest.raises(ValueError, match="expected memory_bytes above 0, got 0"):
+        dataclasses.replace(CPU, memory_bytes=0)
+
+
 def test_unknown_dtype() -> None:
     with pytest.raises(ValueError, match="expected a dtype among float32.*got torch.int8"):
         CPU.flops_of("torch.int8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from odysseus_kernels.planner.cost_model import PRODUCT_SHARE
+from odysseus_kernels.planner.cost_model import LINK_SHARE, PRODUCT_SHARE
 from odysseus_kernels.planner.hardware import (
     CPU,
     ETHERNET_100_BYTES_PER_S,
@@ -113,11 +113,13 @@ def _cpu() -> Machine:
 def _scale_model(name: str) -> Machine:
     """Two CPU ranks behind the slow link that has a fast machine's ratio of communication to compute."""
     rate = scaled_rate(name, flops=CPU.flops_of("float32") * PRODUCT_SHARE)
-    # The kernel paces what is sent and needs next to nothing of the cores for it: copies run beside products.
+    # The kernel paces what is sent and needs next to nothing of the cores for it: copies run beside products, and what
+    # is set is reached, of which the cost model would take its share.
+    link = rate.bytes_per_s / LINK_SHARE
     device = dataclasses.replace(
-        CPU, name=f"scale model of {rate.label}", link_bytes_per_s=rate.bytes_per_s, link_latency_s=1e-4, overlaps=True
+        CPU, name=f"scale model of {rate.label}", link_bytes_per_s=link, link_latency_s=1e-4, overlaps=True
     )
-    return Machine(name, device, 1, rate.bytes_per_s, 1e-4, CPU.memory_bytes_per_s, rate.formula.split(" F':")[0])
+    return Machine(name, device, 1, link, 1e-4, CPU.memory_bytes_per_s, rate.formula.split(" F':")[0])
 
 
 def machine_for(name: str) -> Machine:

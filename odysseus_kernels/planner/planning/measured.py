@@ -7,7 +7,7 @@ kind          compute                                              link
 ``emulated``  the same                                             none: its link is emulated
 ``layer``,    operations of a row over its compute alone           none
 ``model``
-``scale``     what one thread reaches                              the rate that the link was set to
+``scale``     what one thread reaches                              the rate that it was set to, which it reaches
 ============  ===================================================  =====================================================
 
 The median over rows.  The model takes shares of rates (``cost_model.PRODUCT_SHARE``); what is measured is what was
@@ -112,7 +112,7 @@ def _link(document: Mapping[str, Any]) -> tuple[float | None, str]:
         rates = {part["bits_per_s"] / 8 for part in document["parts"]}
         if len(rates) > 1:
             return None, f"{len(rates)} links were set"
-        return rates.pop() * LINK_SHARE, f"the rate that the link was set to, times {LINK_SHARE:g}"
+        return rates.pop(), "the rate that it was set to"
     if kind != "overlap":
         return None, "none was measured" if kind != "emulated" else "the measured one is emulated"
     size, ranks = _SIZES[document["arguments"]["dtype"]], document["arguments"]["ranks"]

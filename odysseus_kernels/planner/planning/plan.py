@@ -282,15 +282,14 @@ def _binds(model: ModelSizes, split: Split, machine: Machine, seconds: SplitSeco
         return "memory"
     if seconds.exposed < _BOUND_BY_LINK * seconds.step:
         return "compute"
-    crossed = not machine.within_host(split.everyone * split.dp, split.everyone * split.dp)
     held_back = split.ring > 1 and split.seq == largest_seq(model, split.strategy, split.everyone)
     if held_back and split.seq < machine.node:
         return "heads"
-    return "network" if crossed else "link"
+    return "network" if split.everyone * split.dp > machine.node else "link"
 
 
 def _notes(model: ModelSizes) -> list[str]:
-    present = {"qk_norm": model.layer.qk_norm, "experts": model.experts > 0, "tied": model.tied}
+    present = {"qk_norm": model.layer.qk_norm, "experts": model.experts > 0}
     return [text for name, text in ESTIMATED.items() if present[name]]
 
 

@@ -94,8 +94,8 @@ def step_traffic(
     for _ in range(2 if shape.norm_bias else 1):
         _add(ends, replicated_traffic(shape.hidden, split.strategy, seq, **sizes))
     _add(ends, replicated_traffic(model.vocabulary * shape.hidden, split.strategy, seq, **sizes))
-    if not model.tied:
-        _add(ends, head_traffic(model.vocabulary, shape.hidden, split.strategy, seq, tokens=tokens, **sizes))
+    head = head_traffic(model.vocabulary, shape.hidden, split.strategy, seq, tokens=tokens, tied=model.tied, **sizes)
+    _add(ends, head)
     return StepTraffic(
         layer,
         ends,

@@ -25,8 +25,7 @@ __all__ = ["ESTIMATED", "LayerElements", "SplitMemory", "elements_of", "layer_sa
 
 ESTIMATED = {
     "qk_norm": "what norms of queries and keys keep is estimated: no formula is proved for it",
-    "experts": "what experts send and keep is estimated: no formula is proved for mixtures",
-    "tied": "what a head tied to the embedding sends is estimated: no formula is proved for it",
+    "experts": "what experts keep is estimated, and the loss that balances them left out",
 }
 """What is said of a prediction that goes beyond the proved formulas."""
 
