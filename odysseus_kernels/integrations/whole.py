@@ -104,7 +104,7 @@ class WholeBatches:
         for name in ("num_items_in_batch", "use_cache", "output_router_logits"):
             given.pop(name, None)
         part = shard_sequence(batch, self._model)
-        found = sequence_logprobs(self._model, part, entropy=True, top1=True, **given)
+        found: Any = sequence_logprobs(self._model, part, entropy=True, top1=True, **given)
         mask = batch["labels"][:, 1:] != IGNORE_INDEX
         return _TokenOutput(
             loss=-found.logprobs.sum() / mask.sum().clamp(min=1),

@@ -128,23 +128,18 @@ class LastTokens:
     def of(cut: SequenceCut, count: int, group: SequenceGroup, device: torch.device) -> LastTokens:
         """Of the last ``count`` tokens before padding, or of all where there are fewer."""
         first = max(0, cut.length - count)
-        where = [
-            part_positions(cut.ring, cut.slices, part, cut.padded, cut.pieces, device)
-            for part in range(cut.ring * cut.slices)
-        ]
+        # On the CPU, where looking for them waits for nothing.
+        parts = range(cut.ring * cut.slices)
+        where = [part_positions(cut.ring, cut.slices, part, cut.padded, cut.pieces) for part in parts]
         wanted = [((p >= first) & (p < cut.length)).nonzero()[:, 0] for p in where]
         most = max(index.shape[0] for index in wanted)
-        taken = torch.empty(cut.length - first, dtype=torch.int64, device=device)
+        taken = torch.empty(cut.length - first, dtype=torch.int64)
         for part, index in enumerate(wanted):
-            taken[where[part][index] - first] = part * most + torch.arange(index.shape[0], device=device)
+            taken[where[part][index] - first] = part * most + torch.arange(index.shape[0])
         own = wanted[cut.part]
-        return LastTokens(
-            F.pad(own, (0, most - own.shape[0])),
-            taken,
-            where[cut.part][own] - first,
-            torch.arange(own.shape[0], device=device),
-            group,
-        )
+        mine, rows = where[cut.part][own] - first, torch.arange(own.shape[0])
+        padded = F.pad(own, (0, most - own.shape[0]))
+        return LastTokens(padded.to(device), taken.to(device), mine.to(device), rows.to(device), group)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, k, ...] of the last tokens, on every rank, from what each computed for its rows [B, m, ...].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,36 @@ from odysseus_kernels.nn.token_statistics import TokenRequest, TokenStatistics
 __all__ = ["sequence_logprobs"]
 
 
+@overload
+def sequence_logprobs(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    gather: bool = True,
+    entropy: Literal[False] = False,
+    top_k: Literal[0] = 0,
+    top1: Literal[False] = False,
+    temperature: float = 1.0,
+    ids: None = None,
+    **arguments: Any,
+) -> torch.Tensor: ...
+
+
+@overload
+def sequence_logprobs(  # type: ignore[overload-overlap]
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    gather: bool = True,
+    entropy: bool = False,
+    top_k: int = 0,
+    top1: bool = False,
+    temperature: float = 1.0,
+    ids: torch.Tensor | None = None,
+    **arguments: Any,
+) -> TokenStatistics: ...
+
+
 def sequence_logprobs(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -29,7 +59,7 @@ def sequence_logprobs(
     temperature: float = 1.0,
     ids: torch.Tensor | None = None,
     **arguments: Any,
-) -> Any:
+) -> torch.Tensor | TokenStatistics:
     """Log-probability that the model gives each next token, with a gradient; logits never exist whole.
 
     forward:   logprobs [B, L-1]: at t that of token t + 1, given those up to t; 0 where the label is -100
@@ -96,8 +126,9 @@ def sequence_logprobs(
     found = TokenStatistics(*(getattr(outputs, name) for name in TokenStatistics._fields))
     if gather:
         found = TokenStatistics(*(None if x is None else gather_sequence(x, batch, model)[:, :-1] for x in found))
-    bare = ids is None and not (entropy or top_k or top1)
-    return found.logprobs if bare else found
+    if ids is None and found.logprobs is not None and not (entropy or top_k or top1):
+        return found.logprobs
+    return found
 
 
 def _with_ids(asked: TokenRequest, ids: torch.Tensor, batch: Mapping[str, Any], *, whole: bool) -> TokenRequest:
