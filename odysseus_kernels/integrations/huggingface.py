@@ -126,8 +126,9 @@ def _adapted(model: PreTrainedModel, family: Family, group: SequenceGroup) -> li
     """LoRA layers around projections; a ValueError for all else that PEFT may have wrapped."""
     found = {}
     for path, module in model.named_modules():
-        if path.split(".")[-2:-1] and path.split(".")[-2] in (family.attention, family.mlp):
-            found.update({path: one for one in lora_linears([module])})
+        around = path.rpartition(".")[0].rpartition(".")[2]
+        if around in (family.attention, family.mlp) and next(lora_linears([module]), None) is not None:
+            found[path] = module
     refuse_others(model, found.values())
     for path, module in found.items():
         check_adapter(path, module, group)

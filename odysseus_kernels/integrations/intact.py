@@ -38,7 +38,9 @@ def check_intact(model: nn.Module, group: SequenceGroup) -> None:
     if torch.compiler.is_compiling():
         return
     projections = {
-        f"{path}.{name}": getattr(module, name) for path, module in model.named_modules() for name in _projections(module)
+        f"{path}.{name}": getattr(module, name)
+        for path, module in model.named_modules()
+        for name in _projections(module)
     }
     adapted = list(lora_linears(projections.values()))
     refuse_others(model, adapted)

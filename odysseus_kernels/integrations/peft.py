@@ -159,15 +159,8 @@ def check_adapter(name: str, module: Any, group: SequenceGroup) -> None:
         if adapter in module.lora_variant or adapter in module.lora_magnitude_vector:
             variant = type(module.lora_variant.get(adapter)).__name__.removesuffix("LinearVariant")
             raise ValueError(
-                f"{name}: expected plain LoRA, got the variant {variant} as adapter {adapter!r}: it needs the norm, the "
-                f"input or the output of the whole layer; {_UNMERGED}"
-            )
-        expected = [(rank := module.r[adapter], base.in_features), (base.out_features, rank)]
-        got = [tuple(part[adapter].weight.shape) for part in (module.lora_A, module.lora_B)]
-        if got != expected:
-            raise ValueError(
-                f"{name}: expected lora_A and lora_B of adapter {adapter!r} of the shapes {expected}, got {got}: import "
-                f"peft before parallelize, which lets it make adapters for whole layers"
+                f"{name}: expected plain LoRA, got the variant {variant} as adapter {adapter!r}: it needs the norm, "
+                f"the input or the output of the whole layer; {_UNMERGED}"
             )
         dropout = module.lora_dropout[adapter]
         for what, part, classes in (
@@ -184,6 +177,13 @@ def check_adapter(name: str, module: Any, group: SequenceGroup) -> None:
                 raise ValueError(
                     f"{name}.{what}.{adapter}: expected a layer without hooks, got one with {changed}: it is not called"
                 )
+        expected = [(rank := module.r[adapter], base.in_features), (base.out_features, rank)]
+        got = [tuple(part[adapter].weight.shape) for part in (module.lora_A, module.lora_B)]
+        if got != expected:
+            raise ValueError(
+                f"{name}: expected lora_A and lora_B of adapter {adapter!r} of the shapes {expected}, got {got}: "
+                f"import peft before parallelize, which lets it make adapters for whole layers"
+            )
     if group.tokens == "replicated" and any(adapter.drops for adapter in adapters_of(module)):
         raise ValueError(
             f"{name}.lora_dropout: expected 0 where ranks compute the same tokens, whose random numbers would differ: "
