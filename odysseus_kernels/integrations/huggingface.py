@@ -129,9 +129,9 @@ def _adapted(model: PreTrainedModel, family: Family, group: SequenceGroup) -> li
         around = path.rpartition(".")[0].rpartition(".")[2]
         if around in (family.attention, family.mlp) and next(lora_linears([module]), None) is not None:
             found[path] = module
-    refuse_others(model, found.values())
     for path, module in found.items():
         check_adapter(path, module, group)
+    refuse_others(model, found.values())
     return list(found.values())
 
 

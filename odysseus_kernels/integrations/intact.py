@@ -43,9 +43,9 @@ def check_intact(model: nn.Module, group: SequenceGroup) -> None:
         for name in _projections(module)
     }
     adapted = list(lora_linears(projections.values()))
-    refuse_others(model, adapted)
     for name, projection in projections.items():
         _check_projection(name, projection, group)
+    refuse_others(model, adapted)
     take_in(model, adapted, group)
     adapters = {
         id(parameter)

@@ -1,8 +1,9 @@
 """Low-rank adapters beside projections whose weights are read and multiplied while they travel.
 
-An adapted projection is ``y = x W^T + s (drop(x) A^T) B^T`` with A [r, K], B [n, r] and the scaling s (LoRA, Hu et al.,
-arXiv:2106.09685; PEFT's ``lora.Linear``).  Communication happens where the product is narrowest, at its r columns, and W
-is left alone: if it is frozen, nothing is computed or sent for its gradient.
+An adapted projection is ``y = x W^T + s (drop(x) A^T) B^T`` with A [r, K], B [n, r] and the scaling s (LoRA, Hu et
+al., arXiv:2106.09685; PEFT's ``lora.Linear``).  Communication happens where the product is narrowest, at its r columns,
+and W is left alone: if it is frozen, nothing is computed or sent for its gradient.  Pipelined attention, one operator
+that takes weights only, gets ``W + s B A`` instead (:func:`effective_weight`).
 
 =============================== ===================================== ==============================================
 projection                      low-rank product                      sent in forward (backward: the other way round)
@@ -78,7 +79,7 @@ class Adapter:
 
 def base_of(layer: Any) -> Any:
     """The linear layer within a projection that adapters are wrapped around; the projection itself if none are."""
-    return layer._modules["base_layer"] if "base_layer" in layer._modules else layer
+    return layer._modules.get("base_layer", layer)
 
 
 def adapters_of(layer: Any) -> list[Adapter]:
@@ -178,8 +179,8 @@ def effective_weight(
 ) -> Tensor:
     """This rank's part of a weight with its adapters in it, for an operator that takes weights only.
 
-    ``weight`` holds the ``rows`` or the ``columns`` (first, number) of the whole one.  The gradient of the whole part is
-    computed on this rank, and not sent.
+    ``weight`` holds the ``rows`` or the ``columns`` (first, number) of the whole one.  The gradient of the whole part
+    is computed on this rank, and not sent.
 
     Raises:
         ValueError: if an adapter drops inputs.

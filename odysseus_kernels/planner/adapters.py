@@ -37,7 +37,8 @@ def frozen_traffic(sent: Traffic) -> Traffic:
     Attention must not be one operator (``pipelined``), which adapters make part of its weights.
 
     Example:
-        >>> frozen_traffic({("backward", "zero3_linear", "reduce_scatter"): 96, ("backward", "zero3_linear", "all_gather"): 64})
+        >>> gather, reduce = (("backward", "zero3_linear", name) for name in ("all_gather", "reduce_scatter"))
+        >>> frozen_traffic({gather: 64, reduce: 96})
         {('backward', 'zero3_linear', 'all_gather'): 64}
     """
     dropped = {("backward", name, "reduce_scatter") for name in _WEIGHTS}

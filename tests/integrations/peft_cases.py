@@ -26,6 +26,8 @@ from odysseus_kernels.config import OverlapConfig
 
 RANK = 4
 CASE = Case(kv_heads=4, length=12)
+# Eight halves of four ranks divide it: nothing is padded.
+LONG = Case(kv_heads=4)
 TIMEOUT_S = 20.0
 
 
@@ -120,7 +122,7 @@ def traffic_of_a_layer(rank: int, world: int, strategy: str, ring: int) -> tuple
     """Bytes of one more decoder layer in a step, by phase, operator and collective; what was sent ahead."""
     counts: list[Counter[Any]] = []
     for layers in (1, 2):
-        case = dataclasses.replace(CASE, changes=(("num_hidden_layers", layers),))
+        case = dataclasses.replace(LONG, changes=(("num_hidden_layers", layers),))
         model = Adapted(case).before(strategy, make_mesh(world, ring))
         batch = ody.shard_sequence(case.whole_batch(), model)
         with CommRecorder() as record:
@@ -303,24 +305,22 @@ def refused(rank: int, world: int) -> dict[str, str]:
         except (ValueError, RuntimeError) as error:
             said[name] = str(error)
 
-    for name, (make_config, _) in UNSERVED.items():
-        attempt(
-            f"{name}, before", lambda: ody.parallelize(get_peft_model(CASE.model(), make_config()), mesh, config=config)
-        )
-        attempt(
-            f"{name}, after",
-            lambda: get_peft_model(parallel_model(CASE, "odysseus", mesh, timeout_s=TIMEOUT_S), make_config()),
-        )
+    def before(make_config: Any) -> Any:
+        return ody.parallelize(get_peft_model(CASE.model(), make_config()), mesh, config=config)
+
+    def after(make_config: Any) -> Any:
+        return get_peft_model(parallel_model(CASE, "odysseus", mesh, timeout_s=TIMEOUT_S), make_config())
+
+    def changed(change: Any) -> Any:
+        model = Adapted().before("odysseus", mesh)
+        change(model)
+        return model
+
+    for name, (make_config, _) in {**UNSERVED, "prompts": (_prompts, "")}.items():
+        attempt(f"{name}, before", functools.partial(before, make_config))
+        attempt(f"{name}, after", functools.partial(after, make_config))
     for name, (change, _) in MISUSED.items():
-
-        def changed() -> Any:
-            model = Adapted().before("odysseus", mesh)
-            change(model)
-            return model
-
-        attempt(name, changed)
-    attempt("prompts, before", lambda: ody.parallelize(get_peft_model(CASE.model(), _prompts()), mesh, config=config))
-    attempt("prompts, after", lambda: get_peft_model(parallel_model(CASE, "odysseus", mesh), _prompts()))
+        attempt(name, functools.partial(changed, change))
     dropped = Adapted().before("tp", mesh)
     _dropped(dropped)
     try:

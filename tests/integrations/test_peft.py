@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft_cases import (
     CASE,
     CASES,
+    LONG,
     MISUSED,
     RANK,
     UNSERVED,
@@ -73,7 +74,7 @@ def test_pipelined_attention_has_adapters_in_its_weights(ranks, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_frozen_weights_send_nothing_for_their_gradients(ranks, strategy, world, ring):
     shape = LayerShape(hidden=96, intermediate=144, heads=12, kv_heads=4, head_dim=8)
-    expected = lora_traffic(shape, strategy, world // ring, tokens=CASE.batch * CASE.length, rank=RANK, ring=ring)
+    expected = lora_traffic(shape, strategy, world // ring, tokens=LONG.batch * LONG.length, rank=RANK, ring=ring)
     for counts, ahead in ranks(world).run(traffic_of_a_layer, strategy, ring):
         assert counts == expected
         assert ahead["dropped"] == 0, "a weight was sent ahead of an adapter's call"
