@@ -53,8 +53,8 @@ class SequenceLora(nn.Module):
     base_layer: Any
     merged_adapters: list[str]
     active_adapters: list[str]
-    lora_A: Any
-    lora_B: Any
+    lora_A: Any  # noqa: N815
+    lora_B: Any  # noqa: N815
     lora_bias: dict[str, bool]
     lora_variant: dict[str, Any]
     scaling: dict[str, float]
@@ -190,7 +190,7 @@ def refuse_others(model: nn.Module, served: Iterable[nn.Module]) -> None:
         )
 
 
-def lora_linears(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+def lora_linears(modules: Iterable[Any]) -> Iterator[Any]:
     """Those of ``modules`` that are LoRA layers around linear ones."""
     return (module for module in modules if _is_lora_linear(module))
 

@@ -189,7 +189,7 @@ def effective_weight(
         if adapter.drops:
             raise ValueError(
                 f"lora_dropout: expected 0 where attention is pipelined, which multiplies by one weight for the layer "
-                f"and its adapter, got {getattr(adapter.dropout, 'p', 0)}: set it to 0, or pipeline=1 in OverlapConfig"
+                f"and its adapter, got {getattr(adapter.dropout, 'p', 0)}: set it to 0, or pipeline=None in OverlapConfig"
             )
         up = _known(head_parameter(adapter.up, group, rows))
         down = _known(head_parameter(adapter.down, group, columns, dim=1))
@@ -203,9 +203,11 @@ def effective_bias(bias: Tensor | None, layer: Any, group: SequenceGroup, rows: 
     if rows is not None:
         added = _scaled_bias(adapters, rows, group)
     else:
-        own = [sharded_parameter(adapter.bias, group) for adapter in adapters if adapter.bias is not None]
-        scales = [adapter.scaling for adapter in adapters if adapter.bias is not None]
-        added = sum((s * one for s, one in zip(scales, own, strict=True)), start=torch.zeros(())) if own else None
+        added = None
+        for adapter in adapters:
+            own = sharded_parameter(adapter.bias, group)
+            if own is not None:
+                added = own * adapter.scaling if added is None else added + own * adapter.scaling
     if added is None or bias is None:
         return bias if added is None else added
     return (bias + added).to(bias.dtype)
