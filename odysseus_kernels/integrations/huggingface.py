@@ -121,11 +121,12 @@ def _adapted(model: PreTrainedModel, family: Family, group: SequenceGroup) -> li
     """LoRA layers around projections; a ValueError for all else that PEFT may have wrapped."""
     found = {}
     for path, module in model.named_modules():
-        if path.split(".")[-2:-1] and path.split(".")[-2] in (family.attention, family.mlp):
-            found.update({path: one for one in lora_linears([module])})
-    refuse_others(model, found.values())
+        around = path.rpartition(".")[0].rpartition(".")[2]
+        if around in (family.attention, family.mlp) and next(lora_linears([module]), None) is not None:
+            found[path] = module
     for path, module in found.items():
         check_adapter(path, module, group)
+    refuse_others(model, found.values())
     return list(found.values())
 
 

@@ -43,9 +43,9 @@ def check_intact(model: nn.Module, group: SequenceGroup) -> None:
         for name in _projections(module)
     }
     adapted = list(lora_linears(projections.values()))
-    refuse_others(model, adapted)
     for name, projection in projections.items():
         _check_projection(name, projection, group)
+    refuse_others(model, adapted)
     take_in(model, adapted, group)
     adapters = {
         id(parameter)
@@ -105,7 +105,7 @@ def _check_projection(name: str, module: Any, group: SequenceGroup) -> None:
     # A parametrized layer is another class; its weight is what the parametrization makes of it, and that is read.
     if type(module) is not nn.Linear and not (isinstance(module, nn.Linear) and is_parametrized(module)):
         raise ValueError(
-            f"{name}: expected a stock Linear, or PEFT's LoRA layer around one, got {_kind(module)}: other adapters, "
+            f"{name}: expected a stock Linear, got {_kind(module)}: adapters other than PEFT's LoRA, "
             f"quantized and wrapped layers are not called within a parallelized model; merge them into the stock "
             f"model's weight, and parallelize it then"
         )

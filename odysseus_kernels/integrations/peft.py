@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from odysseus_kernels.comm.functional import all_gather
@@ -45,17 +45,75 @@ _UNMERGED = "merge it into the stock model (merge_and_unload), and parallelize t
 
 
 class SequenceLora(nn.Module):
-    """A low-rank adapter around a distributed layer: what is merged into its weight is cut as the weight is."""
+    """A low-rank adapter around a distributed layer: what is merged into its weight is cut as the weight is.
+
+    The stock methods assign ``weight.data``, which leaves a distributed weight as it is.
+    """
 
     base_layer: Any
+    merged_adapters: list[str]
+    active_adapters: list[str]
+    lora_A: Any  # noqa: N815
+    lora_B: Any  # noqa: N815
+    lora_bias: dict[str, bool]
+    lora_variant: dict[str, Any]
+    scaling: dict[str, float]
+    get_delta_weight: Any
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The stock method's, distributed; nothing is sent."""
-        delta: torch.Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
-        weight = self.base_layer.weight
-        if not isinstance(weight, DTensor) or isinstance(delta, DTensor):
-            return delta
-        return distribute_tensor(delta, weight.device_mesh, weight.placements, src_data_rank=None)
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to this rank's part of the weight; every rank calls it, and only ``safe_merge`` sends anything.
+
+        Args:
+            safe_merge: raise ValueError, on all ranks, if a number would not be finite.
+            adapter_names: which; the active ones if None.
+        """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        for name in wanted:
+            if name in self.merged_adapters or name not in self.lora_A:
+                continue
+            if name in self.lora_variant:
+                raise ValueError(f"merge: expected plain LoRA, got a variant as adapter {name!r}")
+            parts = self._parts(name)
+            if safe_merge and not all(_finite(parameter, part) for parameter, part in parts):
+                raise ValueError(f"merge: adapter {name!r} makes numbers that are not finite; nothing was merged of it")
+            for parameter, part in parts:
+                parameter.add_(part)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes all merged adapters out of this rank's part of the weight again."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            for parameter, part in self._parts(name) if name in self.lora_A else ():
+                parameter.sub_(part)
+
+    def _parts(self, name: str) -> list[tuple[Any, torch.Tensor]]:
+        """Parameters of the layer and what an adapter adds to them, cut alike."""
+        whole = [(self.base_layer.weight, self.get_delta_weight(name))]
+        if self.lora_bias.get(name):
+            if self.base_layer.bias is None:
+                raise ValueError(f"merge: expected a layer with a bias, into which that of adapter {name!r} goes")
+            whole.append((self.base_layer.bias, self.lora_B[name].bias * self.scaling[name]))
+        return [(parameter, _like(parameter, _whole(added))) for parameter, added in whole]
+
+
+def _like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """``whole``, which every rank has, distributed as ``parameter``; nothing is sent."""
+    whole = whole.detach().to(parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _finite(parameter: torch.Tensor, added: torch.Tensor) -> bool:
+    """Whether a sum is finite, on all ranks."""
+    total = parameter + added
+    if not isinstance(total, DTensor):
+        return bool(torch.isfinite(total).all())
+    mesh, bad = total.device_mesh, (~torch.isfinite(total.to_local())).any().float()
+    return not bool(DTensor.from_local(bad, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor())
 
 
 def give_whole_sizes() -> None:
@@ -132,7 +190,7 @@ def refuse_others(model: nn.Module, served: Iterable[nn.Module]) -> None:
         )
 
 
-def lora_linears(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+def lora_linears(modules: Iterable[Any]) -> Iterator[Any]:
     """Those of ``modules`` that are LoRA layers around linear ones."""
     return (module for module in modules if _is_lora_linear(module))
 
@@ -159,15 +217,8 @@ def check_adapter(name: str, module: Any, group: SequenceGroup) -> None:
         if adapter in module.lora_variant or adapter in module.lora_magnitude_vector:
             variant = type(module.lora_variant.get(adapter)).__name__.removesuffix("LinearVariant")
             raise ValueError(
-                f"{name}: expected plain LoRA, got the variant {variant} as adapter {adapter!r}: it needs the norm, the "
-                f"input or the output of the whole layer; {_UNMERGED}"
-            )
-        expected = [(rank := module.r[adapter], base.in_features), (base.out_features, rank)]
-        got = [tuple(part[adapter].weight.shape) for part in (module.lora_A, module.lora_B)]
-        if got != expected:
-            raise ValueError(
-                f"{name}: expected lora_A and lora_B of adapter {adapter!r} of the shapes {expected}, got {got}: import "
-                f"peft before parallelize, which lets it make adapters for whole layers"
+                f"{name}: expected plain LoRA, got the variant {variant} as adapter {adapter!r}: it needs the norm, "
+                f"the input or the output of the whole layer; {_UNMERGED}"
             )
         dropout = module.lora_dropout[adapter]
         for what, part, classes in (
@@ -184,6 +235,13 @@ def check_adapter(name: str, module: Any, group: SequenceGroup) -> None:
                 raise ValueError(
                     f"{name}.{what}.{adapter}: expected a layer without hooks, got one with {changed}: it is not called"
                 )
+        expected = [(rank := module.r[adapter], base.in_features), (base.out_features, rank)]
+        got = [tuple(part[adapter].weight.shape) for part in (module.lora_A, module.lora_B)]
+        if got != expected:
+            raise ValueError(
+                f"{name}: expected lora_A and lora_B of adapter {adapter!r} of the shapes {expected}, got {got}: "
+                f"import peft before parallelize, which lets it make adapters for whole layers"
+            )
     if group.tokens == "replicated" and any(adapter.drops for adapter in adapters_of(module)):
         raise ValueError(
             f"{name}.lora_dropout: expected 0 where ranks compute the same tokens, whose random numbers would differ: "
@@ -268,7 +326,7 @@ def load_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     with torch.no_grad():
         for name, value in distributed.items():
             whole = found.pop(name).to(value.device, value.dtype)
-            value.copy_(distribute_tensor(whole, value.device_mesh, value.placements, src_data_rank=None))
+            value.copy_(_like(value, whole))
     set_peft_model_state_dict(model, found, adapter_name=adapter)
 
 

@@ -1,8 +1,9 @@
 """Low-rank adapters beside projections whose weights are read and multiplied while they travel.
 
-An adapted projection is ``y = x W^T + s (drop(x) A^T) B^T`` with A [r, K], B [n, r] and the scaling s (LoRA, Hu et al.,
-arXiv:2106.09685; PEFT's ``lora.Linear``).  Communication happens where the product is narrowest, at its r columns, and W
-is left alone: if it is frozen, nothing is computed or sent for its gradient.
+An adapted projection is ``y = x W^T + s (drop(x) A^T) B^T`` with A [r, K], B [n, r] and the scaling s (LoRA, Hu et
+al., arXiv:2106.09685; PEFT's ``lora.Linear``).  Communication happens where the product is narrowest, at its r columns,
+and W is left alone: if it is frozen, nothing is computed or sent for its gradient.  Pipelined attention, one operator
+that takes weights only, gets ``W + s B A`` instead (:func:`effective_weight`).
 
 =============================== ===================================== ==============================================
 projection                      low-rank product                      sent in forward (backward: the other way round)
@@ -78,7 +79,7 @@ class Adapter:
 
 def base_of(layer: Any) -> Any:
     """The linear layer within a projection that adapters are wrapped around; the projection itself if none are."""
-    return layer._modules["base_layer"] if "base_layer" in layer._modules else layer
+    return layer._modules.get("base_layer", layer)
 
 
 def adapters_of(layer: Any) -> list[Adapter]:
@@ -178,8 +179,8 @@ def effective_weight(
 ) -> Tensor:
     """This rank's part of a weight with its adapters in it, for an operator that takes weights only.
 
-    ``weight`` holds the ``rows`` or the ``columns`` (first, number) of the whole one.  The gradient of the whole part is
-    computed on this rank, and not sent.
+    ``weight`` holds the ``rows`` or the ``columns`` (first, number) of the whole one.  The gradient of the whole part
+    is computed on this rank, and not sent.
 
     Raises:
         ValueError: if an adapter drops inputs.
@@ -188,7 +189,7 @@ def effective_weight(
         if adapter.drops:
             raise ValueError(
                 f"lora_dropout: expected 0 where attention is pipelined, which multiplies by one weight for the layer "
-                f"and its adapter, got {getattr(adapter.dropout, 'p', 0)}: set it to 0, or pipeline=1 in OverlapConfig"
+                f"and its adapter, got {getattr(adapter.dropout, 'p', 0)}: set it to 0, or OverlapConfig(pipeline=None)"
             )
         up = _known(head_parameter(adapter.up, group, rows))
         down = _known(head_parameter(adapter.down, group, columns, dim=1))
@@ -202,9 +203,11 @@ def effective_bias(bias: Tensor | None, layer: Any, group: SequenceGroup, rows: 
     if rows is not None:
         added = _scaled_bias(adapters, rows, group)
     else:
-        own = [sharded_parameter(adapter.bias, group) for adapter in adapters if adapter.bias is not None]
-        scales = [adapter.scaling for adapter in adapters if adapter.bias is not None]
-        added = sum((s * one for s, one in zip(scales, own, strict=True)), start=torch.zeros(())) if own else None
+        added = None
+        for adapter in adapters:
+            own = sharded_parameter(adapter.bias, group)
+            if own is not None:
+                added = own * adapter.scaling if added is None else added + own * adapter.scaling
     if added is None or bias is None:
         return bias if added is None else added
     return (bias + added).to(bias.dtype)
