@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal
 
-from odysseus_kernels.planner.formulas import LayerShape, Traffic, _gathered, Ledger, _scattered, traffic
+from odysseus_kernels.planner.formulas import LayerShape, Ledger, Traffic, _gathered, _scattered, traffic
 
 __all__ = ["PROJECTIONS", "frozen_traffic", "lora_traffic"]
 
