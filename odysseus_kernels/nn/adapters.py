@@ -189,7 +189,8 @@ def effective_weight(
         if adapter.drops:
             raise ValueError(
                 f"lora_dropout: expected 0 where attention is pipelined, which multiplies by one weight for the layer "
-                f"and its adapter, got {getattr(adapter.dropout, 'p', 0)}: set it to 0, or OverlapConfig(pipeline=None)"
+                f"and its adapter, got {getattr(adapter.dropout, 'p', 0)}: set it to 0, or pipeline=None in "
+                f"OverlapConfig"
             )
         up = _known(head_parameter(adapter.up, group, rows))
         down = _known(head_parameter(adapter.down, group, columns, dim=1))

@@ -101,6 +101,9 @@ CASES = {
     "some projections": Adapted(CASE, (("target_modules", ("q_proj", "o_proj", "up_proj")), ("use_rslora", True))),
 }
 
+# Adapters that come after parallelize are then the same ones.
+WHEN = {"llama": ("before", "after"), "two adapters": ("after",)}
+
 
 def steps(
     rank: int, world: int, strategy: str, ring: int, names: list[str], settings: dict[str, Any]
@@ -109,12 +112,22 @@ def steps(
     mesh, found = make_mesh(world, ring), {}
     for name in names:
         adapted = CASES[name]
-        for when in ("before", "after"):
+        for when in WHEN.get(name, ("before",)):
             make: Any = adapted.before if when == "before" else functools.partial(adapted.after, seed=3 + rank)
             model = make(strategy, mesh, **settings)
             found[f"{name}, {when}"] = step(model, ody.shard_sequence(adapted.case.whole_batch(), model), adapted.case)
             for parameter_name, parameter in model.named_parameters():
                 assert parameter.requires_grad == ("lora_" in parameter_name), parameter_name
+    return found
+
+
+def recomputed(rank: int, world: int, strategy: str) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """Steps in which layers are computed again in backward: whole ones, and what lies between operators."""
+    found = []
+    for extra in ({}, {"context_fn": ody.selective_checkpoint}):
+        model = Adapted().before(strategy, make_mesh(world, 1))
+        model.gradient_checkpointing_enable({"use_reentrant": False, **extra})
+        found.append(step(model, ody.shard_sequence(CASE.whole_batch(), model)))
     return found
 
 
@@ -237,7 +250,10 @@ def saved_and_resumed(rank: int, world: int, folder: str) -> dict[str, Any]:
 
 
 # PEFT itself stops at the norm of a distributed weight, before this package is asked.
-OTHERWISE = {"DoRA, after": "got mixed torch.Tensor and DTensor"}
+OTHERWISE = {
+    "DoRA, after": "got mixed torch.Tensor and DTensor",
+    "IA3, after": "layers.0.self_attn.k_proj: expected a stock Linear, got peft.tuners.ia3.layer.Linear",
+}
 
 
 def _dropped(model: Any) -> None:
@@ -292,7 +308,7 @@ UNSERVED: dict[str, tuple[Any, str]] = {
     "a head to save": (lambda: _config(modules_to_save=["lm_head"]), "lm_head: expected a stock module, got one that"),
     "IA3": (
         lambda: IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
-        "k_proj: expected",
+        "expected LoRA adapters, got IA3 as adapter 'default'",
     ),
 }
 
