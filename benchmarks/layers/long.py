@@ -1,10 +1,10 @@
 """Memory of a training step of a long sequence: with checkpointing, with its inputs away as well, and in tiles.
 
 ``python -m benchmarks.layers.long`` trains one step of a Mistral-shaped model with a sliding window, so that attention
-stays affordable, on ranks of this machine, each variant in processes of its own.  Printed are, for the largest rank,
+stays affordable, on ranks of this machine, one variant after another.  Printed are, for the largest rank,
 
-- the peak of what torch allocates in the step, gradients included, and of the process's resident memory, which the
-  transports' buffers and what the allocator does not give back are part of,
+- the peak of what torch allocates in the step, gradients included, and by how much the process's resident memory grew
+  in a further one, with what the allocator does not give back,
 - what the formulas say of it: inputs of checkpointed layers, and what the feed-forward network holds,
 - bytes to and from the folder, and seconds (of one step, the second; no figure of speed).
 """
@@ -26,6 +26,7 @@ from odysseus_kernels.planner.memory import feed_forward_peak, layer_inputs
 __all__ = ["LongCase", "main", "measure"]
 
 _MIB = 1 << 20
+_COLUMNS = 130
 _KEPT = 1  # last layers whose inputs stay
 
 
@@ -146,12 +147,14 @@ def _print(rows: list[tuple[LongCase, dict[str, float]]], world: int) -> None:
         sizes += [found.get("out", 0), found.get("in", 0)]
         cells = [f"{size / _MIB:.1f}" if size else "" for size in sizes]
         table.add_row(one.name, *cells, f"{found['seconds']:.1f}", f"{found['loss']:.6f}")
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, _COLUMNS)  # where it is no terminal, too
+    console.print(table)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    from odysseus_kernels.testing.spawn import run_ranks
+    from odysseus_kernels.testing.spawn import RankPool
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--length", type=int, default=16384)
@@ -179,9 +182,10 @@ def main(arguments: list[str] | None = None) -> None:
         traced=not given.no_trace,
     )
     rows = []
-    for changes in ({}, {"folder": folder}, {"folder": folder, "tile_rows": given.tile_rows}):
-        case = dataclasses.replace(base, **changes)  # type: ignore[arg-type]
-        rows.append((case, run_ranks(measure, given.ranks, case, timeout=given.timeout)[0]))
+    with RankPool(given.ranks, threads=1, timeout=given.timeout) as pool:
+        for changes in ({}, {"folder": folder}, {"folder": folder, "tile_rows": given.tile_rows}):
+            case = dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+            rows.append((case, pool.run(measure, case)[0]))
     _print(rows, given.ranks)
 
 

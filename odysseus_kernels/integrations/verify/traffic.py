@@ -61,6 +61,7 @@ def expected_traffic(trial: Trial) -> tuple[formulas.Traffic | None, str]:
         checkpointing=bool(recomputed),
         pipelined=trial.pieces > 1,
         keys_at_once=config._attn_implementation not in RING_KERNELS,
+        tile_rows=group.config.tile_rows,
         **sizes,
     )
     vocabulary, hidden = model.get_input_embeddings().weight.shape
