@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class Plan:
             least = min(self.splits, key=lambda one: one.memory.total)
             return (
                 f"Nothing fits: {least.split.name} needs the least, {_gigabytes(least.memory.total)}, and a device has "
-                f"{_gigabytes(self.machine.device.memory_bytes)}{_advice(self)}."
+                f"{_gigabytes(self.machine.device.memory_bytes)}{_advice(self, least.memory)}."
             )
         if len(self.splits) == 1:
             return f"{self.best.split.name} is the only split."
@@ -215,10 +216,11 @@ def plan(
         else:
             found.append(_evaluate(model, split, machine, seq_len, batch, checkpointing, offload, dtype))
     if not found:
-        reasons = "; ".join(f"{reasons[0]}" for reasons in refused.values())
-        raise ValueError(f"{model.name}: no split of {world_size} ranks for a batch of {batch} is possible: {reasons}")
+        raise ValueError(
+            f"{model.name}: no split of {world_size} ranks for a batch of {batch} is possible: {_summary(refused)}"
+        )
     found.sort(key=lambda one: (not one.fits, one.seconds.step))
-    if world_size > machine.node:
+    if world_size > machine.node > 1:
         notes.append(
             "network: a group that spans hosts goes at the network's rate throughout; collectives in two levels, which "
             "send each host its part once, are not modelled"
@@ -293,7 +295,18 @@ def _notes(model: ModelSizes) -> list[str]:
     return [text for name, text in ESTIMATED.items() if present[name]]
 
 
-def _advice(found: Plan) -> str:
+def _summary(refused: Mapping[str, Sequence[str]]) -> str:
+    """One reason for each strategy, and each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for strategy, reasons in refused.items():
+        by_reason.setdefault(reasons[0].partition(": ")[2], []).append(strategy)
+    return "; ".join(f"{', '.join(strategies)}: {reason}" for reason, strategies in by_reason.items())
+
+
+def _advice(found: Plan, least: SplitMemory) -> str:
+    states = least.weights + least.gradients + least.optimizer
+    if states > found.machine.device.memory_bytes:
+        return f"; weights, gradients and Adam alone take {_gigabytes(states)}"
     if not found.checkpointing:
         return "; checkpointing keeps less"
     return "" if found.offload else "; offload keeps less"
