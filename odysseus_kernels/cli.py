@@ -7,6 +7,9 @@
     torchrun --nproc-per-node 8 -m odysseus_kernels verify script.py:build --ring 2     # ranks that are there already
 
 Exit status: 0 if every check passed, 1 if one failed, 2 if nothing could be compared.
+
+``python -m odysseus_kernels doctor`` says what a machine has, and whether every operator is right on it: see
+``doctor/command.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from odysseus_kernels.config import launched_rank
+from odysseus_kernels.doctor.command import add_doctor, run_doctor
 
 __all__ = ["main"]
 
@@ -38,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
+    if options.command == "doctor":
+        return run_doctor(options, given)
     try:
         _check_place(options.build)
     except (ValueError, SyntaxError) as error:
@@ -66,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for a rank (default 120)")
     verify.add_argument("--meet", help=argparse.SUPPRESS)  # file over which ranks that were started here meet
     verify.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    add_doctor(commands)
     return parser
 
 
