@@ -15,7 +15,6 @@ OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 10)
 
 # A shard of 8,192 tokens and 8,192 features in fp32, held once by each rank.
 _ROOM_OF_A_RANK = 256 << 20
-_BUILD = "build it with `pip install -e .` in the project's folder (Linux and a C++17 compiler such as g++ 9 or later)"
 
 
 def find_problems(reports: Sequence[RankReport]) -> tuple[Problem, ...]:
@@ -64,7 +63,7 @@ def _of_software(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             "error",
             f"no compiled extension, so no symmetric transport: {extension['why_not']}",
-            _BUILD,
+            "build it, and run doctor again",
         )
 
 

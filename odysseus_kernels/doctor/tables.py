@@ -22,8 +22,17 @@ _HIDDEN = {"machine", "container"}
 def print_report(report: Report, file: TextIO) -> None:
     """Prints the report to ``file``."""
     console = Console(file=file, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=file, highlight=False, width=_PLAIN_WIDTH, no_color=True)
+    if console.is_terminal:
+        _print(console, report)
+        return
+    console = Console(file=file, highlight=False, width=_PLAIN_WIDTH, no_color=True)
+    with console.capture() as captured:
+        _print(console, report)
+    # Cells are padded to the width of their columns.
+    file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+
+def _print(console: Console, report: Report) -> None:
     known = [rank for rank in report.ranks if rank.facts]
     for section in known[0].facts if known else ():
         _print_section(console, section, known)
@@ -32,21 +41,24 @@ def print_report(report: Report, file: TextIO) -> None:
     _print_problems(console, report)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _show(console: Console, table: Table) -> None:
+def _show(console: Console, title: str, table: Table, note: str = "") -> None:
+    console.print(title, style="bold")
     console.print(table)
+    if note:
+        console.print(note)
     console.print()
 
 
 def _print_section(console: Console, section: str, known: list[RankReport]) -> None:
     groups = _by_host(known) if section in _OF_HOSTS else [((rank.rank,), rank.facts) for rank in known]
-    table = _table(section, "", "", "")
+    table = _table("", "", "")
     table.show_header = False
     ranks: Sequence[int]
     names = dict.fromkeys(name for _, facts in groups for name in facts[section] if name not in _HIDDEN)
@@ -58,7 +70,7 @@ def _print_section(console: Console, section: str, known: list[RankReport]) -> N
             if text:
                 where = rank_numbers(ranks) if len(texts) > 1 else ""
                 table.add_row(_label(name), escape(text), where)
-    _show(console, table)
+    _show(console, section, table)
 
 
 def _by_host(known: list[RankReport]) -> list[tuple[tuple[int, ...], Facts]]:
@@ -118,7 +130,7 @@ def _gpus(gpus: list[dict[str, Any]] | None) -> str:
 
 
 def _print_transports(console: Console, report: Report) -> None:
-    table = _table("transports", "transport", "available", "received by a rank", "latency", "carried by", "slowest")
+    table = _table("transport", "available", "received by a rank", "latency", "carried by", "slowest")
     for transport in dict.fromkeys(state.transport for rank in report.ranks for state in rank.transports):
         states = [state for rank in report.ranks for state in rank.transports if state.transport == transport]
         rates = [(rate, rank.rank) for rank in report.ranks for rate in rank.rates if rate.transport == transport]
@@ -135,13 +147,13 @@ def _print_transports(console: Console, report: Report) -> None:
             ]
         table.add_row(transport, *row)
     if table.row_count:
-        console.print(table)
         sizes = {rate.shard_bytes for rank in report.ranks for rate in rank.rates}
-        if sizes:
-            console.print(
-                f"rates: all-gathers of {_bytes(max(sizes))} a rank; latencies: of 4 KiB; medians of the slowest rank"
-            )
-        console.print()
+        note = (
+            f"all-gathers of {_bytes(max(sizes))} a rank, for latencies of 4 KiB; medians of the slowest rank"
+            if sizes
+            else ""
+        )
+        _show(console, "transports", table, note)
 
 
 def _print_checks(console: Console, report: Report) -> None:
@@ -154,15 +166,16 @@ def _print_checks(console: Console, report: Report) -> None:
             cells.setdefault(check.operator, {}).setdefault(column, []).append((check, rank.rank))
     if not cells:
         return
-    table = _table(
-        "self-test, forward and backward in fp32: largest error beside fp64 on unsharded data", "operator", *columns
-    )
+    table = _table("operator", *columns)
     for operator, row in cells.items():
         table.add_row(operator, *(_cell(row.get(column, [])) for column in columns))
-    console.print(table)
     allowed = max(check.allowed for rank in report.ranks for check in rank.checks)
-    console.print(f"relative Frobenius errors of outputs and gradients, all ranks; rounding explains {allowed:.1e}")
-    console.print()
+    _show(
+        console,
+        "self-test, forward and backward in fp32: largest error beside fp64 on unsharded data",
+        table,
+        f"relative Frobenius errors of outputs and gradients, all ranks; rounding explains {allowed:.1e}",
+    )
 
 
 def _cell(checks: list[tuple[Check, int]]) -> str:
