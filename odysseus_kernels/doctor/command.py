@@ -30,9 +30,12 @@ __all__ = ["add_doctor", "run_doctor"]
 
 HEALTHY, ILL, USAGE = 0, 1, 2
 _MOST_RANKS = 64
-_LOOK_S = 0.05
-# A rank's waits follow one another: to meet, within an operator, for the others' reports, and for the verdict.
+# A rank's waits follow one another: to meet, by each transport, for the others' reports, and for the verdict.
 _WAITS = 6
+# To import torch and to compute, on a machine that is busy with something else.
+_START_S = 60.0
+# The first rank has spoken; the others have nothing more to say.
+_GRACE_S = 5.0
 
 
 def add_doctor(commands: Any) -> None:
@@ -78,12 +81,11 @@ def _start_ranks(options: argparse.Namespace, given: list[str]) -> int:
         command = [sys.executable, "-m", "odysseus_kernels", *given, "--meet", meet]
         processes = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(ranks)]
         try:
-            deadline = time.monotonic() + _WAITS * options.timeout
-            first = processes[0]
-            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-                if first.returncode not in (None, HEALTHY, ILL):
-                    break
-                time.sleep(_LOOK_S)
+            first, others = processes[0], processes[1:]
+            if _ended(first, _limit_s(options)) in (HEALTHY, ILL):
+                deadline = time.monotonic() + _GRACE_S
+                for process in others:
+                    _ended(process, deadline - time.monotonic())
             if first.returncode in (HEALTHY, ILL):
                 return int(first.returncode)
             return _speak_instead(options, meet, ranks, first.returncode)
@@ -94,6 +96,17 @@ def _start_ranks(options: argparse.Namespace, given: list[str]) -> int:
                 process.kill()
             for process in processes:
                 process.wait()
+
+
+def _limit_s(options: argparse.Namespace) -> float:
+    return float(_START_S + _WAITS * options.timeout)
+
+
+def _ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
+    """Its status, or None where it does not end within ``limit_s``."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(limit_s, 0))
+    return process.returncode
 
 
 def _default_ranks(device: str) -> int:
@@ -112,7 +125,7 @@ def _speak_instead(options: argparse.Namespace, meet: str, ranks: int, code: int
 
     reports = tuple(so_far(FileStore(meet, -1), rank) for rank in range(ranks))
     if code is None:
-        how = f"did not end within {_WAITS * options.timeout:g} s"
+        how = f"did not end within {_limit_s(options):g} s"
     else:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     doing = f"; it was last at: {reports[0].stage}" if reports[0].stage else ""

@@ -85,10 +85,10 @@ class Examination:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = dist.PrefixStore("group", self._store)
         dist.init_process_group(backend, store=store, rank=self._rank, world_size=self._world, timeout=limit)
-        for transport in self_test.TRANSPORTS:
+        # A group for each, since an error may leave one unusable; made while all are there, as nothing bounds that.
+        groups = {transport: dist.new_group(timeout=limit) for transport in self_test.TRANSPORTS}
+        for transport, group in groups.items():
             self._begin(f"connecting transport {transport}")
-            # A group of its own: an error may leave one unusable.
-            group = dist.new_group(timeout=limit)
             assert isinstance(group, dist.ProcessGroup)
             state = self_test.connect(group, transport, device, self._timeout_s)
             self.own.transports.append(state)
