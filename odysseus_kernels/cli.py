@@ -10,6 +10,9 @@ Exit status: 0 if every check passed, 1 if one failed, 2 if nothing could be com
 
 ``python -m odysseus_kernels plan`` predicts which strategy and mesh to train a model with, and starts no ranks: see
 ``planner/planning/command.py``.
+
+``python -m odysseus_kernels doctor`` says what a machine has, and whether every operator is right on it: see
+``doctor/command.py``.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from odysseus_kernels.config import launched_rank
+from odysseus_kernels.doctor.command import add_doctor, run_doctor
 from odysseus_kernels.planner.planning.command import add_plan, run_plan
 
 __all__ = ["main"]
@@ -44,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(given)
     if options.command == "plan":
         return run_plan(options)
+    if options.command == "doctor":
+        return run_doctor(options, given)
     try:
         _check_place(options.build)
     except (ValueError, SyntaxError) as error:
@@ -73,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--meet", help=argparse.SUPPRESS)  # file over which ranks that were started here meet
     verify.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     add_plan(commands)
+    add_doctor(commands)
     return parser
 
 

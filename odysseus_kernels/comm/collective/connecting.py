@@ -23,7 +23,7 @@ from odysseus_kernels.comm.collective.links import Links
 from odysseus_kernels.config import socket_interface
 from odysseus_kernels.errors import FallbackWarning
 
-__all__ = ["accept_peers", "connect_links", "listen"]
+__all__ = ["accept_peers", "connect_links", "interface_address", "listen"]
 
 _TOKEN_BYTES = 16
 # Token of the rank that is connected to, number of the rank that connects.
@@ -96,7 +96,7 @@ def listen(backlog: int) -> socket.socket:
     """
     interface = socket_interface()
     if interface:
-        return _listen_on(socket.AF_INET, (_address_of(interface), 0), backlog)
+        return _listen_on(socket.AF_INET, (interface_address(interface), 0), backlog)
     with contextlib.suppress(OSError):
         for family, *_, address in socket.getaddrinfo(socket.gethostname(), 0, type=socket.SOCK_STREAM):
             with contextlib.suppress(OSError):  # not an address of this host
@@ -173,8 +173,12 @@ def _listen_on(family: int, address: tuple[object, ...], backlog: int) -> socket
     return listener
 
 
-def _address_of(interface: str) -> str:
-    """IPv4 address of a network interface."""
+def interface_address(interface: str) -> str:
+    """IPv4 address of a network interface.
+
+    Raises:
+        OSError: it has none, or there is no such interface.
+    """
     request = struct.pack("256s", interface.encode()[:15])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         try:
