@@ -129,3 +129,18 @@ def test_accelerate_loop(ranks, replicas: int):
     for result in results:
         for found, expected in zip(result, true, strict=True):
             assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_adapters_under_the_trainer(ranks, tmp_path):
+    """Adapters alone are trained, saved as PEFT's directory, and resumed."""
+    run = Run(adapters=True, strategy="ulysses", settings=(*EVALUATED, *STATE), stop_at=3)
+    ranks(2).run(on_ranks, run, str(tmp_path / "ranks"))
+    saved = {path.name for path in (tmp_path / "ranks" / "checkpoint-3").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= saved
+    assert "model.safetensors" not in saved
+    again = dataclasses.replace(run, strategy="odysseus", stop_at=None, resume=True)
+    resumed = ranks(2).run(on_ranks, again, str(tmp_path / "ranks"))[0]
+    true = in_one_process(dataclasses.replace(run, stop_at=None), str(tmp_path / "one"))
+    logged = [[entry for entry in one["history"] if "loss" in entry] for one in (resumed, true)]
+    _equal({"history": logged[0]}, {"history": logged[1]})
+    _weights_equal(resumed, true)

@@ -18,8 +18,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from llama_cases import Case
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.accelerator import SequenceAccelerator
@@ -45,6 +47,7 @@ class Run:
         stop_at: step at which training is given up, as if the machine had gone.
         resume: from the last checkpoint in the folder.
         patience: of early stopping, or None.
+        adapters: LoRA around a frozen model.
         samples: rows to train on.
         held_out: rows to evaluate.
     """
@@ -59,6 +62,7 @@ class Run:
     stop_at: int | None = None
     resume: bool = False
     patience: int | None = None
+    adapters: bool = False
     samples: int = 22
     held_out: int = 7
 
@@ -146,7 +150,7 @@ def trained(run: Run, folder: str, cls: type[Any] = transformers.Trainer, model:
     if run.patience is not None:
         callbacks.append(transformers.EarlyStoppingCallback(run.patience))
     trainer = cls(
-        model=run.case.model() if model is None else model,
+        model=whole_model(run) if model is None else model,
         args=transformers.TrainingArguments(folder, **settings),
         data_collator=collate,
         train_dataset=rows(run.samples, 0, run.packed),
@@ -183,7 +187,9 @@ def on_ranks(rank: int, world_size: int, run: Run, folder: str) -> dict[str, Any
                 for parameter in model.parameters():
                     parameter.zero_()  # what is not loaded must show
         found = trained(run, folder, Trainer, model)
-        weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+        weights = {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in model.named_parameters()
+        }
         del found["trainer"]
         return {**found, "weights": weights if rank == 0 else None}
 
@@ -199,9 +205,23 @@ def in_one_process(run: Run, folder: str, batch_factor: int = 1) -> dict[str, An
     return {**found, "weights": {name: p.detach() for name, p in trainer.model.named_parameters()}}
 
 
+def whole_model(run: Run) -> Any:
+    """Before anything is parallelized; adapters begin with values that count."""
+    model = run.case.model()
+    if not run.adapters:
+        return model
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def parallel_model(run: Run) -> Any:
     mesh = trainer_mesh(run.mesh)
-    model = parallelize(run.case.model(), mesh, run.strategy, OverlapConfig(timeout_s=60))
+    model = parallelize(whole_model(run), mesh, run.strategy, OverlapConfig(timeout_s=60))
     if run.mesh[0] > 1:
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh["dp"])
