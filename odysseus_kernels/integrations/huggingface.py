@@ -99,9 +99,10 @@ def parallelize(
     _check_parameters(model, parts, adapted, group)
     check_identical([*model.named_parameters(), *model.named_buffers()], group)
 
-    full = [layer_parameter for part in parts for layer in part.layers.values() for layer_parameter in _own(layer)]
+    # Each once: a head may be tied to the embedding.
+    full = {id(p): p for part in parts for layer in part.layers.values() for p in _own(layer)}
     apply_strategy(chosen, shape, parts, group)
-    for parameter in full:
+    for parameter in full.values():
         retire_parameter(parameter)
     # These two keep their class names: transformers looks up by name what outputs a model can record, and writes the
     # name into configurations that it saves.
