@@ -3,8 +3,8 @@
 ``python -m benchmarks.layers.long`` trains one step of a Mistral-shaped model with a sliding window, so that attention
 stays affordable, on ranks of this machine, one variant after another.  Printed are, for the largest rank,
 
-- the peak of what torch allocates in the step, gradients included, and by how much the process's resident memory grew
-  in a further one, with what the allocator does not give back,
+- the peak of what torch allocates in the step beside gradients, which are there before, and by how much the process's
+  resident memory grew in a further one, with what the allocator does not give back,
 - what the formulas say of it: inputs of checkpointed layers, and what the feed-forward network holds,
 - bytes to and from the folder, and seconds (of one step, the second; no figure of speed).
 """
@@ -108,18 +108,16 @@ def measure(rank: int, world: int, case: LongCase) -> dict[str, float]:
     batch = ody.shard_sequence({"input_ids": ids, "labels": ids.clone()}, model)
 
     def step() -> list[torch.Tensor]:
-        model.zero_grad()
+        model.zero_grad(set_to_none=False)  # they stay, or they would hide in the peak what is away
         loss = model(**batch).loss
         loss.backward()
         return [loss.detach()]
 
-    step()  # buffers of the transports
-    model.zero_grad()
+    step()  # buffers of the transports, and gradients
     found: dict[str, float] = {"allocated": 0}
     if case.traced:
         _, events = record_allocations(step)
         found["allocated"] = peak_of_others(events, set())[0]
-        model.zero_grad()
     begin, losses = time.perf_counter(), []
     moved = (0, 0) if offload is None else (offload.bytes_out, offload.bytes_in)
     found["resident"] = process_growth(lambda: losses.extend(step()) or [])  # type: ignore[func-returns-value]
