@@ -27,7 +27,7 @@ from odysseus_kernels.integrations.peft import (
     take_in,
 )
 from odysseus_kernels.integrations.pipelining import why_whole_only
-from odysseus_kernels.integrations.switching import Parallelized, check_strategy
+from odysseus_kernels.integrations.switching import Parallelized, SwitchableCausalLM, check_strategy
 from odysseus_kernels.integrations.wrappers import refuse_replicating_wrappers
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
@@ -106,7 +106,7 @@ def parallelize(
         retire_parameter(parameter)
     # These two keep their class names: transformers looks up by name what outputs a model can record, and writes the
     # name into configurations that it saves.
-    for module, mixin in ((model.base_model, SequenceModel), (model, SequenceCausalLM)):
+    for module, mixin in ((model.base_model, SequenceModel), (model, SwitchableCausalLM)):
         swap_class(module, mixin, keep_name=True)
         module.sequence_group = group
     model.parallelized = Parallelized(chosen, shape, tuple(parts))

@@ -20,7 +20,7 @@ from odysseus_kernels.nn.step import stepped
 from odysseus_kernels.strategies import get_strategy
 from odysseus_kernels.strategies.base import ModelShape, Part, Strategy, change_strategy
 
-__all__ = ["Parallelized", "check_strategy", "set_strategy"]
+__all__ = ["Parallelized", "SwitchableCausalLM", "check_strategy", "set_strategy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,14 @@ def set_strategy(model: nn.Module, strategy: str, *, optimizer: torch.optim.Opti
     inner.sequence_group = inner.base_model.sequence_group = new
     inner.parallelized = dataclasses.replace(found, strategy=chosen)
     return received
+
+
+class SwitchableCausalLM(SequenceCausalLM):
+    """What ``parallelize`` returns: its strategy can be changed between steps."""
+
+    def set_strategy(self, strategy: str, *, optimizer: torch.optim.Optimizer | None = None) -> int:
+        """Another strategy from the next step on: see :func:`odysseus_kernels.set_strategy`."""
+        return set_strategy(self, strategy, optimizer=optimizer)
 
 
 def check_strategy(model: Any, shape: ModelShape, strategy: Strategy, group: SequenceGroup) -> None:

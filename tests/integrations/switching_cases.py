@@ -92,7 +92,7 @@ def checkpointed_and_copied(rank: int, world_size: int) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.model.embed_tokens.weight.requires_grad_(False)
     twin = copy.deepcopy(model)
-    ody.set_strategy(twin, "ulysses")
+    twin.set_strategy("ulysses")
     assert not twin.model.embed_tokens.weight.requires_grad and twin.lm_head.weight.requires_grad
     assert type(twin.model.layers[0].mlp) is not type(model.model.layers[0].mlp)
     losses = []
