@@ -170,7 +170,8 @@ def plan(
             and so on.
         batch: sequences of a step, in all.
         checkpointing: whether each decoder layer is recomputed in backward.
-        offload: whether layers' inputs go to the host's memory meanwhile; with ``checkpointing`` only.
+        offload: whether layers' inputs go to the host's memory meanwhile (:func:`offload_activations`); with
+            ``checkpointing`` only.
         dtype: of weights and activations; ``"bfloat16"`` and ``"float16"`` have fp32 gradients and master weights.
         measured: a results file of ``benchmarks/overlap.py``, whose rates replace those of the table.
         strategies: which to look at.

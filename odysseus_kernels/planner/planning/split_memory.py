@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from odysseus_kernels.planner.memory import head_saved, saved
+from odysseus_kernels.planner.memory import head_saved, layer_inputs, saved
 from odysseus_kernels.planner.planning.models import ModelSizes
 from odysseus_kernels.planner.planning.splits import ZERO3_ATTENTION, Split
 
@@ -29,7 +29,7 @@ ESTIMATED = {
 }
 """What is said of a prediction that goes beyond the proved formulas."""
 
-_OFFLOADED_LAYERS = 2  # the one that is being written or read, and the one that is computed
+_KEPT_INPUTS = 1  # default of offload_activations' keep
 _LOGIT_ROWS = 1024  # default of the losses' chunk_rows
 _NARROW = 2  # bytes of bf16 and fp16
 
@@ -139,17 +139,21 @@ def split_memory(
     elements = elements_of(model, split)
     own = -(-(model.layers * elements.layer + elements.ends) // split.dp)
     narrow = element_size == _NARROW
-    layer = layer_saved(model, split, tokens=tokens, element_size=element_size, checkpointing=checkpointing)
-    kept = model.layers if not offload else min(model.layers, _OFFLOADED_LAYERS)
-    hidden = model.layer.hidden
-    head = head_saved(hidden, split.strategy, split.seq, tokens=tokens, ring=split.ring, element_size=element_size)
+    hidden, sizes = model.layer.hidden, {"tokens": tokens, "ring": split.ring, "element_size": element_size}
+    layers = model.layers * layer_saved(model, split, tokens=tokens, element_size=element_size)
+    held = layers
+    if checkpointing:
+        layers = layer_inputs(hidden, split.strategy, split.seq, layers=model.layers, **sizes)
+        keep = _KEPT_INPUTS if offload else None
+        held = layer_inputs(hidden, split.strategy, split.seq, layers=model.layers, keep=keep, **sizes)
+    head = head_saved(hidden, split.strategy, split.seq, **sizes)
     return SplitMemory(
         weights=own * element_size,
         gradients=own * (4 if narrow else element_size),
         optimizer=own * (12 if narrow else 2 * element_size),
-        saved=kept * layer + head,
+        saved=held + head,
         transients=_transients(model, split, elements, tokens, element_size, checkpointing),
-        offloaded=(model.layers - kept) * layer,
+        offloaded=layers - held,
     )
 
 
