@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from odysseus_kernels.comm.groups import synchronize
 from odysseus_kernels.comm.recorder import CommRecorder
+from odysseus_kernels.comm.trace import trace
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import (
     CapacityWarning,
@@ -96,6 +97,7 @@ __all__ = [
     "shard_sequence",
     "step",
     "synchronize",
+    "trace",
     "ulysses_attention",
     "verify",
     "zero3_linear",

@@ -30,6 +30,7 @@ from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.recorder import Traffic, record, record_ahead
 from odysseus_kernels.comm.schedules.steps import Program
 from odysseus_kernels.comm.tiles import TileGather, TileScatter
+from odysseus_kernels.comm.trace import timed_call
 from odysseus_kernels.config import OverlapConfig
 
 __all__ = [
@@ -231,7 +232,7 @@ class Transport(abc.ABC):
             call.pipeline.check(call.name)
             if not self.serves_pipeline:
                 raise NotServedError(f"{call.name}: the {self.name} transport of this device serves no pipeline")
-        with self._lock:
+        with self._lock, timed_call(call.operator, call.phase, self.name, self.rank):
             self._execute(call)
         self._count(call)
 

@@ -20,6 +20,7 @@ from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
 from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule, sends_ahead_after
 from odysseus_kernels.comm.schedules.steps import Kind, Step, Task
+from odysseus_kernels.comm.trace import timed
 from odysseus_kernels.comm.transport import Call
 
 __all__ = ["PipelineRun"]
@@ -68,7 +69,8 @@ class PipelineRun:
             holds=self._pipeline.holds,
         )
         sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
-        for index, step in enumerate(schedule.steps):
+        steps = timed(schedule.steps, self._call.operator, self._call.phase, "collective", self._rank)
+        for index, step in enumerate(steps):
             assert step.task is not None
             if step.kind is Kind.ISSUE:
                 self._issue(step.task, step.piece)

@@ -17,6 +17,7 @@ from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
 from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule, sends_ahead_after, tapered_spans
 from odysseus_kernels.comm.schedules.steps import Kind, Step, Task, piece_bounds
+from odysseus_kernels.comm.trace import timed
 from odysseus_kernels.comm.transport import Call, Scatter, row_pieces
 
 __all__ = ["CollectiveRun", "spans_ahead"]
@@ -76,7 +77,8 @@ class CollectiveRun:
         )
         sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
         first = -1
-        for index, step in enumerate(schedule.steps):
+        steps = timed(schedule.steps, self._call.operator, self._call.phase, "collective", self._rank)
+        for index, step in enumerate(steps):
             assert step.task is not None
             if step.kind is Kind.ISSUE:
                 # A first piece that was sent ahead is under way already.

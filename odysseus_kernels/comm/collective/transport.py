@@ -40,6 +40,7 @@ from odysseus_kernels.comm.meeting.membership import lost_members_soon
 from odysseus_kernels.comm.meeting.texts import Meeting
 from odysseus_kernels.comm.mismatch import departure, describe_mismatch, short_text, signature_hash
 from odysseus_kernels.comm.reduce import accumulator_dtype
+from odysseus_kernels.comm.trace import timed_call
 from odysseus_kernels.comm.transport import Call, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
@@ -228,7 +229,7 @@ class CollectiveTransport(Transport):
         gather = call.gather
         assert gather is not None
         call = dataclasses.replace(call, scatter=None)  # only this part is exchanged and counted here
-        with self._lock, self._errors(call):
+        with self._lock, self._errors(call), timed_call(call.operator, call.phase, self.name, self.rank):
             lane = self._prepare(call)
             shard = gather.shard.contiguous()
             self._wait(call, lane.all_gather(out.view(-1), shard.view(-1)))
@@ -244,7 +245,7 @@ class CollectiveTransport(Transport):
             super().reduce_scatter(call, full)
             return
         call = self._scatter_part(call, scatter)
-        with self._lock, self._errors(call):
+        with self._lock, self._errors(call), timed_call(call.operator, call.phase, self.name, self.rank):
             lane = self._prepare(call)
             out = scatter.out.view(-1)
             self._wait(
@@ -258,7 +259,7 @@ class CollectiveTransport(Transport):
             super().all_to_all(call, full, out)
             return
         call = self._sends_parts(call, full, out)
-        with self._lock, self._errors(call):
+        with self._lock, self._errors(call), timed_call(call.operator, call.phase, self.name, self.rank):
             lane = self._prepare(call)
             self._wait(call, lane.all_to_all(as_bytes(out), as_bytes(full)))
         self._count(call)

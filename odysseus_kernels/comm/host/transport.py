@@ -42,6 +42,7 @@ from odysseus_kernels.comm.schedules.steps import (
     symmetric_schedule,
 )
 from odysseus_kernels.comm.sent_ahead import SentAhead
+from odysseus_kernels.comm.trace import timed
 from odysseus_kernels.comm.transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
 from odysseus_kernels.errors import CapacityWarning, CommunicationError
 
@@ -204,7 +205,8 @@ class SymmetricHostTransport(Transport):
             held = self._windows.held(self.rank, buffers.partial)
             sums = PieceSum(call.scatter.out, self.world, call.config.reduce_dtype, held)
         sends_at = sends_ahead_at(schedule) if buffers.ahead is not None else -1
-        for index, step in enumerate(schedule.steps):
+        steps = timed(schedule.steps, call.operator, call.phase, self.name, self.rank)
+        for index, step in enumerate(steps):
             if index == sends_at:
                 assert buffers.ahead is not None and call.prefetch is not None
                 self._publish_ahead(call, call.prefetch, buffers.ahead)
