@@ -43,7 +43,12 @@ def here() -> None:
 def launcher(here: None) -> Iterator[subprocess.Popen[str]]:
     """hosts.py whose ranks sleep, once both have started."""
     command = [sys.executable, str(ROOT / "benchmarks/scale/hosts.py"), "--rate", "100", str(HERE / "sleep.py")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # As in a terminal: a shell starts background jobs with SIGINT ignored, and so these tests may have been.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["up\n"] * 2
     yield process
