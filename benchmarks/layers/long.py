@@ -100,7 +100,9 @@ def measure(rank: int, world: int, case: LongCase) -> dict[str, float]:
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("seq",))
     settings = OverlapConfig(tile_rows=case.tile_rows)
     model = ody.parallelize(MistralForCausalLM(config).train(), mesh, case.strategy, settings)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # The first is what later versions of transformers call the second.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     offload = None
     if case.folder is not None:
         offload = ody.offload_activations(model, folder=case.folder, min_bytes=0, keep=_KEPT)
