@@ -13,8 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.comm.functional import all_gather
-from odysseus_kernels.integrations import checkpoint_files
-from odysseus_kernels.integrations import model as modeling
+from odysseus_kernels.integrations import checkpoint_files, outputs
 from odysseus_kernels.integrations.huggingface import parallelize
 from odysseus_kernels.integrations.verify import verify
 from odysseus_kernels.nn.attention import SequenceMask
@@ -93,8 +92,15 @@ def _kv_heads_permuted(model: Any, mesh: DeviceMesh, strategy: str) -> Any:
 
 def _loss_divided_twice(model: Any, mesh: DeviceMesh, strategy: str) -> Any:
     model = parallelize(model, mesh, strategy)
-    loss = model._loss
-    model._loss = lambda *arguments, **settings: loss(*arguments, **settings) / mesh.size()
+    outputs_of = model._outputs
+
+    def divided(*arguments: Any, **settings: Any) -> Any:
+        made = outputs_of(*arguments, **settings)
+        if made.loss is not None:
+            made["loss"] = made.loss / mesh.size()
+        return made
+
+    model._outputs = divided
     return model
 
 
@@ -161,7 +167,7 @@ def _padding_routed(model: Any, mesh: DeviceMesh, strategy: str) -> Any:
     forward = model.forward
 
     def routed(*arguments: Any, **keywords: Any) -> Any:
-        with mock.patch.object(modeling, "load_balancing_loss", _loss_of_all_tokens):
+        with mock.patch.object(outputs, "load_balancing_loss", _loss_of_all_tokens):
             return forward(*arguments, **keywords)
 
     model.forward = routed
