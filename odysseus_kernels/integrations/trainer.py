@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 
+from odysseus_kernels.errors import FallbackWarning
 from odysseus_kernels.integrations.accelerator import SequenceAccelerator
 from odysseus_kernels.integrations.checkpoint import load_checkpoint, save_checkpoint
 from odysseus_kernels.integrations.pretrained import load_pretrained, save_pretrained
@@ -29,6 +31,7 @@ __all__ = ["SequenceTrainer", "Trainer", "sequence_trainer"]
 # Beside the stock files of a trainer's checkpoint.
 _STATE = "sequence_state"
 _SCHEDULER = "scheduler.pt"
+_STOCK_OPTIMIZER = "optimizer.pt"
 _ARGUMENTS = "training_args.bin"
 # Settings that a parallelized model would follow wrongly, with what each would do.
 _REFUSED = (
@@ -152,7 +155,21 @@ class SequenceTrainer:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / _STATE).is_dir():
+        if checkpoint is None:
+            return
+        if not (Path(checkpoint) / _STATE).is_dir():
+            if (Path(checkpoint) / _STOCK_OPTIMIZER).exists():
+                raise ValueError(
+                    f"resume_from_checkpoint: expected a checkpoint of this trainer, got one of the stock trainer in "
+                    f"{checkpoint}, whose optimizer state is that of another process: load its weights with "
+                    f"odysseus_kernels.load_pretrained(model, folder), and begin a run from them"
+                )
+            warnings.warn(
+                f"resume_from_checkpoint: {checkpoint} has no optimizer state (save_only_model); the optimizer and the "
+                f"learning rate begin anew",
+                FallbackWarning,
+                stacklevel=2,
+            )
             return
         load_checkpoint(Path(checkpoint) / _STATE, self.model, _bare(self.optimizer))
         scheduler = torch.load(Path(checkpoint) / _SCHEDULER, map_location="cpu", weights_only=True)

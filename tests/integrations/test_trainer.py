@@ -9,6 +9,9 @@ import pytest
 import torch
 from trainer_cases import Run, accelerated, in_one_process, on_ranks, refusals
 
+from odysseus_kernels.errors import FallbackWarning
+from odysseus_kernels.integrations.trainer import Trainer
+
 EVALUATED = (("eval_strategy", "steps"), ("eval_steps", 2))
 
 RUNS = {
@@ -144,3 +147,13 @@ def test_adapters_under_the_trainer(ranks, tmp_path):
     logged = [[entry for entry in one["history"] if "loss" in entry] for one in (resumed, true)]
     _equal({"history": logged[0]}, {"history": logged[1]})
     _weights_equal(resumed, true)
+
+
+def test_checkpoints_without_this_trainers_state(tmp_path):
+    """Of the stock trainer, or of weights alone: nobody goes on with a fresh optimizer without a word."""
+    trainer = Trainer.__new__(Trainer)
+    with pytest.warns(FallbackWarning, match="has no optimizer state .* begin anew"):
+        trainer._load_optimizer_and_scheduler(str(tmp_path))
+    (tmp_path / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="one of the stock trainer .*load_pretrained"):
+        trainer._load_optimizer_and_scheduler(str(tmp_path))
