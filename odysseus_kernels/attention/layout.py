@@ -11,6 +11,7 @@ causal mask.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Literal, get_args
 
@@ -26,6 +27,7 @@ __all__ = [
     "inverse",
     "pair_kind",
     "padding_multiple",
+    "piece_rows",
     "pieces",
     "positions",
     "prefix_pieces",
@@ -42,6 +44,8 @@ Kind = Literal["full", "causal", "masked"]
 _TILE = 512
 _MASK_KEYS = 4096
 _EMPTY, _FULL, _MASKED = 0, 1, 2
+_PIECE_UNIT = 64
+_SHARES = (1, 2, 4, 5)  # of pieces, from either end on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,18 +217,43 @@ def prefix_pieces(
     return found
 
 
+def piece_rows(rows: int, pieces: int) -> tuple[int, ...]:
+    """How many of a rank's ``rows`` tokens each of ``pieces`` has; together all, and each at least one.
+
+    In relative sizes 1, 2, 4, 5, ..., 5, 4, 2, 1.  The first gather and the last scatter of a pass are hidden behind
+    nothing, nor is a link busy while the last piece that has arrived is computed; small pieces keep these short.  Large
+    ones between them make products of many rows, and more rows are under way ahead of those that are being computed.
+    Each size is at most about twice the one before, so that a piece has arrived when that one is computed.
+
+    Raises:
+        ValueError: fewer rows than pieces.
+    """
+    if not 1 <= pieces <= rows:
+        raise ValueError(f"expected 1 to {rows} pieces of {rows} tokens, got {pieces}")
+    # Products and attention work on tiles of so many rows.
+    unit = _PIECE_UNIT if rows % _PIECE_UNIT == 0 and rows // _PIECE_UNIT >= pieces else 1
+    units = rows // unit
+    shares = [_SHARES[min(index, pieces - 1 - index, len(_SHARES) - 1)] for index in range(pieces)]
+    total = sum(shares)
+    ends = [(2 * units * sum(shares[:index]) + total) // (2 * total) for index in range(pieces + 1)]
+    ends = [max(index, min(units - pieces + index, end)) for index, end in enumerate(ends)]
+    return tuple(unit * (stop - start) for start, stop in itertools.pairwise(ends))
+
+
 def striped_positions(rank: int, world: int, length: int, pieces: int, device: torch.device | None = None) -> Tensor:
     """int64 [length / world]: where the tokens of ``rank`` lie, of ``length`` tokens that are striped.
 
-    They are cut into ``pieces``, and each piece into ``world`` stripes, of which rank r holds the r-th: a piece is a
-    part of every rank's tokens, in the order of the ranks.  One piece is a contiguous cut.
+    They are cut into ``pieces``, and each piece into ``world`` stripes of :func:`piece_rows`, of which rank r holds the
+    r-th: a piece is a part of every rank's tokens, in the order of the ranks.  One piece is a contiguous cut.
 
     Raises:
-        ValueError: ``length`` does not divide by ``world * pieces``.
+        ValueError: ``length`` does not divide by ``world``, or there are fewer tokens than pieces on each rank.
     """
-    if length % (world * pieces):
-        raise ValueError(f"expected a length that divides by {world} ranks x {pieces} pieces, got {length}")
-    return torch.arange(length, device=device).view(pieces, world, -1)[:, rank].reshape(-1)
+    if length % world:
+        raise ValueError(f"expected a length that divides by {world} ranks, got {length}")
+    sizes = piece_rows(length // world, pieces)
+    everyone = torch.arange(length, device=device).split([world * size for size in sizes])
+    return torch.cat([piece.view(world, -1)[rank] for piece in everyone])
 
 
 def _joined(rank: int, visited: int, world: int, rows: int, layout: str, causal: bool) -> list[Piece]:

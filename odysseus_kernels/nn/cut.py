@@ -161,9 +161,9 @@ def natural_order(parts: Tensor, ring: int, slices: int, pieces: int) -> Tensor:
     """[B, padded, ...], each ring rank's tokens in their order, from all ranks' slices one after another."""
     if pieces == 1:
         return parts
-    rows = parts.shape[1] // (ring * slices * pieces)
-    split = parts.unflatten(1, (ring, slices, pieces, rows))
-    return split.transpose(2, 3).flatten(1, 4)
+    everyone = parts.unflatten(1, (ring, slices, -1))
+    sizes = layout.piece_rows(everyone.shape[3], pieces)
+    return torch.cat([piece.flatten(2, 3) for piece in everyone.split(sizes, dim=3)], dim=2).flatten(1, 2)
 
 
 def checksums(tensors: Mapping[str, Tensor], rows: int) -> Tensor:

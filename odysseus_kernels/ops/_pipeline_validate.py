@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.attention.checks import check_ids, check_scores
+from odysseus_kernels.attention.layout import piece_rows
 from odysseus_kernels.comm.arguments import check_tensors, under_autocast
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops._attention_pieces import Settings
@@ -24,19 +25,19 @@ def piece_edges(name: str, x: Tensor, pieces: int | Sequence[int]) -> tuple[int,
     """Rows of x [B, s, d] at which pieces begin, and last their number.
 
     Raises:
-        ValueError: ``pieces`` is no number of equal pieces, and no list of numbers of rows that are all rows.
+        ValueError: ``pieces`` is no number of pieces, and no list of numbers of rows that are all rows.
     """
     check_tensors(name, x=x)
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"{name}: expected x [batch, tokens, width] without empty dimensions, got {list(x.shape)}")
     rows = x.shape[1]
     if isinstance(pieces, int) and not isinstance(pieces, bool):
-        if pieces < 1 or rows % pieces:
+        if not 1 <= pieces <= rows:
             raise ValueError(
-                f"{name}: expected pieces to divide this rank's {rows} tokens, got {pieces}; shard_sequence pads a "
-                f"batch so that it does"
+                f"{name}: expected 1 to {rows} pieces of this rank's {rows} tokens, got {pieces}; shard_sequence pads "
+                f"a batch so that there are enough"
             )
-        return tuple(range(0, rows + 1, rows // pieces))
+        return tuple(itertools.accumulate(piece_rows(rows, pieces), initial=0))
     try:
         sizes = [operator.index(size) for size in pieces]  # type: ignore[union-attr]
     except TypeError:

@@ -14,6 +14,7 @@ from odysseus_kernels.attention.layout import (
     inverse,
     padding_multiple,
     pair_kind,
+    piece_rows,
     pieces,
     positions,
     visible,
@@ -53,6 +54,26 @@ def test_refusals() -> None:
         positions(0, 3, 20, "zigzag")
     with pytest.raises(ValueError, match="'striped'"):
         padding_multiple(2, "striped")
+
+
+@given(rows=st.integers(1, 5000), count=st.integers(1, 64))
+def test_pieces_of_a_rank_are_small_at_both_ends(rows: int, count: int) -> None:
+    if count > rows:
+        with pytest.raises(ValueError, match=f"1 to {rows} pieces of {rows} tokens, got {count}"):
+            piece_rows(rows, count)
+        return
+    found = piece_rows(rows, count)
+    assert len(found) == count and sum(found) == rows and min(found) >= 1
+    if rows % 64 == 0 and rows >= 64 * count:
+        assert all(size % 64 == 0 for size in found)
+
+
+def test_sizes_of_pieces() -> None:
+    assert piece_rows(4096, 8) == (192, 320, 704, 832, 832, 704, 320, 192)
+    assert piece_rows(20_000, 8) == (833, 1667, 3333, 4167, 4167, 3333, 1667, 833)
+    assert piece_rows(8, 8) == (1,) * 8
+    assert piece_rows(6, 4) == (1, 2, 2, 1)
+    assert piece_rows(7, 1) == (7,)
 
 
 def test_pairs_of_blocks() -> None:

@@ -50,9 +50,13 @@ def test_stripes_cover_each_piece_in_the_order_of_the_ranks():
         parts = [part_positions(ring, slices, part, 24, pieces) for part in range(ring * slices)]
         whole = natural_order(torch.cat(parts)[None], ring, slices, pieces)[0]
         assert torch.equal(whole, torch.cat([layout.positions(rank, ring, 24, RING_LAYOUT) for rank in range(ring)]))
-        rows = 24 // (ring * slices * pieces)
-        for part in parts:  # a rank has as much of every piece
-            assert (part.view(pieces, rows).diff(dim=1) == 1).all() and (part.view(pieces, rows)[:, 0].diff() > 0).all()
+        sizes = layout.piece_rows(24 // (ring * slices), pieces)
+        for index, part in enumerate(parts):  # a rank has as many rows of a piece as every other one, side by side
+            own = layout.positions(index // slices, ring, 24, RING_LAYOUT)
+            stripes = torch.searchsorted(own, part).split(sizes)
+            assert all((stripe.diff() == 1).all() for stripe in stripes)
+            starts = [slices * sum(sizes[:piece]) + index % slices * size for piece, size in enumerate(sizes)]
+            assert [stripe[0].item() for stripe in stripes] == starts
     # Features stay beside their tokens.
     parts = [part_positions(1, 2, part, 8, 2) for part in range(2)]
     assert natural_order(torch.cat(parts)[None, :, None].expand(1, 8, 3), 1, 2, 2)[0, :, 2].tolist() == list(range(8))

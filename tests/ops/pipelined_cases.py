@@ -314,7 +314,7 @@ def refusals(rank: int, world: int) -> list[str]:
     wide, odd = torch.zeros(1, 3, HEAD), torch.zeros(HEAD + 1)
     found = []
     for changes, more in (
-        ({}, {"pieces": 3}),
+        ({}, {"pieces": 9}),
         ({}, {"pieces": [4, 5]}),
         ({}, {"pieces": "many"}),
         ({}, {"head_dim": 5}),

@@ -23,7 +23,11 @@ from odysseus_kernels.planner.hardware import (
 )
 from odysseus_kernels.planner.scale import scaled_rate
 
-__all__ = ["MACHINES", "NETWORKS", "Machine", "machine_for"]
+__all__ = ["ATTENTION_SHARE", "MACHINES", "NETWORKS", "Machine", "machine_for"]
+
+ATTENTION_SHARE = 0.6
+"""Share of the peak that attention reaches: the FlashAttention-2 paper (arXiv:2307.08691) has up to 0.73 of an A100's
+forward and 0.63 backward, FlashAttention-3 (arXiv:2407.08608) 0.75 of an H100's forward."""
 
 _NODE = 8
 _NETWORK_LATENCY_S = 1e-5  # an estimate, as those of hardware.py
@@ -49,6 +53,8 @@ class Machine:
         network_latency_s: of that port.
         host_bytes_per_s: between a device and its host's memory, in one direction.
         source: where the figures are from.
+        attention_share: of the device's peak, reached by attention.
+        layer_overhead_s: of one layer, forward and backward, that no rate explains: calls, and kernels that are small.
     """
 
     name: str
@@ -58,9 +64,11 @@ class Machine:
     network_latency_s: float
     host_bytes_per_s: float
     source: str
+    attention_share: float = ATTENTION_SHARE
+    layer_overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for what in ("node", "network_bytes_per_s", "host_bytes_per_s"):
+        for what in ("node", "network_bytes_per_s", "host_bytes_per_s", "attention_share"):
             if not getattr(self, what) > 0:
                 raise ValueError(f"{self.name}: expected {what} above 0, got {getattr(self, what)!r}")
 

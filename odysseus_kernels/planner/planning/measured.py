@@ -5,13 +5,15 @@ kind          compute                                              link
 ============  ===================================================  =====================================================
 ``overlap``   operations of a row over its product alone (gemm)    bytes of a forward row over its communication alone
 ``emulated``  the same                                             none: its link is emulated
-``layer``,    operations of a row over its compute alone           none
-``model``
-``scale``     what one thread reaches                              the rate that it was set to, which it reaches
+``layer``,    of products and of attention, and what a layer       none
+``model``     costs besides: ``calibration.py``, from compute
+              alone
+``scale``     the same; without layers what one thread reaches     what unfused layers reach of the rate that it was set
+                                                                   to; without layers that rate
 ============  ===================================================  =====================================================
 
-The median over rows.  The model takes shares of rates (``cost_model.PRODUCT_SHARE``); what is measured is what was
-reached, and is divided by them.
+Of operators the median over rows.  The model takes shares of rates (``cost_model.PRODUCT_SHARE``); what is measured is
+what was reached, and is divided by them.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 from odysseus_kernels.planner.cost_model import LINK_SHARE, PRODUCT_SHARE
 from odysseus_kernels.planner.hardware import hardware_for
+from odysseus_kernels.planner.planning.calibration import layer_rates, reached_link
 from odysseus_kernels.planner.planning.machines import Machine
 
 __all__ = ["with_measured"]
@@ -58,12 +61,24 @@ def _replaced(machine: Machine, document: Mapping[str, Any], name: str, dtype: s
     _check_device(machine, document)
     device, notes = machine.device, []
     used = document["arguments"]["dtype"]
-    if used == dtype:
+    layers = layer_rates(_layer_rows(document), machine, _SIZES[used])
+    if used != dtype:
+        notes.append(f"compute: that of the table: {name} was measured in {used}, not in {dtype}")
+    elif layers is not None:
+        peak = layers.product / PRODUCT_SHARE
+        device = dataclasses.replace(device, flops={**device.flops, dtype: peak})
+        machine = dataclasses.replace(
+            machine, attention_share=layers.attention / peak, layer_overhead_s=layers.overhead_s
+        )
+        notes.append(
+            f"compute: products {layers.product / 1e12:.4g} TFLOP/s, attention {layers.attention / 1e12:.4g} TFLOP/s "
+            f"in {dtype}, {layers.overhead_s * 1e3:.3g} ms for each layer besides; whole layers without communication, "
+            f"{layers.shapes} shapes (measured, {name})"
+        )
+    else:
         rate, what = _compute(document)
         device = dataclasses.replace(device, flops={**device.flops, dtype: rate / PRODUCT_SHARE})
         notes.append(f"compute: {rate / 1e12:.4g} TFLOP/s in {dtype}, {what} (measured, {name})")
-    else:
-        notes.append(f"compute: that of the table: {name} was measured in {used}, not in {dtype}")
     link, what = _link(document)
     network = machine.network_bytes_per_s
     if link is None:
@@ -85,25 +100,22 @@ def _check_device(machine: Machine, document: Mapping[str, Any]) -> None:
         raise ValueError(f"measured: expected figures of {expected} for {machine.name}, got those of {measured}")
 
 
+def _layer_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Rows of whole layers or models; none in a file of operators."""
+    rows = document["rows"] if "rows" in document else [row for part in document["parts"] for row in part["rows"]]
+    return [row for row in rows if "variants" in row]
+
+
 def _compute(document: Mapping[str, Any]) -> tuple[float, str]:
-    kind = document["kind"]
-    if kind == "scale":
-        return float(document["thread_flops"]), "products of one thread"
-    rows = document["rows"]
-    if kind in ("layer", "model"):
-        found = [
-            row["flops_per_rank"] / figures["median_s"]
-            for row in rows
-            for variant, figures in row["figures"].items()
-            if variant.endswith(" alone")
-        ]
-        what = "whole layers without communication"
-    else:
-        found = [row.get("flops_per_rank", row.get("flops")) / row["medians_s"]["gemm"] for row in rows]
-        what = "products alone"
+    if document["kind"] == "scale":
+        rate = document["thread_flops"]
+        if rate is None:
+            raise ValueError("measured: expected rows of layers, or a link by name, beside which a thread is timed")
+        return float(rate), "products of one thread"
+    found = [row.get("flops_per_rank", row.get("flops")) / row["medians_s"]["gemm"] for row in document["rows"]]
     if not found:
-        raise ValueError(f"measured: expected rows with {what}, got none")
-    return statistics.median(found), f"{what}, median of {len(found)}"
+        raise ValueError("measured: expected rows with products alone, got none")
+    return statistics.median(found), f"products alone, median of {len(found)}"
 
 
 def _link(document: Mapping[str, Any]) -> tuple[float | None, str]:
@@ -112,7 +124,8 @@ def _link(document: Mapping[str, Any]) -> tuple[float | None, str]:
         rates = {part["bits_per_s"] / 8 for part in document["parts"]}
         if len(rates) > 1:
             return None, f"{len(rates)} links were set"
-        return rates.pop(), "the rate that it was set to"
+        reached = reached_link(_layer_rows(document))
+        return (rates.pop(), "the rate that it was set to") if reached is None else (reached, "of unfused layers")
     if kind != "overlap":
         return None, "none was measured" if kind != "emulated" else "the measured one is emulated"
     size, ranks = _SIZES[document["arguments"]["dtype"]], document["arguments"]["ranks"]

@@ -5,8 +5,9 @@ its layers forward and backward (with checkpointing forward twice), the head, an
 parameters, which nothing hides.  With F operations and b bytes of one operator in one phase,
 
 =============  =======================================================================================================
-compute        sum of F / reached product rate, attention's at :data:`ATTENTION_SHARE`, and of what passes the memory:
-               all that is kept for backward, written once and read once (with checkpointing written twice)
+compute        sum of F / reached product rate, attention's at the machine's ``attention_share`` of the peak; what
+               passes the memory: all that is kept for backward, written once and read once (with checkpointing
+               written twice); and the machine's ``layer_overhead_s``, a third of it in forward
 transfer       b / rate of the slowest link within its group · ``LINK_SHARE``: the device's own within a host, the
                network's where a group spans hosts (seq lies innermost, then ring, then dp)
 unfused        ``cost_model.predict(...)["unfused"]``: product + transfer + latencies
@@ -36,14 +37,12 @@ from odysseus_kernels.planner.planning.models import ModelSizes
 from odysseus_kernels.planner.planning.split_bytes import FULLY_SHARD, StepTraffic
 from odysseus_kernels.planner.planning.splits import ZERO3_ATTENTION, Split
 
-__all__ = ["ATTENTION_SHARE", "SplitSeconds", "split_seconds"]
+__all__ = ["SplitSeconds", "split_seconds"]
 
-ATTENTION_SHARE = 0.6
-"""Share of the peak that attention reaches: the FlashAttention-2 paper (arXiv:2307.08691) has up to 0.73 of an A100's
-forward and 0.63 backward, FlashAttention-3 (arXiv:2407.08608) 0.75 of an H100's forward."""
 _ATTENTION_BACKWARD = 2.5
 _PIECES = 2  # of a rank's shard in the fused modes, the usual choice where counts are timed
 _PHASES = ("forward", "backward")
+_OVERHEAD_SHARES = (1 / 3, 2 / 3)  # as of products
 _SEQ_OPERATORS = (
     "all_gather_linear",
     "linear_reduce_scatter",
@@ -179,7 +178,7 @@ def split_seconds(
     for phase in (0, 1):
         found = _layer_phase(model, split, sent.layer, times, phase, tokens, length, checkpointing, pieces)
         for sums, seconds in zip((computes, unfused, fused, pipelined), found, strict=True):
-            sums[phase] = seconds + memory_pass
+            sums[phase] = seconds + memory_pass + machine.layer_overhead_s * _OVERHEAD_SHARES[phase]
     runs = (2 if checkpointing else 1, 1)
     compute = sum(n * seconds for n, seconds in zip(runs, computes, strict=True)) * model.layers
     head_flops = 2.0 * tokens / split.everyone * model.layer.hidden * model.vocabulary
@@ -259,7 +258,9 @@ def _layer_phase(
         part = use.flops / weight_flops[use.operator] if weights else 1 / uses_of[use.operator]
         of_use = [(op, c, part * n) for op, c, n in bytes_of.get(use.operator, [])]
         rows.append(times.operator(factor * use.flops, of_use))
-    rounds = times.operator(_attention_flops(model, split, tokens, length, phase), bytes_of.get("ring_attention", []))
+    rounds = times.operator(
+        _attention_flops(model, split, times.machine, tokens, length, phase), bytes_of.get("ring_attention", [])
+    )
     alone = times.transfer(bytes_of.get("replicated_parameter", []))
     compute = sum(row[0] for row in rows) + rounds[0]
     unfused = sum(row[1] for row in rows) + rounds[1] + alone
@@ -286,10 +287,10 @@ def _hand_shakes(device: Hardware, pieces: int) -> float:
     return pieces * (device.launch_overhead_s + 2 * device.link_latency_s)
 
 
-def _attention_flops(model: ModelSizes, split: Split, tokens: int, length: int, phase: int) -> float:
+def _attention_flops(model: ModelSizes, split: Split, machine: Machine, tokens: int, length: int, phase: int) -> float:
     """Operations of one rank's attention, as many as would take its time as products."""
     seen = length if model.window is None else min(length, model.window)
     pairs = length * seen - seen * (seen - 1) / 2 if seen < length else length * (length + 1) / 2
     sequences = math.ceil(tokens / length)
     used = 4.0 * pairs * sequences * model.layer.query / split.everyone
-    return used * (_ATTENTION_BACKWARD if phase else 1.0) * PRODUCT_SHARE / ATTENTION_SHARE
+    return used * (_ATTENTION_BACKWARD if phase else 1.0) * PRODUCT_SHARE / machine.attention_share
