@@ -18,6 +18,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from odysseus_kernels.planner.pipeline import piece_shares
+
 __all__ = [
     "Layout",
     "Piece",
@@ -45,7 +47,6 @@ _TILE = 512
 _MASK_KEYS = 4096
 _EMPTY, _FULL, _MASKED = 0, 1, 2
 _PIECE_UNIT = 64
-_SHARES = (1, 2, 4, 5)  # of pieces, from either end on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,12 +219,9 @@ def prefix_pieces(
 
 
 def piece_rows(rows: int, pieces: int) -> tuple[int, ...]:
-    """How many of a rank's ``rows`` tokens each of ``pieces`` has; together all, and each at least one.
+    """How many of a rank's ``rows`` tokens each of ``pieces`` has: in the sizes of ``planner.pipeline.piece_shares``.
 
-    In relative sizes 1, 2, 4, 5, ..., 5, 4, 2, 1.  The first gather and the last scatter of a pass are hidden behind
-    nothing, nor is a link busy while the last piece that has arrived is computed; small pieces keep these short.  Large
-    ones between them make products of many rows, and more rows are under way ahead of those that are being computed.
-    Each size is at most about twice the one before, so that a piece has arrived when that one is computed.
+    Together all, and each at least one.
 
     Raises:
         ValueError: fewer rows than pieces.
@@ -232,8 +230,7 @@ def piece_rows(rows: int, pieces: int) -> tuple[int, ...]:
         raise ValueError(f"expected 1 to {rows} pieces of {rows} tokens, got {pieces}")
     # Products and attention work on tiles of so many rows.
     unit = _PIECE_UNIT if rows % _PIECE_UNIT == 0 and rows // _PIECE_UNIT >= pieces else 1
-    units = rows // unit
-    shares = [_SHARES[min(index, pieces - 1 - index, len(_SHARES) - 1)] for index in range(pieces)]
+    units, shares = rows // unit, piece_shares(pieces)
     total = sum(shares)
     ends = [(2 * units * sum(shares[:index]) + total) // (2 * total) for index in range(pieces + 1)]
     ends = [max(index, min(units - pieces + index, end)) for index, end in enumerate(ends)]

@@ -86,7 +86,7 @@ def pipelined_attention(
         ring: the ranks that hold the other parts of the sequence; None: there are none.
         head_dim: D.
         pieces: into how many pieces the sequence is cut, small ones at both ends
-            (``attention.layout.piece_rows``), or how many rows of x each piece has.
+            (``planner.pipeline.piece_shares``), or how many rows of x each piece has.
         rotation: cos and sin, [1 or B, T, D], of these tokens in their order; None: no rotation.
         head_norms: weights [D] of RMS norms of query and key heads, the same on all ranks; their gradients are those of
             this rank's heads.

@@ -13,8 +13,8 @@ transfer       b / rate of the slowest link within its group · ``LINK_SHARE``: 
 unfused        ``cost_model.predict(...)["unfused"]``: product + transfer + latencies
 fused          ``cost_model.predict(...)["fused"]``, about max(product, transfer) + min(product, transfer) / chunks,
                or unfused where that is less
-pipelined      attention block = max(projections and attention, its transfers) + transfers / pieces; the first ZeRO-3
-               gather of a layer was sent ahead and has no first chunk (not with ring ranks, as in the package)
+pipelined      the attention block piece by piece (``planner/pipeline.py``); the first ZeRO-3 gather of a layer was
+               sent ahead and has no first chunk (not with ring ranks, as in the package)
 fully_shard    in each phase max(0, transfer − the layer), and the first layer's transfer
 offload        in each phase max(0, a layer's input / host link − the layer)
 =============  =======================================================================================================
@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from odysseus_kernels.planner.cost_model import CHUNK_LOSS, LINK_SHARE, MEMORY_SHARE, PRODUCT_SHARE, Work, predict
 from odysseus_kernels.planner.formulas import Traffic
 from odysseus_kernels.planner.hardware import Hardware
+from odysseus_kernels.planner.pipeline import pipelined_seconds
 from odysseus_kernels.planner.planning.machines import Machine
 from odysseus_kernels.planner.planning.models import ModelSizes
 from odysseus_kernels.planner.planning.split_bytes import FULLY_SHARD, StepTraffic
@@ -272,11 +273,48 @@ def _layer_phase(
             chunked[first] = rows[first][3]
     piped = sum(chunked) + rounds[2] + alone
     if pieces > 1 and times.machine.device.overlaps:
-        moved = times.transfer([(op, c, n / uses_of[op]) for use in attention for op, c, n in bytes_of[use.operator]])
-        busy = (rows[0][0] + rows[1][0]) * (1 + CHUNK_LOSS) + rounds[2]
-        whole = max(busy, moved) + moved / pieces + _hand_shakes(times.machine.device, pieces)
+        whole = _pipelined_block(
+            model,
+            times,
+            [(op, c, n / uses_of[op]) for use in attention for op, c, n in bytes_of[use.operator]],
+            (rows[0][0], rows[1][0], rounds[2]),
+            length=length,
+            pieces=pieces,
+            phase=phase,
+        )
         piped += min(0.0, whole - chunked[0] - chunked[1] - rounds[2])
     return compute, unfused, fused, min(fused, piped)
+
+
+def _pipelined_block(
+    model: ModelSizes,
+    times: _Times,
+    sent: Sequence[tuple[str, str, float]],
+    seconds: tuple[float, float, float],
+    *,
+    length: int,
+    pieces: int,
+    phase: int,
+) -> float:
+    """Seconds of a pipelined attention block; ``seconds``: of its projections, its output product, and attention."""
+    projections, output = (one * (1 + CHUNK_LOSS) for one in seconds[:2])
+    everything = _pairs(model, length, length)
+    taken = pipelined_seconds(
+        pieces,
+        times.split.seq,
+        gathered=times.transfer([one for one in sent if one[1] == "all_gather"]),
+        scattered=times.transfer([one for one in sent if one[1] == "reduce_scatter"]),
+        # In backward the output's two products come first; of the projections' two, that for the weights comes with
+        # attention, and like it before a piece is let go.
+        before=output + projections / 2 if phase else projections,
+        attention=seconds[2],
+        after=projections / 2 if phase else output,
+        pairs=lambda start, stop: (
+            (_pairs(model, length, stop * length) - _pairs(model, length, start * length)) / everything
+        ),
+        backward=phase == 1,
+    )
+    return taken + _hand_shakes(times.machine.device, pieces)
 
 
 def _gathers_weights(operator: str) -> bool:
@@ -289,8 +327,12 @@ def _hand_shakes(device: Hardware, pieces: int) -> float:
 
 def _attention_flops(model: ModelSizes, split: Split, machine: Machine, tokens: int, length: int, phase: int) -> float:
     """Operations of one rank's attention, as many as would take its time as products."""
-    seen = length if model.window is None else min(length, model.window)
-    pairs = length * seen - seen * (seen - 1) / 2 if seen < length else length * (length + 1) / 2
     sequences = math.ceil(tokens / length)
-    used = 4.0 * pairs * sequences * model.layer.query / split.everyone
+    used = 4.0 * _pairs(model, length, length) * sequences * model.layer.query / split.everyone
     return used * (_ATTENTION_BACKWARD if phase else 1.0) * PRODUCT_SHARE / machine.attention_share
+
+
+def _pairs(model: ModelSizes, length: int, queries: float) -> float:
+    """Pairs of query and key that the first ``queries`` of ``length`` tokens see."""
+    seen = min(queries, length if model.window is None else model.window)
+    return queries * seen - seen * (seen - 1) / 2
