@@ -11,6 +11,11 @@ fi
 ruff check .
 lint-imports --no-logo
 mypy
+if python -c 'import furo, myst_parser, sphinx' 2>/dev/null; then
+  sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+else
+  echo "run_tests.sh: the documentation is not built: sphinx, myst-parser or furo is missing" >&2
+fi
 
 # Long tests that start no ranks run beside all others: those leave one core idle half of the time.
 log=$(mktemp)
