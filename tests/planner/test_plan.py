@@ -316,11 +316,13 @@ def test_measured_rates_replace_those_of_the_table() -> None:
 def test_measured_results_of_every_kind() -> None:
     scale = plan("llama-2-7b", 2, 4096, "h100-nvlink@8", dtype="float32", measured=SCALE)
     document = json.loads(SCALE.read_text())
-    assert scale.machine.device.flops_of("float32") * 0.8 == pytest.approx(document["thread_flops"])
+    # Whole layers reach less than products of one thread, and of the link's rate.
+    assert 0.8 < scale.machine.device.flops_of("float32") * 0.8 / document["thread_flops"] < 1
     rate = document["parts"][0]["bits_per_s"] / 8
-    assert scale.machine.device.link_bytes_per_s == scale.machine.network_bytes_per_s == pytest.approx(rate / 0.8)
+    assert scale.machine.device.link_bytes_per_s == scale.machine.network_bytes_per_s
+    assert 0.8 < scale.machine.device.link_bytes_per_s * 0.8 / rate < 1
     layer = plan("llama-2-7b", 2, 4096, "cpu", dtype="float32", measured=LAYER)
-    assert any("whole layers without communication" in note for note in layer.notes)
+    assert any("whole layers without communication, 1 shape" in note for note in layer.notes)
     assert any("link: that of the table: none was measured" in note for note in layer.notes)
     gpu = plan("llama-2-7b", 8, 65536, "h100-nvlink", measured=EMULATED)
     assert 0.5 * 989e12 < gpu.machine.device.flops_of("bfloat16") * 0.8 < 989e12
@@ -333,9 +335,8 @@ def test_measured_results_of_every_kind() -> None:
 def test_predictions_beside_a_recorded_run_of_the_scale_model() -> None:
     """One layer on two hosts behind a slow link, as it was measured, and as it is predicted from that file's rates.
 
-    Predicted steps are 0.92 to 0.95 of the measured ones unfused and fused, and 0.79 (odysseus) and 0.88 (tp_sp)
-    pipelined.  Order between strategies and modes is what a plan is for: where measured steps differ by more than the
-    model's margin, predicted ones come in the same order.
+    Order between strategies and modes is what a plan is for: where measured steps differ by more than the model's
+    margin, predicted ones come in the same order.
     """
     (row,) = (row for part in json.loads(SCALE.read_text())["parts"] for row in part["rows"])
     width = row["hidden"] // row["heads"]
@@ -353,8 +354,7 @@ def test_predictions_beside_a_recorded_run_of_the_scale_model() -> None:
             measured = statistics.median(row["samples_s"][f"{strategy} {mode} collective"])
             steps[strategy, mode] = (seconds.compute + getattr(seconds, f"exposed_{mode}"), measured)
     for name, (predicted, measured) in steps.items():
-        low, high = (0.75, 0.9) if name[1] == "pipelined" else (0.9, 1.0)
-        assert low < predicted / measured < high, (name, predicted, measured)
+        assert 0.9 < predicted / measured < 1.1, (name, predicted, measured)
     for one, other in itertools.permutations(steps.values(), 2):
         if one[1] < (1 - MODEL_MARGIN) * other[1]:
             assert one[0] < other[0], (one, other)

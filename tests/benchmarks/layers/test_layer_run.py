@@ -72,12 +72,13 @@ def test_all_variants_and_peers_are_right_counted_and_timed() -> None:
         variants = make_variants(
             tuple(STRATEGIES), TRANSPORTS, gathered=("regather", "save"), peers=peers.present_peers("layer"), pipeline=2
         )
-        settings = LayerSettings((LAYER, GQA), tuple(variants), "float32", repeats=1)
-        rows, again = pool.run(run_layer_rows, settings)
-        assert rows == again
-        for row in rows:
-            _check_row(row)
-        row, gqa = rows
+        settings = LayerSettings((LAYER,), tuple(variants), "float32", repeats=1)
+        (row,), again = pool.run(run_layer_rows, settings)
+        assert [row] == again
+        fused = [one for one in variants if one.kind != "ours" or (one.mode, one.transport) == ("fused", "symmetric")]
+        (gqa,) = pool.run(run_layer_rows, LayerSettings((GQA,), tuple(fused), "float32", repeats=1))[0]
+        for one in (row, gqa):
+            _check_row(one)
         assert row["refused"] == {}
         assert set(row["samples_s"]) == {variant.name for variant in variants}
         for peer, twin in (
@@ -131,7 +132,8 @@ RINGS = [(2, 2), (4, 1), (4, 2)]  # ranks in all, ring ranks
 def test_bytes_and_memory_on_other_meshes(ranks: RankPools, world_size: int, ring: int) -> None:
     variants = make_variants(tuple(STRATEGIES), ("symmetric",), ring=ring, gathered=("regather", "save"))
     variants = [variant for variant in variants if variant.ring == ring and variant.mode != "unfused"]
-    settings = LayerSettings((LONG, MODEL), tuple(variants), "float32", repeats=1)
+    cases = (LONG, MODEL) if (world_size, ring) == (4, 2) else (LONG,)
+    settings = LayerSettings(cases, tuple(variants), "float32", repeats=1)
     for row in ranks(world_size).run(run_layer_rows, settings)[0]:
         _check_row(row)
         assert row["refused"] == {}
