@@ -42,7 +42,7 @@ def test_order_matters_where_steps_differ_by_more_than_a_tenth() -> None:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     machine = compared.machine_for(compared.MACHINE)
-    with pytest.raises(ValueError, match='kind "scale", got kind "overlap"'):
+    with pytest.raises(ValueError, match="kind \"scale\", got kind 'overlap'"):
         predictions({"kind": "overlap"}, machine, 1e7)
     with pytest.raises(ValueError, match="rows of layers, got operators"):
         predictions({"kind": "scale", "parts": [{"bits_per_s": 1e8, "rows": [{"entries": []}]}]}, machine, 1e7)
