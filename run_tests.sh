@@ -10,12 +10,18 @@ if (($# > 0)); then
 fi
 ruff check .
 lint-imports --no-logo
-mypy
+
+# The documentation is built on the core that mypy leaves.
+documentation=
 if python -c 'import furo, myst_parser, sphinx' 2>/dev/null; then
-  sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+  python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs &
+  documentation=$!
+  trap 'kill "$documentation" 2>/dev/null || true' EXIT
 else
   echo "run_tests.sh: the documentation is not built: sphinx, myst-parser or furo is missing" >&2
 fi
+mypy
+[[ -z $documentation ]] || wait "$documentation"
 
 # Long tests that start no ranks run beside all others: those leave one core idle half of the time.
 log=$(mktemp)

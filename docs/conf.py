@@ -17,6 +17,7 @@ source_suffix = {".md": "markdown"}
 html_theme = "furo"
 html_title = f"odysseus_kernels {release}"
 html_show_sphinx = False
+smartquotes = False  # shapes have three dots
 
 # Headings have GitHub's names, so that links between pages lead to the same place there.
 myst_heading_anchors = 4
@@ -33,7 +34,7 @@ def show_formulas(app: Any, what: str, name: str, thing: object, options: object
     paragraphs = "\n".join(lines).split("\n\n")
     for index, paragraph in enumerate(paragraphs):
         if _FORMULA.match(paragraph):
-            indented = "\n".join(f"    {line}" for line in paragraph.split("\n"))
+            indented = "\n".join(f"    {line}" for line in paragraph.replace("``", "").split("\n"))
             paragraphs[index] = f"::\n\n{indented}"
     lines[:] = "\n\n".join(paragraphs).split("\n")
 

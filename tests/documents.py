@@ -11,7 +11,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-__all__ = ["ROOT", "Block", "anchors_of", "blocks_of", "chapter_pages", "links_of"]
+__all__ = ["ROOT", "Block", "blocks_of", "chapter_pages", "links_of", "lost_links"]
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,6 +81,17 @@ def links_of(page: Path) -> list[tuple[int, str]]:
             if target is not None:
                 found.append((line, str(target)))
     return found
+
+
+def lost_links(page: Path) -> list[str]:
+    """Links to files or headings that do not exist, each with its line; links to other places are not followed."""
+    lost = []
+    for line, target in links_of(page):
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if not re.match(r"https?://", target) and (not path.exists() or (anchor and anchor not in anchors_of(path))):
+            lost.append(f"{page.name}:{line}: {target}")
+    return lost
 
 
 def anchors_of(page: Path) -> set[str]:

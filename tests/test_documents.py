@@ -29,7 +29,7 @@ from typing import NoReturn
 
 import document_cases as cases
 import pytest
-from documents import ROOT, Block, anchors_of, blocks_of, chapter_pages, links_of
+from documents import ROOT, Block, blocks_of, chapter_pages, links_of, lost_links
 
 import odysseus_kernels as ody
 from odysseus_kernels import cli
@@ -138,6 +138,12 @@ def test_programs_accept_their_arguments(block: Block, monkeypatch: pytest.Monke
             _check_program(words, monkeypatch)
 
 
+def test_a_wrong_argument_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _check_program(["-m", "odysseus_kernels", "doctor", "--timeuot", "3"], monkeypatch)
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def _check_program(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, of modules that are imported already
@@ -179,15 +185,13 @@ def test_commands_run(
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    lost = []
-    for line, target in links_of(page):
-        if re.match(r"https?://", target):
-            continue
-        name, _, anchor = target.partition("#")
-        path = (page.parent / name).resolve() if name else page
-        if not path.exists() or (anchor and anchor not in anchors_of(path)):
-            lost.append(f"{page.name}:{line}: {target}")
-    assert not lost
+    assert not lost_links(page)
+
+
+def test_a_wrong_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A `heading`, with marks\n\n[a](#a-heading-with-marks) [b](#b) ![c](c.png)\n\n[d](page.md#d)\n")
+    assert lost_links(page) == ["page.md:3: #b", "page.md:3: c.png", "page.md:5: page.md#d"]
 
 
 def test_every_page_is_in_the_contents() -> None:
