@@ -16,7 +16,9 @@ from torch import nn
 
 from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.comm.announce import speaking_of
+from odysseus_kernels.integrations.peft import lora_linears
 from odysseus_kernels.integrations.pipelining import check_pieces
+from odysseus_kernels.nn.adapter_sums import summed_together
 from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums, digest
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, token_count
@@ -114,7 +116,7 @@ def opened(
             sums = tuple(checksums(same, expected[0]).tolist())
             group.announce(f"{', '.join(same)} {digest(sums)}", group.group)
     try:
-        with speaking_of(batch):
+        with speaking_of(batch), summed_together(lora_linears(model.modules()), group):
             yield cut
     finally:
         group.withdraw()
