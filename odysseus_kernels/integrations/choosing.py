@@ -173,7 +173,7 @@ def choose(
         seq_len=wanted.sequence_length,
         batch=wanted.batch_size,
         hardware=wanted.hardware,
-        checkpointing=bool(getattr(model, "is_gradient_checkpointing", False)),
+        checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         dtype=dtype,
         strategies=tuple(STRATEGIES),
     )

@@ -7,8 +7,8 @@ sends them together: one all-reduce for each type and each group of ranks.  Grad
 that accumulation, hooks and ``torch.autograd.grad`` see nothing of it.
 
 Where there is no such node, :mod:`~odysseus_kernels.nn.parameters` adds each gradient by itself: in layers that are
-computed again with the reentrant kind of checkpointing, and in those that ``fully_shard`` is around, which has values of
-their parameters within them alone and takes their gradients when they are through.
+computed again with the reentrant kind of checkpointing, and in those that ``fully_shard`` is around, which has their
+parameters' values within them alone and takes gradients when they are through.
 """
 
 from __future__ import annotations
