@@ -6,8 +6,8 @@
 A stock copy of the policy completes one prompt several times; a rule rewards each completion, and what a completion's
 reward is above the group's mean is its advantage.  The policy's steps then weigh each token by its clipped ratio to
 what the policy gave it before, and hold it to a reference model, which lies on the same ranks.  Prompts have no labels,
-so that they count nowhere.  Each row of the batch repeats the prompt: documents that are packed into one row do not see
-one another, and none would see a prompt that they share.
+so that they count nowhere.  Each row of the batch repeats the prompt, as the stock model of one process needs it; a
+parallelized one can have it once for all completions (``ody.pack_shared_prefix``).
 """
 
 from __future__ import annotations

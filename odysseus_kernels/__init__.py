@@ -37,6 +37,7 @@ from odysseus_kernels.ops import (
 if TYPE_CHECKING:
     from odysseus_kernels.attention.ring import ring_attention
     from odysseus_kernels.data.loader import SequenceDataLoader
+    from odysseus_kernels.data.shared_prefix import pack_shared_prefix, unpack_shared_prefix
     from odysseus_kernels.integrations.checkpoint import load_checkpoint, save_checkpoint
     from odysseus_kernels.integrations.huggingface import parallelize
     from odysseus_kernels.integrations.offloading import offload_activations
@@ -84,6 +85,7 @@ __all__ = [
     "load_pretrained",
     "num_items_in_batch",
     "offload_activations",
+    "pack_shared_prefix",
     "parallelize",
     "pipelined_attention",
     "plan",
@@ -99,6 +101,7 @@ __all__ = [
     "synchronize",
     "trace",
     "ulysses_attention",
+    "unpack_shared_prefix",
     "verify",
     "zero3_linear",
 ]
@@ -114,6 +117,7 @@ _LAZY = {
     "load_pretrained": "odysseus_kernels.integrations.pretrained",
     "num_items_in_batch": "odysseus_kernels.nn.items",
     "offload_activations": "odysseus_kernels.integrations.offloading",
+    "pack_shared_prefix": "odysseus_kernels.data.shared_prefix",
     "parallelize": "odysseus_kernels.integrations.huggingface",
     "plan": "odysseus_kernels.planner.planning.plan",
     "ring_attention": "odysseus_kernels.attention.ring",
@@ -125,6 +129,7 @@ _LAZY = {
     "set_strategy": "odysseus_kernels.integrations.switching",
     "shard_sequence": "odysseus_kernels.nn.sequence",
     "step": "odysseus_kernels.nn.step",
+    "unpack_shared_prefix": "odysseus_kernels.data.shared_prefix",
     "verify": "odysseus_kernels.integrations.verify",
 }
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.integrations.choosing import AUTO, check_wanted, choose
 from odysseus_kernels.integrations.families import FAMILIES, Family
 from odysseus_kernels.integrations.model import SequenceCausalLM, SequenceModel
 from odysseus_kernels.integrations.peft import (
@@ -27,7 +28,7 @@ from odysseus_kernels.integrations.peft import (
     take_in,
 )
 from odysseus_kernels.integrations.pipelining import why_whole_only
-from odysseus_kernels.integrations.switching import Parallelized, SwitchableCausalLM, check_strategy
+from odysseus_kernels.integrations.switching import Parallelized, SwitchableCausalLM, check_strategy, why_not_strategy
 from odysseus_kernels.integrations.wrappers import refuse_replicating_wrappers
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
@@ -42,7 +43,14 @@ __all__ = ["parallelize"]
 
 
 def parallelize(
-    model: PreTrainedModel, mesh: DeviceMesh, strategy: str = "odysseus", config: OverlapConfig | None = None
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    strategy: str = "odysseus",
+    config: OverlapConfig | None = None,
+    *,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+    hardware: str | None = None,
 ) -> PreTrainedModel:
     """Distributes a stock causal language model over the ranks that share a sequence, in place.
 
@@ -60,14 +68,21 @@ def parallelize(
             of ``mesh``, or a PEFT model with LoRA adapters around one.
         mesh: device mesh with the dimension ``"seq"``, optionally ``"ring"`` outside of it (Ring attention between
             ranks that the strategy serves within) and ``"dp"`` outside of both (see the note).
-        strategy: ``"tp"``, ``"tp_sp"``, ``"ulysses"``, ``"odysseus"`` or ``"tsp"``.
+        strategy: ``"tp"``, ``"tp_sp"``, ``"ulysses"``, ``"odysseus"`` or ``"tsp"``; or ``"auto"``: of those that the
+            model can have on this mesh the one that :func:`plan`'s model of costs predicts to be the fastest for
+            ``sequence_length``, all weights trained. Ranks agree on it, by the slowest one's predictions;
+            ``ody.explain(model)`` shows them. :func:`set_strategy` chooses again for other lengths.
         config: how operators communicate.
+        sequence_length: for ``"auto"``: tokens of each sequence.
+        batch_size: for ``"auto"``: sequences of a step on each rank of ``"dp"``; 1 if None.
+        hardware: for ``"auto"``: the machine, as :func:`plan` takes it; if None the one that has this kind of device.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: for an unknown strategy or mesh, an unsupported model, or sizes that the ranks do not divide.
+        ValueError: for an unknown strategy or mesh, an unsupported model, or sizes that the ranks do not divide; for
+            ``"auto"`` without a length, or a device of no machine that is known.
         RankMismatchError: if the model is not the same on every rank; names the rank that differs.
 
     Note:
@@ -86,13 +101,21 @@ def parallelize(
         (torch.Size([144, 96]), torch.Size([72, 96]))
     """
     refuse_replicating_wrappers()
-    chosen = get_strategy(strategy)
-    group = chosen.group(SequenceGroup.of(mesh, config))
+    if strategy != AUTO:
+        get_strategy(strategy)  # an unknown one is said before anything else
+    everyone, choice = SequenceGroup.of(mesh, config), None
+    device = torch.device(everyone.mesh.device_type)
+    wanted = check_wanted(strategy, sequence_length, batch_size, hardware, device)
     give_whole_sizes()
     check_peft_model(model)
     outer, model = model, stock_model(model)
     family = _family(model)
     shape = _shape(model, family)
+    if wanted is not None:
+        choice = choose(model, wanted, everyone, why_not=lambda name: _why_not(model, family, shape, name, everyone))
+        strategy = choice.strategy
+    chosen = get_strategy(strategy)
+    group = chosen.group(everyone)
     check_strategy(model, shape, chosen, group)
     adapted = _adapted(model, family, group)
     parts = _parts(model, family, shape)
@@ -109,13 +132,25 @@ def parallelize(
     for module, mixin in ((model.base_model, SequenceModel), (model, SwitchableCausalLM)):
         swap_class(module, mixin, keep_name=True)
         module.sequence_group = group
-    model.parallelized = Parallelized(chosen, shape, tuple(parts))
+    model.parallelized = Parallelized(chosen, shape, tuple(parts), choice)
     take_in(model, adapted, group, alike=True)
     return outer
 
 
 def _own(layer: nn.Module) -> list[nn.Parameter]:
     return list(layer.parameters(recurse=False))
+
+
+def _why_not(model: PreTrainedModel, family: Family, shape: ModelShape, strategy: str, group: SequenceGroup) -> str:
+    """Why a strategy cannot have the model, adapters included; empty if it can."""
+    reason = why_not_strategy(model, shape, strategy, group)
+    if reason:
+        return reason
+    try:
+        _adapted(model, family, get_strategy(strategy).group(group))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _adapted(model: PreTrainedModel, family: Family, group: SequenceGroup) -> list[Any]:

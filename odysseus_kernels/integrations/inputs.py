@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.comm.announce import speaking_of
+from odysseus_kernels.integrations.peft import lora_linears
 from odysseus_kernels.integrations.pipelining import check_pieces
+from odysseus_kernels.nn.adapter_sums import summed_together
 from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums, digest
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.loss import IGNORE_INDEX, token_count
@@ -114,10 +117,21 @@ def opened(
             sums = tuple(checksums(same, expected[0]).tolist())
             group.announce(f"{', '.join(same)} {digest(sums)}", group.group)
     try:
-        with speaking_of(batch):
+        with speaking_of(batch), summed_together(_adapted(model, tokens), group):
             yield cut
     finally:
         group.withdraw()
+
+
+def _adapted(model: Any, tokens: torch.Tensor) -> Iterator[Any]:
+    """Projections with adapters whose gradients can come at the end of a backward pass, all together.
+
+    FSDP2 around a layer, or around all of a model whose input has a gradient, takes gradients when that of the input is
+    there, which is before.
+    """
+    parts = (module for module in model.modules() if module is not model and module is not model.base_model)
+    early = tokens.requires_grad or any(isinstance(module, FSDPModule) for module in parts)
+    return lora_linears(() if early else model.modules())
 
 
 def _way(model: nn.Module) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import math
 import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -29,6 +26,7 @@ from odysseus_kernels.integrations.inputs import (
     targets_of,
 )
 from odysseus_kernels.integrations.intact import check_intact, check_loss
+from odysseus_kernels.integrations.masks import check_shared_prefix, sees_prefix_and_own, whole_masks
 from odysseus_kernels.integrations.outputs import (
     TokenStatisticsOutput,
     checked_logits_to_keep,
@@ -43,11 +41,11 @@ from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut, natural_order
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.linear import upcoming
 from odysseus_kernels.nn.loss import IGNORE_INDEX
+from odysseus_kernels.nn.sequence import SHARED_PREFIX
 from odysseus_kernels.nn.token_statistics import TokenRequest, token_statistics
 
 __all__ = ["SequenceCausalLM", "SequenceModel"]
 
-_MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
 # Rotary embeddings whose frequencies depend on the last position of the sequence.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -74,6 +72,7 @@ class SequenceModel(Pipelined):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         sequence_cut: torch.Tensor | SequenceCut | None = None,
+        shared_prefix: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the stock base model on this rank's tokens.
@@ -87,6 +86,7 @@ class SequenceModel(Pipelined):
             inputs_embeds: this rank's embeddings [B, s, d] instead of ``input_ids``.
             use_cache: ignored: there is no cache.
             sequence_cut: how the batch was cut, as :func:`shard_sequence` says it.
+            shared_prefix: this rank's part [B, s] of the numbers of completions that share their prompt.
             **kwargs: as the stock model takes them.
 
         Raises:
@@ -101,7 +101,7 @@ class SequenceModel(Pipelined):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         tokens: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
         with opened(self, sequence_cut, tokens, position_ids=position_ids, attention_mask=attention_mask) as cut:
-            mask, positions = self._mask_and_positions(tokens, attention_mask, position_ids, cut)
+            mask, positions = self._mask_and_positions(tokens, attention_mask, position_ids, cut, shared_prefix)
             return super().forward(
                 input_ids=input_ids,
                 # The stock model takes a four-dimensional mask for a finished one and makes none of its own, which
@@ -120,6 +120,7 @@ class SequenceModel(Pipelined):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cut: SequenceCut,
+        shared_prefix: torch.Tensor | None,
     ) -> tuple[SequenceMask, torch.Tensor]:
         """Masks of the whole sequence, and the positions [B or 1, T] to rotate with."""
         batch, local = tokens.shape[:2]
@@ -137,47 +138,23 @@ class SequenceModel(Pipelined):
             positions, natural = self._gather("position_ids", position_ids, expected, tokens.device, cut)
         real = cut.length if cut.padding else None
         check_attention(self.config._attn_implementation, group)
+        visible = None
+        if shared_prefix is not None:
+            check_shared_prefix(self.config._attn_implementation, group, cut, self._mask_kinds(), attention_mask)
+            numbers = self._gather(SHARED_PREFIX, shared_prefix, (batch, local), tokens.device, cut)[1]
+            visible = sees_prefix_and_own(numbers)
         rotated = self._rotated(positions, natural, real)
         if cut.pieces > 1 or (group.zigzag_size > 1 and self.config._attn_implementation in RING_KERNELS):
             return dataclasses.replace(self._ring_mask(batch, natural, whole_mask), pieces=cut.pieces), rotated
-        if natural is None:
+        if natural is None or visible is not None:  # positions that begin again would say that nobody sees the prefix
             natural = torch.arange(self._length(positions), device=tokens.device)[None]
         dtype = self.get_input_embeddings().weight.dtype if tokens.ndim == 2 else tokens.dtype
         # Stands for the embeddings of the whole sequence: only its shape, dtype and device are read.
         outline = torch.empty(1, dtype=dtype, device=tokens.device).expand(batch, natural.shape[1], 1)
-        masks = self._whole_masks(outline, natural, whole_mask, real)
+        masks = whole_masks(self.config, self._mask_kinds(), outline, natural, whole_mask, real=real, visible=visible)
         if group.zigzag_size > 1:
             masks = {kind: mask[:, :, cut.positions(tokens.device)] for kind, mask in masks.items()}
         return SequenceMask(masks), rotated
-
-    def _whole_masks(
-        self,
-        outline: torch.Tensor,
-        positions: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        real: int | None,
-    ) -> dict[str, Any]:
-        """Masks of the kinds of layers that there are, for whatever attention function is configured."""
-        arguments = {
-            "config": self.config,
-            "inputs_embeds": outline,
-            "attention_mask": attention_mask,
-            "past_key_values": None,
-            "position_ids": positions,
-            # Earlier versions of transformers 5 ask for it.
-            "cache_position": torch.arange(outline.shape[1], device=outline.device),
-        }
-        arguments = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
-        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        masks = {kind: makers[kind](**arguments) for kind in self._mask_kinds()}
-        if real is not None:
-            # An additive mask hides keys with the lowest number; a query from which all are hidden attends to all
-            # equally: to those that there are without padding.
-            padding = torch.arange(outline.shape[1], device=outline.device) >= real
-            for mask in masks.values():
-                if isinstance(mask, torch.Tensor) and mask.is_floating_point():
-                    mask.masked_fill_(padding, -math.inf)
-        return masks
 
     def _attentions(self) -> list[Any]:
         """Attention modules, also those of layers that something is wrapped around."""

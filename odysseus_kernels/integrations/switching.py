@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.comm.functional import all_gather
+from odysseus_kernels.integrations.choosing import Choice, check_wanted, choose
 from odysseus_kernels.integrations.inputs import check_attention
 from odysseus_kernels.integrations.intact import check_intact
 from odysseus_kernels.integrations.model import SequenceCausalLM
@@ -18,9 +19,9 @@ from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.recut import cut_of
 from odysseus_kernels.nn.step import stepped
 from odysseus_kernels.strategies import get_strategy
-from odysseus_kernels.strategies.base import ModelShape, Part, Strategy, change_strategy
+from odysseus_kernels.strategies.base import ModelShape, Part, Strategy, bytes_of_change, change_strategy
 
-__all__ = ["Parallelized", "SwitchableCausalLM", "check_strategy", "set_strategy"]
+__all__ = ["Parallelized", "SwitchableCausalLM", "check_strategy", "set_strategy", "why_fixed", "why_not_strategy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +32,24 @@ class Parallelized:
         strategy: that it has.
         shape: its sizes.
         parts: its modules with parameters, by role.
+        choice: how the strategy was chosen; None where it was named.
     """
 
     strategy: Strategy
     shape: ModelShape
     parts: tuple[Part, ...]
+    choice: Choice | None = None
 
 
-def set_strategy(model: nn.Module, strategy: str, *, optimizer: torch.optim.Optimizer | None = None) -> int:
+def set_strategy(
+    model: nn.Module,
+    strategy: str,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+    hardware: str | None = None,
+) -> int:
     """Gives a parallelized model another strategy, between two steps.  Every rank that shares the sequence calls it.
 
     Losses and gradients are then those of a model that was parallelized so from the start, to the bit. Parameters, and
@@ -51,10 +62,15 @@ def set_strategy(model: nn.Module, strategy: str, *, optimizer: torch.optim.Opti
 
     Args:
         model: what :func:`parallelize` returned, without FSDP2 around it, which keeps parts of its own.
-        strategy: as :func:`parallelize` takes it. Batches are then cut for this one.
+        strategy: as :func:`parallelize` takes it. Batches are then cut for this one. With ``"auto"`` ranks agree on
+            the one that is predicted to be the fastest for ``sequence_length``, the time counted in that it takes to
+            move what is cut in another way; the present one stays where no other is faster by more than predictions
+            err. ``ody.explain(model)`` shows the predictions.
         optimizer: that trains the model, with state as DTensors of the parameters' shape and numbers. One that is not
             given keeps its state as it was cut before. torch's optimizers compute the same with it, and send it in
             every step; :class:`MasterWeights` does not work then. A later call with it cuts it as the parameters are.
+        sequence_length, batch_size, hardware: for ``"auto"``, as :func:`parallelize` takes them; the last two stay as
+            they were chosen for before.
 
     Returns:
         Bytes of parameters and optimizer state that this rank got from others.
@@ -83,22 +99,17 @@ def set_strategy(model: nn.Module, strategy: str, *, optimizer: torch.optim.Opti
     found = getattr(inner, "parallelized", None)
     if not isinstance(inner, SequenceCausalLM) or found is None:
         raise ValueError(f"model: expected one that parallelize returned, got {type(model).__name__}")
-    chosen = get_strategy(strategy)
-    group, new = inner.sequence_group, chosen.group(inner.sequence_group)
+    group, before = inner.sequence_group, found.choice.wanted if found.choice is not None else None
+    wanted = check_wanted(strategy, sequence_length, batch_size, hardware, torch.device(group.mesh.device_type), before)
+    named = None if wanted is not None else get_strategy(strategy)
     if group.steps.inside:
         raise ValueError("set_strategy: expected a call between steps, got one within a forward pass or ody.step")
-    check_strategy(inner, found.shape, chosen, new)
+    if named is not None:
+        check_strategy(inner, found.shape, named, named.group(group))
+    fixed = why_fixed(inner)
+    if fixed:
+        raise ValueError(fixed)
     for name, parameter in inner.named_parameters():
-        if not isinstance(parameter, DTensor):
-            raise ValueError(
-                f"{name}: expected a parameter as parallelize distributed it, got a plain one: models with adapters "
-                f"keep their strategy; parallelize anew, and load what save_pretrained wrote"
-            )
-        if parameter.device_mesh != group.mesh:
-            raise ValueError(
-                f"{name}: expected a parameter as parallelize distributed it, got one of data parallelism around the "
-                f"model: save_checkpoint, parallelize anew with strategy {strategy!r}, wrap, and load_checkpoint"
-            )
         if parameter.grad is not None:
             raise ValueError(
                 f"{name}: expected no gradient, got one that is cut for strategy {found.strategy.name!r}: call "
@@ -106,20 +117,71 @@ def set_strategy(model: nn.Module, strategy: str, *, optimizer: torch.optim.Opti
             )
     check_intact(inner, group)
     state = {} if optimizer is None else _state_of(optimizer, inner, group)
+
+    def moved(name: str) -> int:
+        other = get_strategy(name)
+        return bytes_of_change(other, found.shape, found.parts, other.group(group), lambda p: state.get(id(p), ()))
+
+    def why_not(name: str) -> str:
+        return why_not_strategy(inner, found.shape, name, group)
+
+    choice = None
     with group.steps.step():
-        _agree(f"set_strategy to {strategy!r}, {sum(map(len, state.values()))} tensors of optimizer state", new)
+        if wanted is not None:
+            choice = choose(inner, wanted, group, why_not=why_not, current=found.strategy.name, moved=moved)
+            if choice.strategy == found.strategy.name and not moved(choice.strategy):
+                inner.parallelized = dataclasses.replace(found, choice=choice)
+                return 0
+        chosen = named if choice is None else get_strategy(choice.strategy)
+        assert chosen is not None, "it is named or chosen"
+        new = chosen.group(group)
+        _agree(f"set_strategy to {chosen.name!r}, {sum(map(len, state.values()))} tensors of optimizer state", new)
         received = change_strategy(chosen, found.shape, found.parts, new, lambda p: state.get(id(p), ()))
     inner.sequence_group = inner.base_model.sequence_group = new
-    inner.parallelized = dataclasses.replace(found, strategy=chosen)
+    inner.parallelized = dataclasses.replace(found, strategy=chosen, choice=choice)
     return received
+
+
+def why_fixed(model: Any) -> str:
+    """Why a parallelized model keeps its strategy as it is now; empty if :func:`set_strategy` can change it."""
+    group = model.sequence_group
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            return (
+                f"{name}: expected a parameter as parallelize distributed it, got a plain one: models with adapters "
+                f"keep their strategy; parallelize anew, and load what save_pretrained wrote"
+            )
+        if parameter.device_mesh != group.mesh:
+            return (
+                f"{name}: expected a parameter as parallelize distributed it, got one of data parallelism around the "
+                f"model: save_checkpoint, parallelize anew with the other strategy, wrap, and load_checkpoint"
+            )
+    return ""
+
+
+def why_not_strategy(model: Any, shape: ModelShape, strategy: str, group: SequenceGroup) -> str:
+    """Why ``strategy`` cannot have the model on the ranks of ``group``; empty if it can."""
+    other = get_strategy(strategy)
+    try:
+        check_strategy(model, shape, other, other.group(group))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 class SwitchableCausalLM(SequenceCausalLM):
     """What ``parallelize`` returns: its strategy can be changed between steps."""
 
-    def set_strategy(self, strategy: str, *, optimizer: torch.optim.Optimizer | None = None) -> int:
+    parallelized: Parallelized
+
+    def set_strategy(self, strategy: str, **settings: Any) -> int:
         """Another strategy from the next step on: see :func:`odysseus_kernels.set_strategy`."""
-        return set_strategy(self, strategy, optimizer=optimizer)
+        return set_strategy(self, strategy, **settings)
+
+    def explain_strategy(self) -> str:
+        """How ``strategy="auto"`` chose the present one; empty where it was named."""
+        choice = self.parallelized.choice
+        return "" if choice is None else choice.explain()
 
 
 def check_strategy(model: Any, shape: ModelShape, strategy: Strategy, group: SequenceGroup) -> None:

@@ -2,7 +2,7 @@
 
 Datasets, collators, losses and metrics are those of the stock trainer and see whole batches; each batch is cut where
 the model is called.  Only what the stock trainer cannot know is replaced here: which ranks share their batches, how
-the tokens of a step are counted, and how state that is distributed is saved.
+the tokens of a step are counted, which strategy a step has, and how state that is distributed is saved.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import transformers
 from odysseus_kernels.errors import FallbackWarning
 from odysseus_kernels.integrations.accelerator import SequenceAccelerator
 from odysseus_kernels.integrations.checkpoint import load_checkpoint, save_checkpoint
+from odysseus_kernels.integrations.choosing import AUTO
 from odysseus_kernels.integrations.pretrained import load_pretrained, save_pretrained
+from odysseus_kernels.integrations.switching import set_strategy, why_fixed
 from odysseus_kernels.integrations.whole import WholeBatches
 from odysseus_kernels.nn.items import num_items_in_batch
 from odysseus_kernels.nn.loss import IGNORE_INDEX
-from odysseus_kernels.nn.step import Stepped, sequence_group_of
+from odysseus_kernels.nn.step import Stepped, sequence_group_of, stepped
 
 __all__ = ["SequenceTrainer", "Trainer", "sequence_trainer"]
 
@@ -86,6 +88,18 @@ class SequenceTrainer:
         """Ranks that get the same batches."""
         return self.accelerator.num_processes // self.accelerator.replicas  # type: ignore[no-any-return]
 
+    # The strategy
+
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+        """The stock trainer's: a step's batches.  A model of ``strategy="auto"`` gets the strategy for them."""
+        samples, items = super().get_batch_samples(*arguments, **named)  # type: ignore[misc]
+        model: Any = stepped(self.model)
+        if samples and model.parallelized.choice is not None and not why_fixed(model):
+            shapes = [one["input_ids"].shape for one in samples]
+            longest, rows = max(shape[1] for shape in shapes), max(shape[0] for shape in shapes)
+            set_strategy(model, AUTO, optimizer=_bare(self.optimizer), sequence_length=longest, batch_size=rows)
+        return samples, items
+
     # The loss
 
     def compute_loss(
@@ -97,18 +111,49 @@ class SequenceTrainer:
             return super().compute_loss(whole, inputs, return_outputs, *arguments, **named)  # type: ignore[misc]
 
     _loss_only = False
+    _evaluated: float | None = None  # tokens that count in the batch that is evaluated now
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *arguments: Any, **named: Any
     ) -> Any:
-        """The stock trainer's; logits are made whole where they are wanted."""
+        """The stock trainer's; logits are made whole where they are wanted, and the loss is that of all replicas."""
         self._loss_only = prediction_loss_only
         try:
             if any(inputs.get(name) is None for name in self.label_names):  # type: ignore[attr-defined]
-                model = WholeBatches(model)
-            return super().prediction_step(model, inputs, prediction_loss_only, *arguments, **named)  # type: ignore[misc]
+                return super().prediction_step(WholeBatches(model), inputs, prediction_loss_only, *arguments, **named)  # type: ignore[misc]
+            counted, inputs = self._without_repeated_rows(inputs)
+            self._evaluated = counted
+            loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, *arguments, **named)  # type: ignore[misc]
+            return (self._mean_of_replicas(loss, counted), *rest)
         finally:
-            self._loss_only = False
+            self._loss_only, self._evaluated = False, None
+
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
+        """Tokens that count, and the batch without labels in rows of the first one with which it was filled up.
+
+        None where labels are not those of tokens.
+        """
+        labels = inputs.get("labels")
+        if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+            return None, inputs
+        loader, replicas = self.accelerator.gradient_state, self.accelerator.replicas
+        if replicas > 1 and loader.end_of_dataloader and loader.remainder > 0:
+            # The rows that remain are dealt out in order, to the first replica first.
+            own = max(0, loader.remainder - self.accelerator.replica * len(labels))
+            repeated = torch.arange(len(labels), device=labels.device) >= own
+            labels = labels.masked_fill(repeated[:, None], IGNORE_INDEX)
+            inputs = {**inputs, "labels": labels}
+        return float((labels[:, 1:] != IGNORE_INDEX).sum()), inputs
+
+    def _mean_of_replicas(self, loss: Any, counted: float | None) -> Any:
+        """The mean over all replicas' tokens of a loss that is the mean over this one's."""
+        if self.accelerator.replicas == 1 or loss is None or counted is None:
+            return loss
+        own = torch.stack((loss.double() * counted, torch.tensor(counted, device=loss.device).double()))
+        if not counted:
+            own.zero_()  # the mean over nothing is no number
+        total, tokens = self.accelerator.gather(own[None]).sum(0)
+        return (total / tokens).to(loss.dtype)
 
     @contextlib.contextmanager
     def _counted_here(self) -> Iterator[None]:
@@ -122,6 +167,8 @@ class SequenceTrainer:
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
         """What a rank's losses are divided by, for gradients that are averaged over replicas afterwards."""
+        if self._evaluated is not None:
+            return torch.tensor(max(1.0, self._evaluated), dtype=torch.float64, device=device)
         if not batch_samples or any(not isinstance(one.get("labels"), torch.Tensor) for one in batch_samples):
             return None
         group = sequence_group_of(self.model)

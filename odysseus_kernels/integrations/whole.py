@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import ModelOutput
 
 from odysseus_kernels.nn.gather import gather_sequence
@@ -56,8 +57,8 @@ class WholeBatches:
         return getattr(self._model, name)
 
     def _get_name(self) -> str:
-        # transformers' Trainer asks so whether labels are to be shifted.
-        return stepped(self._model).__class__.__name__
+        # transformers' Trainer asks so whether labels are to be shifted.  FSDP2 puts a class of another name before.
+        return next(cls.__name__ for cls in type(stepped(self._model)).__mro__ if not issubclass(cls, FSDPModule))
 
     def __call__(self, **given: Any) -> Any:
         """The stock model's outputs; ``loss`` and ``logits`` are of the whole batch."""

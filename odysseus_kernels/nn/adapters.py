@@ -14,7 +14,8 @@ heads to tokens, row-cut        RS(drop(x) A_columns^T) B^T           r columns 
 =============================== ===================================== ==============================================
 
 Where ranks hold the same tokens (TP) the all-gather is none, its backward an all-reduce, and the reduce-scatter an
-all-reduce.  A and B are whole on every rank; their gradients are added over the ranks: r (n + K) numbers.
+all-reduce.  A and B are whole on every rank; their gradients are added over the ranks, those of all adapters in one
+call (``nn/adapter_sums.py``): r (n + K) numbers of each.
 
 Modules are recognised by what they hold, not by their class: this package's integrations say which classes may come.
 """
@@ -22,14 +23,15 @@ Modules are recognised by what they hold, not by their class: this package's int
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odysseus_kernels import ops
+from odysseus_kernels.nn.adapter_sums import VALUES, AdapterValues
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import head_parameter, sharded_parameter, token_parameter
 
@@ -45,6 +47,12 @@ __all__ = [
 ]
 
 Range = tuple[int, int]
+_Part = Literal["down", "up", "bias"]
+_PARTS: tuple[tuple[_Part, str, str], ...] = (
+    ("down", "lora_A", "weight"),
+    ("up", "lora_B", "weight"),
+    ("bias", "lora_B", "bias"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Adapter:
         scaling: s.
         dropout: applied to the input.
         casts: whether the input takes the type of A.
+        values: of its parameters, where the forward pass adds the gradients of all adapters in one call.
     """
 
     down: Tensor
@@ -66,6 +75,20 @@ class Adapter:
     scaling: float
     dropout: nn.Module
     casts: bool
+    values: Mapping[str, AdapterValues] = dataclasses.field(default_factory=dict)
+
+    def of_tokens(self, part: _Part, group: SequenceGroup) -> Tensor | None:
+        """A parameter for this rank's own tokens."""
+        if part in self.values:
+            return self.values[part].tokens
+        return token_parameter(getattr(self, part), group)
+
+    def of_heads(self, part: _Part, group: SequenceGroup, rows: Range | None, *, dim: int = 0) -> Tensor | None:
+        """A parameter, or some rows of it, for this rank's own heads or features."""
+        if part not in self.values:
+            return head_parameter(getattr(self, part), group, rows, dim=dim)
+        whole = self.values[part].heads
+        return whole if rows is None else whole.narrow(dim, *rows)
 
     @property
     def drops(self) -> bool:
@@ -86,6 +109,7 @@ def adapters_of(layer: Any) -> list[Adapter]:
     """The adapters that count in a call now: the active ones, unless they are disabled or merged into the weight."""
     if "base_layer" not in layer._modules or layer.disable_adapters or layer.merged:
         return []
+    values = getattr(layer, VALUES, {})
     return [
         Adapter(
             layer.lora_A[name].weight,
@@ -94,6 +118,7 @@ def adapters_of(layer: Any) -> list[Adapter]:
             layer.scaling[name],
             layer.lora_dropout[name],
             getattr(layer, "cast_input_dtype_enabled", True),
+            {part: values[kind, name, which] for part, kind, which in _PARTS if (kind, name, which) in values},
         )
         for name in layer.active_adapters
         if name in layer.lora_A
@@ -104,7 +129,7 @@ def add_own_tokens(y: Tensor, layer: Any, x: Tensor, group: SequenceGroup) -> Te
     """``y`` [..., n] and what ``layer``'s adapters make of this rank's own tokens ``x`` [..., K]; nothing is sent."""
     total = y
     for adapter in adapters_of(layer):
-        inner = F.linear(adapter.input(x), _known(token_parameter(adapter.down, group)))
+        inner = F.linear(adapter.input(x), _known(adapter.of_tokens("down", group)))
         total = total + _up(inner, adapter, group)
     return total.to(y.dtype)
 
@@ -127,16 +152,14 @@ def add_column_parallel(
     flat = [adapter for adapters in found for adapter in adapters]
     if not flat:
         return tuple(ys)
-    inner = [
-        F.linear(adapter.input(x), _known(token_parameter(adapter.down, group))) * adapter.scaling for adapter in flat
-    ]
+    inner = [F.linear(adapter.input(x), _known(adapter.of_tokens("down", group))) * adapter.scaling for adapter in flat]
     joined = torch.cat(inner, dim=-1)
     width, before = joined.shape[-1], 0
     weights, biases, places = [], [], []
     for place, (adapters, own_rows) in enumerate(zip(found, rows, strict=True)):
         if not adapters:
             continue
-        ups = [_known(head_parameter(adapter.up, group, own_rows)) for adapter in adapters]
+        ups = [_known(adapter.of_heads("up", group, own_rows)) for adapter in adapters]
         columns = sum(up.shape[1] for up in ups)
         # Zeros meet the columns of other projections: one gather serves all of them.
         weights.append(F.pad(torch.cat(ups, dim=1), (before, width - before - columns)))
@@ -167,7 +190,7 @@ def row_parallel_product(layer: Any, x: Tensor, columns: Range, group: SequenceG
     total: Tensor | None = None
     product: Any = ops.linear_reduce_scatter if group.tokens == "sharded" else ops.linear_all_reduce
     for adapter in adapters_of(layer):
-        down = head_parameter(adapter.down, group, columns, dim=1)
+        down = _known(adapter.of_heads("down", group, columns, dim=1))
         inner = product(adapter.input(x), down, group=group.group, config=group.config)
         made = _up(inner, adapter, group)
         total = made if total is None else total + made
@@ -192,8 +215,8 @@ def effective_weight(
                 f"and its adapter, got {getattr(adapter.dropout, 'p', 0)}: set it to 0, or pipeline=None in "
                 f"OverlapConfig"
             )
-        up = _known(head_parameter(adapter.up, group, rows))
-        down = _known(head_parameter(adapter.down, group, columns, dim=1))
+        up = _known(adapter.of_heads("up", group, rows))
+        down = _known(adapter.of_heads("down", group, columns, dim=1))
         weight = (weight + adapter.scaling * (up @ down)).to(weight.dtype)
     return weight
 
@@ -215,14 +238,14 @@ def effective_bias(bias: Tensor | None, layer: Any, group: SequenceGroup, rows: 
 
 
 def _up(inner: Tensor, adapter: Adapter, group: SequenceGroup) -> Tensor:
-    up, bias = _known(token_parameter(adapter.up, group)), token_parameter(adapter.bias, group)
+    up, bias = _known(adapter.of_tokens("up", group)), adapter.of_tokens("bias", group)
     return F.linear(inner, up, bias) * adapter.scaling
 
 
 def _scaled_bias(adapters: Sequence[Adapter], rows: Range, group: SequenceGroup) -> Tensor | None:
     total: Tensor | None = None
     for adapter in adapters:
-        bias = head_parameter(adapter.bias, group, rows)
+        bias = adapter.of_heads("bias", group, rows)
         if bias is not None:
             total = bias * adapter.scaling if total is None else total + bias * adapter.scaling
     return total

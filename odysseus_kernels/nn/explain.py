@@ -1,4 +1,4 @@
-"""Which mode each operator runs in, and whether a model's attention is pipelined."""
+"""Which mode each operator runs in, how a model's strategy was chosen, and whether its attention is pipelined."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def explain(what: dist.ProcessGroup | DeviceMesh | nn.Module | None = None) -> s
 
     Args:
         what: a process group or mesh of one dimension (None: the default group), whose operators' modes are shown; or a
-            parallelized model: those of its ``"seq"`` group, and whether and why its attention is pipelined or not.
+            parallelized model: those of its ``"seq"`` group, how ``strategy="auto"`` chose if it did, and whether and
+            why its attention is pipelined or not.
 
     Example:
         >>> pair = dist.new_group()
@@ -32,4 +33,5 @@ def explain(what: dist.ProcessGroup | DeviceMesh | nn.Module | None = None) -> s
     if not isinstance(what, nn.Module):
         return groups.explain(what)
     model = stepped(what)
-    return f"{groups.explain(model.sequence_group.group)}\n{model.explain_pieces()}"
+    parts = (groups.explain(model.sequence_group.group), model.explain_strategy(), model.explain_pieces())
+    return "\n".join(part for part in parts if part)

@@ -11,7 +11,7 @@ from odysseus_kernels.comm.functional import all_gather
 from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.parameters import Cut
 
-__all__ = ["cut_of", "recut"]
+__all__ = ["bytes_of_recut", "cut_of", "recut"]
 
 
 def cut_of(tensor: DTensor, group: SequenceGroup) -> Cut:
@@ -30,6 +30,14 @@ def cut_of(tensor: DTensor, group: SequenceGroup) -> Cut:
         f"expected a tensor that is cut over the ranks of a sequence as parallelize does it, got one on the mesh "
         f"{tensor.device_mesh} with placements {tensor.placements}"
     )
+
+
+def bytes_of_recut(tensor: DTensor, cut: Cut, group: SequenceGroup) -> int:
+    """What :func:`recut` would return; nothing is sent."""
+    old = cut_of(tensor, group)
+    if old.dim is None or old.placements(group) == cut.placements(group):
+        return 0
+    return tensor._local_tensor.nbytes * (old.part(group)[1] - 1)
 
 
 @torch.inference_mode(False)  # what is made here is trained

@@ -19,7 +19,12 @@ from odysseus_kernels.nn.loss import IGNORE_INDEX
 from odysseus_kernels.nn.step import stepped
 from odysseus_kernels.planner.formulas import PIPELINED
 
-__all__ = ["declare_cut", "shard_sequence"]
+__all__ = ["NOBODY", "SHARED_PREFIX", "declare_cut", "shard_sequence"]
+
+SHARED_PREFIX = "shared_prefix"
+"""Key of the numbers of completions that share their prompt, whose number is 0 (``data/shared_prefix.py``)."""
+NOBODY = -1
+"""Number of what rows are filled up with."""
 
 _PAD_TOKEN = 0  # any valid id: no token attends to the padding, which is at the end, and no label counts there
 # Whether ranks of seq hold slices of the tokens, or all of them, under each strategy.
@@ -32,7 +37,7 @@ _TOKENS: dict[str, Literal["sharded", "replicated"]] = {
 }
 # Strategies under which seq goes on with the ring: the sequence is cut in zigzag order over the ranks of both.
 _FOLDED = frozenset({"tsp"})
-_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "counted_tokens")
+_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "counted_tokens", SHARED_PREFIX)
 
 
 def shard_sequence(
@@ -54,21 +59,21 @@ def shard_sequence(
     Args:
         batch: ``input_ids`` [B, L] and, if wanted, ``labels`` [B, L] (not shifted, as a stock model takes them),
             ``attention_mask`` [B, L] (1 for tokens, 0 for padding), ``position_ids`` [B, L] or [1, L] and
-            ``counted_tokens`` [B, L] (0 for padding that no mask shows, between or behind packed documents); identical
-            on every rank that shares the sequence.
+            ``counted_tokens`` [B, L] (0 for padding that no mask shows, between or behind packed documents) and
+            ``shared_prefix`` [B, L] (:func:`pack_shared_prefix`); identical on every rank that shares the sequence.
         mesh: device mesh with the dimension ``"seq"``, optionally ``"ring"`` and ``"dp"``; or the parallelized model
             itself, which knows its mesh, its strategy and, by ``config.pipeline``, the number of pieces.
         strategy: the strategy that the model was parallelized with; None: ``"odysseus"``, or the model's.
-        pieces: see above; None: 1, or what the model's configuration says.
+        pieces: see above; None: 1, or what the model's configuration says; 1 beside ``shared_prefix``.
 
     Returns:
-        ``input_ids``, ``position_ids`` and, where they were given, ``attention_mask``, ``labels``, ``shift_labels``,
-        all [B, s]. ``labels`` is the same tensor as ``shift_labels``: shifted already, and required by stock models
-        for computing a loss at all. Where the sequence was padded, or they were given, also ``counted_tokens``, 0 for
-        padding, which losses over all tokens leave out (that of a mixture's router). ``sequence_cut`` [B, 9] says how
-        the batch was cut, and how long it was before padding; the model compares it with how it is parallelized, and
-        ranks compare what they cut (see ``nn/cut.py``). All have a row for each sequence, so that a selection of rows,
-        the same from each, is a batch, too.
+        ``input_ids``, ``position_ids`` and, where they were given, ``attention_mask``, ``shared_prefix``, ``labels``,
+        ``shift_labels``, all [B, s]. ``labels`` is the same tensor as ``shift_labels``: shifted already, and required
+        by stock models for computing a loss at all. Where the sequence was padded, or they were given, also
+        ``counted_tokens``, 0 for padding, which losses over all tokens leave out (that of a mixture's router).
+        ``sequence_cut`` [B, 9] says how the batch was cut, and how long it was before padding; the model compares it
+        with how it is parallelized, and ranks compare what they cut (see ``nn/cut.py``). All have a row for each
+        sequence, so that a selection of rows, the same from each, is a batch, too.
 
     Raises:
         ValueError: for missing or unknown keys, wrong shapes or dtypes, or pieces that the model cannot have.
@@ -81,6 +86,8 @@ def shard_sequence(
         True
     """
     batch_size, length = _check(batch)
+    if pieces is None and SHARED_PREFIX in batch:
+        pieces = 1  # pipelined attention knows documents of their own only
     group, count = _group_and_pieces(mesh, strategy, pieces, length)
     ring, parts = group.zigzag_size, group.slices * count
     multiple = parts if ring == 1 else math.lcm(2 * ring, ring * parts)
@@ -104,6 +111,8 @@ def shard_sequence(
     if padding or "counted_tokens" in batch:
         given = batch.get("counted_tokens", batch.get("attention_mask"))
         out["counted_tokens"] = cut(torch.ones_like(batch["input_ids"]) if given is None else given, 0)
+    if SHARED_PREFIX in batch:
+        out[SHARED_PREFIX] = cut(batch[SHARED_PREFIX], NOBODY)
     if "labels" in batch:
         shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         out["labels"] = out["shift_labels"] = cut(shifted, IGNORE_INDEX)

@@ -70,6 +70,10 @@ class Stepped(nn.Module):
         """Pieces in which its attention gathers sequences of ``length`` tokens; 1: in one."""
         return 1
 
+    def explain_strategy(self) -> str:
+        """Why it has its strategy; empty where that was asked for by name."""
+        return ""
+
     def explain_pieces(self) -> str:
         """The same in words, and why."""
         return "attention is not pipelined"

@@ -11,12 +11,13 @@ column-parallel, and Ulysses' first ones     all_gather, in backward reduce_scat
                                              feed-forward network 2r or r); tp: all_reduce in backward
 row-parallel, and Ulysses' output            reduce_scatter, in backward all_gather of [T, r]; tp: all_reduce in
                                              forward
-gradients of A and B                         all_reduce of r * K and n * r
+gradients of A and B                         all_reduce of r * K and n * r, all together
 ============================================ =====================================================================
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Literal
 
@@ -67,7 +68,8 @@ def lora_traffic(
         projections: which have one, out of :data:`PROJECTIONS`.
 
     Returns:
-        Only what is not zero.
+        Only what is not zero. Gradients of the adapters of all layers travel in one call, which is padded to a multiple
+        of the ranks once: this is a layer's share of it where the ranks divide that.
 
     Raises:
         ValueError: as :func:`~.formulas.traffic` does, and for unknown projections or a rank below 1.
@@ -94,6 +96,7 @@ def lora_traffic(
         "output": (shape.hidden, shape.query),
         "down": (shape.hidden, shape.intermediate),
     }
+    sums: Counter[int] = Counter()  # elements that are added over so many ranks, in one call for all layers
     adapted = [name for name in PROJECTIONS if name in projections and (shape.gated or name != "gate")]
     for names in (("query", "key", "value", "output"), ("gate", "up", "down")):
         cut = strategy in ("tp", "tp_sp") or (names[0] == "query" and strategy in ("ulysses", "odysseus"))
@@ -107,8 +110,10 @@ def lora_traffic(
             if cut and not column_parallel:
                 _scattered(ledger, strategy, world, own * rank)
             # The part of A or B that meets cut features is padded to the whole, and added over all ranks.
-            ledger.replicated(everyone if cut and not column_parallel else different, rank * width)
-            ledger.replicated(everyone if cut and column_parallel else different, rank * rows)
+            sums[everyone if cut and not column_parallel else different] += rank * width
+            sums[everyone if cut and column_parallel else different] += rank * rows
+    for ranks, elements in sums.items():
+        ledger.replicated(ranks, elements)
     total = Ledger(element_size)
     total.bytes.update(frozen_traffic(base))
     total.bytes.update(ledger.bytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -17,7 +17,7 @@ from odysseus_kernels.nn.group import SequenceGroup
 from odysseus_kernels.nn.mlp import MLPSpec
 from odysseus_kernels.nn.moe import ExpertsSpec
 from odysseus_kernels.nn.parameters import Cut, distribute_parameter
-from odysseus_kernels.nn.recut import recut
+from odysseus_kernels.nn.recut import bytes_of_recut, recut
 from odysseus_kernels.nn.swap import restore_class, swap_class
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "PlacementRule",
     "Strategy",
     "apply_strategy",
+    "bytes_of_change",
     "change_strategy",
 ]
 
@@ -171,9 +172,36 @@ def change_strategy(
     Returns:
         Bytes that this rank got from others.
     """
-    placements = strategy.placements(shape, group)
-    _warn_of_a_whole_head(shape, placements)
-    received, done = 0, set[int]()
+    _warn_of_a_whole_head(shape, strategy.placements(shape, group))
+    received = sum(recut(tensor, cut, group) for tensor, cut in _recuts(strategy, shape, parts, group, state))
+    for part in parts:
+        restore_class(part.module)
+        for name in _NOTES:
+            vars(part.module).pop(name, None)
+    _swap_modules(strategy, shape, parts, group)
+    return received
+
+
+def bytes_of_change(
+    strategy: Strategy,
+    shape: ModelShape,
+    parts: Sequence[Part],
+    group: SequenceGroup,
+    state: Callable[[nn.Parameter], Sequence[DTensor]],
+) -> int:
+    """What :func:`change_strategy` would return; nothing is sent or changed."""
+    return sum(bytes_of_recut(tensor, cut, group) for tensor, cut in _recuts(strategy, shape, parts, group, state))
+
+
+def _recuts(
+    strategy: Strategy,
+    shape: ModelShape,
+    parts: Sequence[Part],
+    group: SequenceGroup,
+    state: Callable[[nn.Parameter], Sequence[DTensor]],
+) -> Iterator[tuple[DTensor, Cut]]:
+    """Each parameter once, followed by its state, and how the strategy cuts them."""
+    placements, done = strategy.placements(shape, group), set[int]()
     for part in parts:
         for role, layer in part.layers.items():
             for name, parameter in layer.named_parameters(recurse=False):
@@ -182,13 +210,7 @@ def change_strategy(
                 done.add(id(parameter))
                 assert isinstance(parameter, DTensor), "apply_strategy has distributed it"
                 for tensor in (parameter, *state(parameter)):
-                    received += recut(tensor, _cut(placements[role], name), group)
-    for part in parts:
-        restore_class(part.module)
-        for name in _NOTES:
-            vars(part.module).pop(name, None)
-    _swap_modules(strategy, shape, parts, group)
-    return received
+                    yield tensor, _cut(placements[role], name)
 
 
 def _cut(rule: PlacementRule, name: str) -> Cut:

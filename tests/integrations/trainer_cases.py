@@ -50,6 +50,8 @@ class Run:
         adapters: LoRA around a frozen model.
         samples: rows to train on.
         held_out: rows to evaluate.
+        long: tokens of every third row to train on, if not 0.
+        chosen_for: with ``strategy="auto"``, tokens and machine that it is chosen for.
     """
 
     mesh: tuple[int, int, int] = (1, 1, 2)
@@ -65,15 +67,17 @@ class Run:
     adapters: bool = False
     samples: int = 22
     held_out: int = 7
+    long: int = 0
+    chosen_for: tuple[int, str] | None = None
 
 
-def rows(count: int, seed: int, packed: bool = False) -> list[dict[str, list[int]]]:
+def rows(count: int, seed: int, packed: bool = False, long: int = 0) -> list[dict[str, list[int]]]:
     """Samples of unequal lengths, some of whose tokens are not predicted."""
     generator = random.Random(seed)
     found = []
     for index in range(count):
         length, start, step = generator.randint(9, 23), generator.randrange(VOCABULARY), generator.choice((3, 7))
-        length = 20 if packed else length
+        length = 20 if packed else long if long and index % 3 == 0 else length
         ids = [(start + step * position) % VOCABULARY for position in range(length)]
         labels = [-100] * (index % 5) + ids[index % 5 :]
         row = {"input_ids": ids, "labels": labels}
@@ -153,7 +157,7 @@ def trained(run: Run, folder: str, cls: type[Any] = transformers.Trainer, model:
         model=whole_model(run) if model is None else model,
         args=transformers.TrainingArguments(folder, **settings),
         data_collator=collate,
-        train_dataset=rows(run.samples, 0, run.packed),
+        train_dataset=rows(run.samples, 0, run.packed, run.long),
         eval_dataset=rows(run.held_out, 1, run.packed),
         compute_loss_func=own_loss if run.own_loss else None,
         compute_metrics=metrics_of if run.metrics else None,
@@ -186,12 +190,15 @@ def on_ranks(rank: int, world_size: int, run: Run, folder: str) -> dict[str, Any
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.zero_()  # what is not loaded must show
+        had = [model.parallelized.strategy.name] if run.chosen_for is not None else []
+        if had:
+            model.register_forward_pre_hook(lambda *_: had.append(model.parallelized.strategy.name))
         found = trained(run, folder, Trainer, model)
         weights = {
             name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in model.named_parameters()
         }
         del found["trainer"]
-        return {**found, "weights": weights if rank == 0 else None}
+        return {**found, "weights": weights if rank == 0 else None, "strategies": had}
 
 
 def in_one_process(run: Run, folder: str, batch_factor: int = 1) -> dict[str, Any]:
@@ -221,7 +228,10 @@ def whole_model(run: Run) -> Any:
 
 def parallel_model(run: Run) -> Any:
     mesh = trainer_mesh(run.mesh)
-    model = parallelize(whole_model(run), mesh, run.strategy, OverlapConfig(timeout_s=60))
+    wanted: dict[str, Any] = {}
+    if run.chosen_for is not None:
+        wanted = dict(zip(("sequence_length", "hardware"), run.chosen_for, strict=True))
+    model = parallelize(whole_model(run), mesh, run.strategy, OverlapConfig(timeout_s=60), **wanted)
     if run.mesh[0] > 1:
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh["dp"])

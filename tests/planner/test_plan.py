@@ -183,8 +183,8 @@ def test_splits_are_all_divisors_that_the_heads_allow(world_size: int, batch: in
 def test_large_machines_take_few_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds differ between machines; how many splits are evaluated does not."""
     evaluated = []
-    evaluate = planning._evaluate
-    monkeypatch.setattr(planning, "_evaluate", lambda *args: evaluated.append(args[1]) or evaluate(*args))
+    evaluate = planning.evaluate_split
+    monkeypatch.setattr(planning, "evaluate_split", lambda *args: evaluated.append(args[1]) or evaluate(*args))
     found = plan("llama-3.1-70b", 16384, 1 << 24, "h200-nvlink", checkpointing=True)
     assert len(evaluated) == len(found.splits) < 20
     evaluated.clear()

@@ -24,7 +24,7 @@ from odysseus_kernels.planner.planning.split_memory import (
 from odysseus_kernels.planner.planning.split_seconds import SplitSeconds, split_seconds
 from odysseus_kernels.planner.planning.splits import Split, largest_seq, possible_splits
 
-__all__ = ["Plan", "SplitPlan", "plan"]
+__all__ = ["Plan", "SplitPlan", "comparison", "evaluate_split", "plan"]
 
 _ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 _BOUND_BY_LINK = 0.1
@@ -117,7 +117,7 @@ class Plan:
             )
         if len(self.splits) == 1:
             return f"{self.best.split.name} is the only split."
-        return _comparison(*self.splits[:2])
+        return comparison(*self.splits[:2])
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers and texts only, for JSON."""
@@ -215,7 +215,7 @@ def plan(
         if reason:
             refused.setdefault(split.strategy, []).append(f"{split.name}: {reason}")
         else:
-            found.append(_evaluate(model, split, machine, seq_len, batch, checkpointing, offload, dtype))
+            found.append(evaluate_split(model, split, machine, seq_len, batch, checkpointing, offload, dtype))
     if not found:
         raise ValueError(
             f"{model.name}: no split of {world_size} ranks for a batch of {batch} is possible: {_summary(refused)}"
@@ -244,7 +244,7 @@ def plan(
     )
 
 
-def _evaluate(
+def evaluate_split(
     model: ModelSizes,
     split: Split,
     machine: Machine,
@@ -254,6 +254,7 @@ def _evaluate(
     offload: bool,
     dtype: str,
 ) -> SplitPlan:
+    """One split's prediction; arguments as those of :func:`plan`, and what it has made of them."""
     size, padded, pieces = _ELEMENT_SIZES[dtype], split.padded(seq_len), split.pieces(seq_len)
     tokens = padded * (batch // split.dp)
     sent = step_traffic(
@@ -313,8 +314,8 @@ def _advice(found: Plan, least: SplitMemory) -> str:
     return "" if found.offload else "; offload keeps less"
 
 
-def _comparison(first: SplitPlan, second: SplitPlan) -> str:
-    """One sentence; both in the plan's order."""
+def comparison(first: SplitPlan, second: SplitPlan) -> str:
+    """One sentence: why ``first`` comes before ``second``, which follows it in a plan."""
     names = f"{first.split.name} before {second.split.name}"
     if not second.fits:
         kept, needed = _gigabytes(first.memory.total), _gigabytes(second.memory.total)
