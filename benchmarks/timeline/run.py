@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="PNG",
-        help="draw who computes, waits, sends and receives when, in an operator and a layer, instead of measuring rows; "
+        help="instead of measuring rows, draw who computes, waits, sends and receives when, in an operator and a layer; "
         "a file beside it holds the events for Perfetto (default: in the folder of the results)",
     )
 
