@@ -68,16 +68,15 @@ def measure_cost(rank: int, world_size: int, settings: CostSettings) -> list[dic
 def _steps(world_size: int, settings: CostSettings) -> dict[str, Callable[[], Any]]:
     case = Case("cost", "all_gather_linear", settings.tokens, 512, (768,), True)
     work = Workload(case, dtype=torch.float32, device=torch.device("cpu"), transports=(), seed=1)
-    layer = LayerWorkload(
-        make_layer_cases("layer", world_size, shapes=[settings.shape])[0], dtype=torch.float32, seed=1
-    )
+    layer_case = make_layer_cases("layer", world_size, shapes=[settings.shape])[0]
+    layer = LayerWorkload(layer_case, dtype=torch.float32, seed=1)
     steps: dict[str, Callable[[], Any]] = {}
     for transport in ("symmetric", "collective"):
         steps[f"{case.operator} {case.shape}, fused {transport}"] = lambda transport=transport: work.operate(
             "fused", transport
         )
         variant = Variant(f"fused {transport}", "ours", "odysseus", 1, "fused", transport)
-        steps[f"odysseus layer {layer.case.sizes}, fused {transport}"] = layer.make(variant).step
+        steps[f"odysseus layer {layer_case.sizes}, fused {transport}"] = layer.make(variant).step
     return steps
 
 

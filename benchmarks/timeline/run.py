@@ -42,8 +42,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="PNG",
-        help="instead of measuring rows, draw who computes, waits, sends and receives when, in an operator and a layer; "
-        "a file beside it holds the events for Perfetto (default: in the folder of the results)",
+        help="instead of measuring, draw who computes, waits, sends and receives when, in an operator and a layer; a "
+        "file beside it holds the events for Perfetto (default: in the folder of the results)",
     )
 
 
