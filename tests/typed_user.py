@@ -1,6 +1,6 @@
 """A program of a user who checks types strictly: every public name, used as its documentation says.
 
-It is read by mypy and never run (``tests/test_distribution.py``).  ``assert_type`` fails where a name has lost its type.
+It is read by mypy and never run (``tests/test_distribution.py``); ``assert_type`` fails where a name lost its type.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def data(dataset: list[dict[str, list[int]]], mesh: DeviceMesh) -> None:
 
 
 def planning() -> str:
-    found = ody.plan("Llama-3-8B", 8, 131072)
+    found = ody.plan("llama-3.1-8b", 8, 131072)
     return "nothing fits" if found.best is None else found.why
 
 
