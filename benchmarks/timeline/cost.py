@@ -34,7 +34,7 @@ from odysseus_kernels.testing.spawn import RankPool
 __all__ = ["CostSettings", "measure_cost"]
 
 _RUN_LIMIT_S = 1800.0
-_EVENTS = 200_000
+_EVENTS = 20_000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,7 +175,7 @@ class trace:  # noqa: N801 - used as a function is, like torch.no_grad
             events += self._block_events(end, thread, block)
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
-    def _metadata(self, name: str, thread: int = 0, **args: Any) -> dict[str, Any]:
+    def _metadata(self, name: str, thread: int = 0, /, **args: Any) -> dict[str, Any]:
         return {"name": name, "ph": "M", "pid": self.rank, "tid": thread, "args": args}
 
     def _span(self, begin: int, end: int, thread: int) -> dict[str, Any]:
