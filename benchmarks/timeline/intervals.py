@@ -24,8 +24,8 @@ KINDS: dict[Kind, str] = {
     "peer": "computes on another rank's chunk",
     "other": "computes outside of chunks (attention, norms, unfused products)",
     "wait": "waits",
-    "copy": "copies into or out of shared memory",
-    "send": "sends",
+    "copy": "copies",
+    "send": "sends, until it has arrived",
     "receive": "receives",
 }
 """What a rank can do, in words."""
@@ -64,8 +64,12 @@ def intervals_of(panel: Mapping[str, Any]) -> list[Interval]:
         mine = [event for event in panel["events"] if event["pid"] == rank and event["ph"] == "X"]
         mine.sort(key=lambda event: float(event["ts"]))
         found += _work(rank, mine, begin, end, origin)
-        for lane, kind in (("sends", "send"), ("receives", "receive")):
-            found += _moves(rank, mine, lane, kind, begin, end, origin)  # type: ignore[arg-type]
+        # A rank sends until its peer has it all: the kernel takes a block long before that has left.
+        arrived = [event for event in panel["events"] if event.get("cat") == "receive"]
+        leaving = [event for event in arrived if event["args"]["peer"] == rank]
+        found += _moves(rank, "sends", "send", leaving, "pid", (begin, end, origin))
+        arriving = [event for event in arrived if event["pid"] == rank]
+        found += _moves(rank, "receives", "receive", arriving, "peer", (begin, end, origin))
     return found
 
 
@@ -119,9 +123,12 @@ def _kind(event: Event) -> Kind | None:
 
 
 def _moves(
-    rank: int, events: Sequence[Event], lane: Lane, kind: Kind, begin: float, end: float, origin: float
+    rank: int, lane: Lane, kind: Kind, arrived: Sequence[Event], other: str, span: tuple[float, float, float]
 ) -> Iterator[Interval]:
-    for event in events:
+    """``arrived``: events of blocks, in which ``other`` names the other end; ``span``: begin, end, origin."""
+    begin, end, origin = span
+    for event in sorted(arrived, key=lambda event: float(event["ts"])):
         first, last = max(float(event["ts"]), begin), min(float(event["ts"] + event["dur"]), end)
-        if event["cat"] == kind and last > first:
-            yield Interval(rank, lane, kind, (first - origin) / 1000, (last - origin) / 1000, event["args"]["peer"])
+        peer = event["pid"] if other == "pid" else event["args"]["peer"]
+        if last > first:
+            yield Interval(rank, lane, kind, (first - origin) / 1000, (last - origin) / 1000, peer)

@@ -19,6 +19,7 @@ mpl.use("Agg")  # writes files; needs no display
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from benchmarks.timeline.intervals import KINDS, LANES, Interval, Kind, Lane, intervals_of, totals_ms
@@ -36,9 +37,10 @@ _COLORS: dict[Kind, str] = {
 }
 _WIDTH = 9.0
 _LANE = 0.13
-_AROUND_PANEL, _AROUND_LEVEL, _AROUND_ALL = 0.25, 0.62, 1.0
+_AROUND_PANEL, _AROUND_LEVEL, _AROUND_ALL = 0.25, 0.55, 1.0
 _HEIGHTS: dict[Lane, float] = {"works": 0.92, "sends": 0.66, "receives": 0.66}
 _PARTED = 0.004  # share of the axis from which a chunk is wide enough for a line beside it
+_BACKWARD: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": ":"}
 Panel = dict[str, Any]
 
 
@@ -106,10 +108,13 @@ def make_figure(document: dict[str, Any]) -> Figure:
     figure.text(0.012, 1 - 0.08 / total, document["timeline"]["title"], fontsize=9.5, va="top")
     shown = {one.kind for intervals in drawn for one in intervals}
     patches = [Patch(color=_COLORS[kind], label=label) for kind, label in KINDS.items() if kind in shown]
+    handles: list[Any] = [*patches]
+    if any(one.phase == "backward" for intervals in drawn for one in intervals):
+        handles.append(Line2D([], [], label="backward begins", **_BACKWARD))
     figure.legend(
-        handles=patches,
+        handles=handles,
         loc="upper left",
-        bbox_to_anchor=(0.0, 1 - 0.40 / total),
+        bbox_to_anchor=(0.0, 1 - 0.24 / total),
         ncols=3,
         frameon=False,
         fontsize=8,
@@ -153,8 +158,7 @@ def _draw_panel(
     axis.spines[["top", "right", "left"]].set_visible(False)
     backward = [one.begin for one in intervals if one.phase == "backward"]
     if backward:
-        axis.axvline(min(backward), color="black", linewidth=0.8, linestyle=":")
-        axis.text(min(backward), -0.62, " backward", fontsize=7, va="bottom")
+        axis.axvline(min(backward), **_BACKWARD)
     axis.set_title(_summary(panel, intervals), fontsize=8, loc="left", pad=2)
 
 

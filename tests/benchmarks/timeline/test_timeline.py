@@ -74,7 +74,6 @@ def _check_panel(panel: Panel, axis: Any, transport: str) -> None:
     """Every event of the step has its interval, thread lanes have no gaps, and bars are at the intervals' places."""
     intervals = intervals_of(panel)
     origin = min(begin for begin, _ in panel["spans"])
-    kinds = {"wait": "wait", "copy": "copy", "send": "send", "receive": "receive"}
     for rank, (begin, end) in enumerate(panel["spans"]):
         mine = [one for one in intervals if one.rank == rank]
         work = [one for one in mine if one.lane == "works"]
@@ -82,8 +81,10 @@ def _check_panel(panel: Panel, axis: Any, transport: str) -> None:
         assert work[-1].end * 1e3 + origin == pytest.approx(end, abs=1)
         assert all(one.end == after.begin for one, after in itertools.pairwise(work))
         traced = [e for e in panel["events"] if e["pid"] == rank and e["dur"] > 0 and begin <= e["ts"] < end]
-        for category, kind in kinds.items():
-            expected = [((e["ts"] - origin) / 1e3, e["dur"] / 1e3) for e in traced if e["cat"] == category]
+        leaving = [e for e in panel["events"] if e["cat"] == "receive" and e["args"]["peer"] == rank]
+        events = {kind: [e for e in traced if e["cat"] == kind] for kind in ("wait", "copy", "receive")}
+        for kind, those in {**events, "send": leaving}.items():
+            expected = [((e["ts"] - origin) / 1e3, e["dur"] / 1e3) for e in those]
             found = [(one.begin, one.end - one.begin) for one in mine if one.kind == kind]
             assert found == [pytest.approx(pair, abs=1e-3) for pair in sorted(expected)]
         computed = [event for event in traced if event["cat"] == "compute"]
@@ -108,7 +109,9 @@ def test_intervals_of_given_events() -> None:
         _event("compute", 3_000.0, 4_000.0, piece=0, phase="forward"),
         _event("compute", 4_000.0, 5_000.0, piece=0, peer=1, phase="backward"),
         _event("signal", 5_000.0, 5_500.0, peer=1),
-        _event("send", 8_000.0, 12_000.0, tid=2, peer=1),
+        _event("send", 8_000.0, 8_001.0, tid=2, peer=1),
+        _event("receive", 8_500.0, 12_000.0, rank=1, tid=2, peer=0),
+        _event("receive", 500.0, 2_000.0, rank=1, tid=2, peer=0),
         _event("wait", 2_000.0, 3_000.0, rank=1, peer=0),
     ]
     intervals = intervals_of({"spans": [[1_000.0, 10_000.0], [0.0, 4_000.0]], "events": events})
@@ -118,12 +121,14 @@ def test_intervals_of_given_events() -> None:
         Interval(0, "works", "own", 3.0, 4.0, None, "forward"),
         Interval(0, "works", "peer", 4.0, 5.0, 1, "backward"),
         Interval(0, "works", "other", 5.0, 10.0),
-        Interval(0, "sends", "send", 8.0, 10.0, 1),
+        Interval(0, "sends", "send", 1.0, 2.0, 1),
+        Interval(0, "sends", "send", 8.5, 10.0, 1),
         Interval(1, "works", "other", 0.0, 2.0),
         Interval(1, "works", "wait", 2.0, 3.0, 0),
         Interval(1, "works", "other", 3.0, 4.0),
+        Interval(1, "receives", "receive", 0.5, 2.0, 0),
     ]
-    expected = {"own": 1.0, "peer": 1.0, "other": 6.0, "wait": 1.0, "copy": 0.0, "send": 2.0, "receive": 0.0}
+    expected = {"own": 1.0, "peer": 1.0, "other": 6.0, "wait": 1.0, "copy": 0.0, "send": 2.5, "receive": 0.0}
     assert totals_ms(intervals, 2)[0] == expected
 
 
