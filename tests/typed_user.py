@@ -51,7 +51,7 @@ def model(stock: Any, mesh: DeviceMesh, batch: Batch, batches: Iterable[Batch], 
 
     optimizer = ody.MasterWeights(torch.optim.AdamW, parallel.parameters(), lr=1e-4)
     with ody.step(parallel), ody.trace(folder / "step.json") as traced, ody.CommRecorder() as record:
-        loss.backward()
+        torch.autograd.backward(loss)  # torch has no types for loss.backward()
         assert_type(ody.clip_grad_norm_(parallel.parameters(), 1.0), Tensor)
         optimizer.step()
     assert_type(traced.path, Path)
