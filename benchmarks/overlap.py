@@ -11,6 +11,9 @@ its compute without communication and what a user would pick instead (``layers.p
 ``--hosts 2 --link h100-nvlink@8`` runs two ranks on two hosts made on this machine, whose link is as slow against one
 thread as NVLink is against an H100 of eight: a scale model (``scale/``, docs/scale_model.md).
 
+``--timeline`` draws who computes, waits, sends and receives when, in an operator and a layer (``timeline/``); also with
+``--hosts``.
+
 With ``--device cuda`` and a single GPU, one rank of eight is measured against emulated links instead, in bfloat16
 (``emulated.py``): --ranks, --threads, --dtype, --transports and --full are for real ranks.
 """
@@ -40,6 +43,7 @@ from benchmarks.layers import run as layer_run
 from benchmarks.operators.cases import make_cases
 from benchmarks.operators.workload import TRANSPORTS
 from benchmarks.scale import run as scale_run
+from benchmarks.timeline import run as timeline_run
 from odysseus_kernels.testing.spawn import RankPool, RanksFailedError
 
 if TYPE_CHECKING:
@@ -70,6 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     emulated.add_options(parser)
     layer_run.add_options(parser)
     scale_run.add_options(parser)
+    timeline_run.add_options(parser)
     parser.set_defaults(load_before=os.getloadavg()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="short shapes, fewer rounds: under a minute on two cores")
@@ -77,6 +82,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     parsed.command_line = list(sys.argv[1:] if arguments is None else arguments)
     parsed.size = "quick" if parsed.quick else "full" if parsed.full else "default"
+    timeline_run.check_options(parser, parsed)
     scale_run.check_options(parser, parsed)
     layer_run.check_options(parser, parsed)
     alone = parsed.device == "cuda" and "RANK" not in os.environ and torch.cuda.device_count() < 2
@@ -253,6 +259,9 @@ def run_scale_model(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """Runs the benchmark; times decide nothing about the exit status, wrong results do."""
     arguments = parse()
+    if arguments.timeline is not None:
+        ranks = int(os.environ.get("WORLD_SIZE", arguments.ranks))
+        return timeline_run.run(arguments, Path(__file__).resolve(), describe_run(arguments, ranks), _RESULTS)
     if arguments.hosts:
         try:
             return run_scale_model(arguments)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["bytes_on_interface", "largest_over_ranks", "with_progress", "worse"]
+__all__ = ["bytes_on_interface", "gather_texts", "largest_over_ranks", "with_progress", "worse"]
 
 _INTERFACES = Path("/proc/self/net/dev")  # of this process's network namespace
 _TRANSMITTED = 8  # column of the bytes sent
@@ -80,3 +80,14 @@ def largest_over_ranks(values: dict[str, Any]) -> dict[str, Any]:
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     return dict(zip(values, torch.stack(everyone).amax(0).tolist(), strict=True))
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text, in the order of the ranks."""
+    own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([own.numel()]))
+    longest = max(int(size) for size in sizes)
+    everyone = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(everyone, torch.cat([own, own.new_zeros(longest - own.numel())]))
+    return [bytes(one[: int(size)].tolist()).decode() for one, size in zip(everyone, sizes, strict=True)]

@@ -20,7 +20,18 @@ from odysseus_kernels.planner.scale import LINKS, parse_link, scaled_rate
 if TYPE_CHECKING:
     from benchmarks.layers.ranks import LayerSettings
 
-__all__ = ["HOSTS", "HostsError", "add_options", "check_options", "link_rates", "on_hosts", "run", "run_rank"]
+__all__ = [
+    "HOSTS",
+    "HostsError",
+    "add_options",
+    "ask_ranks",
+    "check_options",
+    "find_links",
+    "link_rates",
+    "on_hosts",
+    "run",
+    "run_rank",
+]
 
 Rows = list[dict[str, Any]]
 
@@ -82,17 +93,17 @@ def on_hosts(settings: LayerSettings) -> LayerSettings:
     return dataclasses.replace(settings, memory=False, interface=INTERFACE)
 
 
-def run_rank(arguments: argparse.Namespace, measure: Callable[[int, int], Rows]) -> int:
-    """This process is the rank of a host: measures, and hands the rows to the launcher."""
+def run_rank(arguments: argparse.Namespace, measure: Callable[[int, int], Any]) -> int:
+    """This process is the rank of a host: measures, and hands what rank 0 found to the launcher, as JSON."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        rows = measure(dist.get_rank(), dist.get_world_size())
+        found = measure(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
     with os.fdopen(arguments.report_fd, "w", encoding="utf-8") as report:
         if int(os.environ["RANK"]) == 0:
-            json.dump(rows, report)
+            json.dump(found, report)
     return 0
 
 
@@ -130,6 +141,31 @@ def measure_thread_rate() -> float:
     return min(float(line) for line in text.split())
 
 
+def find_links(links: Sequence[str]) -> tuple[float | None, list[dict[str, Any]]]:
+    """F', if a link's rate follows from it, and :func:`link_rates` of ``links``.
+
+    Raises:
+        HostsError: hosts cannot be made here.
+    """
+    check_machine()
+    flops = None if all(map(_is_rate, links)) else measure_thread_rate()
+    return flops, link_rates(links, flops)
+
+
+def ask_ranks(link: dict[str, Any], program: Path, command_line: Sequence[str]) -> Any:
+    """Runs overlap.py, ``program``, on two hosts that ``link`` joins; returns what :func:`run_rank` handed over.
+
+    Raises:
+        HostsError: a rank failed.
+    """
+    print(f"{link['title']}: {link['bits_per_s'] / 1e6:.0f} Mb/s", file=sys.stderr, flush=True)
+    command = [str(program), *command_line]
+    codes, text = ask_hosts(link["bits_per_s"], command, environment={**_paths(), **_QUIET}, timeout=_RUN_LIMIT_S)
+    if any(codes) or not text:
+        raise HostsError(f"{link['title']}: ranks ended with {codes}; their messages are above")
+    return json.loads(text)
+
+
 def run(arguments: argparse.Namespace, program: Path, common: dict[str, Any]) -> dict[str, Any]:
     """Measures over every link and prints the tables; returns what is written.
 
@@ -143,17 +179,11 @@ def run(arguments: argparse.Namespace, program: Path, common: dict[str, Any]) ->
     """
     from benchmarks.scale import report
 
-    check_machine()
-    flops = None if all(map(_is_rate, arguments.link)) else measure_thread_rate()
+    flops, links = find_links(arguments.link)
     parts = []
-    for link in link_rates(arguments.link, flops):
-        print(f"{link['title']}: {link['bits_per_s'] / 1e6:.0f} Mb/s", file=sys.stderr, flush=True)
-        command = [str(program), *arguments.command_line]
-        codes, text = ask_hosts(link["bits_per_s"], command, environment={**_paths(), **_QUIET}, timeout=_RUN_LIMIT_S)
-        if any(codes) or not text:
-            raise HostsError(f"{link['title']}: ranks ended with {codes}; their messages are above")
-        rows = [report.summarize(row, link["bits_per_s"]) for row in json.loads(text)]
-        parts.append({**link, "rows": rows})
+    for link in links:
+        found: Rows = ask_ranks(link, program, arguments.command_line)
+        parts.append({**link, "rows": [report.summarize(row, link["bits_per_s"]) for row in found]})
     names = ("level", "strategies", "pipeline", "shapes", "link")
     given = {**common["arguments"], **{name: getattr(arguments, name) for name in names}}
     document = {**common, "kind": "scale", "arguments": given, "thread_flops": flops, "parts": parts}

@@ -105,6 +105,7 @@ class Call:
         exchange: visits every rank; instead of ``gather`` and ``scatter``.
         pipeline: gathers, computes and scatters piece by piece; likewise instead of them.
         continued: a further part of a collective that an earlier call has begun: bytes are counted, not a call.
+        copies: an unfused twin, whose callbacks only copy; a trace calls them so.
         prefetch: shards that the next call is expected to gather, sent ahead while this call computes, whatever it
             communicates itself.  Their bytes are counted in the call that gathers them.
     """
@@ -120,6 +121,7 @@ class Call:
     exchange: Exchange | None = None
     pipeline: Pipeline | None = None
     continued: bool = False
+    copies: bool = False
     prefetch: Prefetch | None = None
 
     @property
@@ -247,7 +249,7 @@ class Transport(abc.ABC):
             out[source, :, start:stop].copy_(block)
 
         gather = dataclasses.replace(call.gather, consume=copy)
-        self.execute(dataclasses.replace(call, gather=gather, scatter=None))
+        self.execute(dataclasses.replace(call, gather=gather, scatter=None, copies=True))
 
     def reduce_scatter(self, call: Call, full: Tensor) -> None:
         """The unfused twin of a scatter of ``full`` [world, batch, rows, width] into ``call.scatter.out``.
@@ -266,8 +268,8 @@ class Transport(abc.ABC):
     def _scatter_part(call: Call, scatter: Scatter) -> Call:
         """``call`` without its gather, which comes after it: that uses and sends what is sent ahead."""
         if call.gather is None:
-            return dataclasses.replace(call, scatter=scatter)
-        return dataclasses.replace(call, gather=None, scatter=scatter, prefetch=None, keeps_ahead=True)
+            return dataclasses.replace(call, scatter=scatter, copies=True)
+        return dataclasses.replace(call, gather=None, scatter=scatter, prefetch=None, keeps_ahead=True, copies=True)
 
     def all_to_all(self, call: Call, full: Tensor, out: Tensor) -> None:
         """The unfused twin of an exchange: part r of ``full`` goes to rank r, ``out[r]`` becomes what rank r sent.
@@ -284,7 +286,7 @@ class Transport(abc.ABC):
 
         exchange = Exchange(copy, addressed=(full,))
         exchange.check(call.name, self.world)
-        return dataclasses.replace(call, gather=None, scatter=None, exchange=exchange, prefetch=None)
+        return dataclasses.replace(call, gather=None, scatter=None, exchange=exchange, prefetch=None, copies=True)
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[None]:

@@ -41,5 +41,6 @@ def traced(rank: int, world: int, folder: str, transport: str, mode: str) -> dic
         "equal": all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(before, found, after, strict=True)),
         "name": trace.path.name,
         "document": json.loads(trace.path.read_text()),
+        "bytes": record.bytes(),
         "operators": sorted({(str(row["operator"]), str(row["phase"])) for row in record.rows()}),
     }

@@ -71,7 +71,8 @@ class ExchangeRun:
         ahead = None
         schedule = collective_schedule(self._program, self._world, self._rank)
         sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
-        steps = timed(schedule.steps, self._call.operator, self._call.phase, "collective", self._rank)
+        operator, phase, copies = self._call.operator, self._call.phase, self._call.copies
+        steps = timed(schedule.steps, operator, phase, "collective", self._rank, copies=copies)
         for index, step in enumerate(steps):
             assert step.task is not None
             key = (step.task, step.piece)

@@ -18,10 +18,13 @@ import queue
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from torch import Tensor
 
+from odysseus_kernels.comm.trace import Block, note_block
 from odysseus_kernels.errors import CommunicationError
 
 __all__ = ["Links", "LostConnectionError", "Transfer"]
@@ -72,8 +75,8 @@ class Links:
     def __init__(self, leaving: Mapping[int, socket.socket], arriving: Mapping[int, socket.socket], names: list[int]):
         self._process = os.getpid()
         self._number = 0
-        self._senders = {peer: _Courier(one, f"rank {names[peer]}", _send) for peer, one in leaving.items()}
-        self._receivers = {peer: _Courier(one, f"rank {names[peer]}", _receive) for peer, one in arriving.items()}
+        self._senders = {peer: _Courier(one, peer, names[peer], sends=True) for peer, one in leaving.items()}
+        self._receivers = {peer: _Courier(one, peer, names[peer], sends=False) for peer, one in arriving.items()}
 
     def exchange(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> Transfer:
         """Starts to send ``sent[peer]`` to each peer and to receive ``received[peer]`` from it: contiguous tensors.
@@ -100,12 +103,12 @@ class Links:
 class _Courier:
     """One direction of one peer: moves block after block on its thread."""
 
-    def __init__(
-        self, connection: socket.socket, peer: str, move: Callable[[socket.socket, int, memoryview, str], None]
-    ) -> None:
-        self._connection, self._peer, self._move = connection, peer, move
+    def __init__(self, connection: socket.socket, peer: int, name: int, *, sends: bool) -> None:
+        self._connection, self._rank, self._peer, self._sends = connection, peer, f"rank {name}", sends
+        self._ends = _ends(connection, sends=sends)
         self._blocks: queue.SimpleQueue[tuple[int, Tensor, Transfer] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"odysseus {move.__name__} {peer}", daemon=True)
+        does = "sends to" if sends else "receives from"
+        self._thread = threading.Thread(target=self._run, name=f"odysseus {does} {self._peer}", daemon=True)
         self._thread.start()
 
     def take(self, number: int, block: Tensor, transfer: Transfer) -> None:
@@ -125,7 +128,7 @@ class _Courier:
             number, block, transfer = taken
             try:
                 if failed is None:
-                    self._move(self._connection, number, _memory(block), self._peer)
+                    self._move(number, _memory(block))
             except OSError as error:
                 failed = LostConnectionError(f"connection with {self._peer} lost: {error.strerror or error}")
                 failed.__cause__ = error
@@ -134,6 +137,23 @@ class _Courier:
             transfer.end_block(failed)
             del taken, block, transfer  # not kept until the next one comes
 
+    def _move(self, number: int, block: memoryview) -> None:
+        move: Callable[[socket.socket, int, memoryview, str], int] = _send if self._sends else _receive
+        begin = move(self._connection, number, block, self._peer)
+        direction: Literal["send", "receive"] = "send" if self._sends else "receive"
+        note_block(Block(direction, self._rank, self._peer, number, block.nbytes, self._ends, begin))
+
+
+def _ends(connection: socket.socket, *, sends: bool) -> str:
+    """The connection's two addresses, the sender's first: both ends say the same, and no other connection does."""
+    try:
+        ends = [connection.getsockname(), connection.getpeername()]
+    except OSError:  # the peer is gone already, which the first block will say
+        return ""
+    return " > ".join(
+        f"{end[0]}:{end[1]}" if isinstance(end, tuple) else str(end) for end in ends[:: 1 if sends else -1]
+    )
+
 
 def _memory(block: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, whose storage NumPy's view would for ever forbid to resize, as FSDP does."""
@@ -141,17 +161,22 @@ def _memory(block: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * size).from_address(block.data_ptr())).cast("B")
 
 
-def _send(connection: socket.socket, number: int, block: memoryview, peer: str) -> None:
+def _send(connection: socket.socket, number: int, block: memoryview, peer: str) -> int:
+    """Returns when it began, by ``time.perf_counter_ns``."""
+    begin = time.perf_counter_ns()
     sent = connection.sendmsg([_HEADER.pack(number, block.nbytes), block]) - _HEADER.size
     while sent < 0:
         sent += connection.send(_HEADER.pack(number, block.nbytes)[sent:])
     while sent < block.nbytes:
         sent += connection.send(block[sent:])
+    return begin
 
 
-def _receive(connection: socket.socket, number: int, block: memoryview, peer: str) -> None:
+def _receive(connection: socket.socket, number: int, block: memoryview, peer: str) -> int:
+    """Returns when the block began to arrive, by ``time.perf_counter_ns``."""
     header = bytearray(_HEADER.size)
     _fill(connection, memoryview(header), peer)
+    begin = time.perf_counter_ns()
     found, nbytes = _HEADER.unpack(header)
     if (found, nbytes) != (number, block.nbytes):
         raise CommunicationError(
@@ -160,6 +185,7 @@ def _receive(connection: socket.socket, number: int, block: memoryview, peer: st
             lasting=True,
         )
     _fill(connection, block, peer)
+    return begin
 
 
 def _fill(connection: socket.socket, block: memoryview, peer: str) -> None:

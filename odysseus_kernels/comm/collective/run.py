@@ -77,7 +77,8 @@ class CollectiveRun:
         )
         sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
         first = -1
-        steps = timed(schedule.steps, self._call.operator, self._call.phase, "collective", self._rank)
+        operator, phase, copies = self._call.operator, self._call.phase, self._call.copies
+        steps = timed(schedule.steps, operator, phase, "collective", self._rank, copies=copies)
         for index, step in enumerate(steps):
             assert step.task is not None
             if step.kind is Kind.ISSUE:

@@ -40,7 +40,7 @@ from odysseus_kernels.comm.meeting.membership import lost_members_soon
 from odysseus_kernels.comm.meeting.texts import Meeting
 from odysseus_kernels.comm.mismatch import departure, describe_mismatch, short_text, signature_hash
 from odysseus_kernels.comm.reduce import accumulator_dtype
-from odysseus_kernels.comm.trace import timed_call
+from odysseus_kernels.comm.trace import timed_call, timed_wait
 from odysseus_kernels.comm.transport import Call, Transport
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError, PeerLostError, RankMismatchError, SignalTimeoutError
@@ -232,7 +232,7 @@ class CollectiveTransport(Transport):
         with self._lock, self._errors(call), timed_call(call.operator, call.phase, self.name, self.rank):
             lane = self._prepare(call)
             shard = gather.shard.contiguous()
-            self._wait(call, lane.all_gather(out.view(-1), shard.view(-1)))
+            self._wait_for(call, "all-gather", lane.all_gather(out.view(-1), shard.view(-1)))
         self._count(call)
 
     def reduce_scatter(self, call: Call, full: Tensor) -> None:
@@ -248,8 +248,9 @@ class CollectiveTransport(Transport):
         with self._lock, self._errors(call), timed_call(call.operator, call.phase, self.name, self.rank):
             lane = self._prepare(call)
             out = scatter.out.view(-1)
-            self._wait(
+            self._wait_for(
                 call,
+                "reduce-scatter",
                 lane.issue(lambda: reduce_scatter_single(out, full.view(-1), group=lane.group, async_op=True)),
             )
         self._count(call)
@@ -261,7 +262,7 @@ class CollectiveTransport(Transport):
         call = self._sends_parts(call, full, out)
         with self._lock, self._errors(call), timed_call(call.operator, call.phase, self.name, self.rank):
             lane = self._prepare(call)
-            self._wait(call, lane.all_to_all(as_bytes(out), as_bytes(full)))
+            self._wait_for(call, "all-to-all", lane.all_to_all(as_bytes(out), as_bytes(full)))
         self._count(call)
 
     # ---- ranks that differ, peers that are gone ----------------------------------------------------------------------
@@ -298,11 +299,17 @@ class CollectiveTransport(Transport):
     def _exchange(self, call: Call, own: Tensor) -> Tensor:
         assert self._lane is not None
         everyone = own.new_empty((self.world, own.numel()))
-        self._wait(
+        self._wait_for(
             call,
+            "every rank's call",
             self._lane.issue(lambda: all_gather_single(everyone.view(-1), own, self._group, async_op=True)),
         )
         return everyone
+
+    def _wait_for(self, call: Call, what: str, handle: Any) -> None:
+        """Where no step of a schedule says that this rank waits, a trace shall."""
+        with timed_wait(what, call.operator, call.phase, self.name, self.rank):
+            self._wait(call, handle)
 
     def _wait(self, call: Call, handle: Any) -> None:
         assert self._lane is not None

@@ -205,7 +205,7 @@ class SymmetricHostTransport(Transport):
             held = self._windows.held(self.rank, buffers.partial)
             sums = PieceSum(call.scatter.out, self.world, call.config.reduce_dtype, held)
         sends_at = sends_ahead_at(schedule) if buffers.ahead is not None else -1
-        steps = timed(schedule.steps, call.operator, call.phase, self.name, self.rank)
+        steps = timed(schedule.steps, call.operator, call.phase, self.name, self.rank, copies=call.copies)
         for index, step in enumerate(steps):
             if index == sends_at:
                 assert buffers.ahead is not None and call.prefetch is not None
