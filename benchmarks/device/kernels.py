@@ -26,7 +26,6 @@ from benchmarks.common.measure import EventTimer, median, take_turns
 from benchmarks.device.cases import WORLD, gather_shapes
 from odysseus_kernels import _ext
 from odysseus_kernels.testing.compare import relative_error, rounding_tolerance
-from odysseus_kernels.testing.virtual_devices import SATISFIED
 
 __all__ = ["Measured", "gather_problem", "host_seconds", "measure", "reduce_problem"]
 
@@ -71,7 +70,7 @@ def gather_problem(device: torch.device, rows: int, depth: int, width: int, worl
     from odysseus_kernels.kernels.configs import Problem as Product
     from odysseus_kernels.kernels.configs import TileConfig
     from odysseus_kernels.kernels.gather_matmul import gather_matmul
-    from odysseus_kernels.kernels.tuning import fastest
+    from odysseus_kernels.kernels.tuning import Signals, fastest
 
     generator = torch.Generator(device).manual_seed(1)
 
@@ -81,8 +80,7 @@ def gather_problem(device: torch.device, rows: int, depth: int, width: int, worl
     whole, weight = normal(world * rows, depth), normal(width, depth, scale=depth**-0.5)
     local, gathered = whole[:rows], whole[rows:].view(world - 1, rows, depth)  # as rank 0 visits the ring
     out, expected = (torch.full((world * rows, width), torch.nan, device=device, dtype=whole.dtype) for _ in range(2))
-    words = torch.full((world - 1,), SATISFIED, dtype=torch.int32, device=device)
-    nothing = torch.zeros(2, dtype=torch.int32, device=device)
+    signals = Signals(world, device)
 
     def kernel(config: TileConfig | None) -> None:
         gather_matmul(
@@ -93,9 +91,10 @@ def gather_problem(device: torch.device, rows: int, depth: int, width: int, worl
             [None],
             rank=0,
             world=world,
-            words=words,
-            epoch=nothing[:1],
-            aborted=nothing[1:],
+            words=signals.words[: world - 1],
+            epoch=signals.epoch,
+            aborted=signals.aborted,
+            control=signals.control,
             config=config,
         )
 
