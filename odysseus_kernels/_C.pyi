@@ -187,6 +187,12 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
         """
 
     @staticmethod
+    def small_kernels(device: int) -> list[tuple[int, int]]:
+        """Of each kernel that orders streams and ranks (waits, signals, epochs, the emulated link): registers of a
+        thread, and the shared memory that it leaves to others in per cent of a multiprocessor's (100: all of it).
+        """
+
+    @staticmethod
     def multimem_supported(device: int) -> bool:
         """Whether the device multicasts over NVLink switches; False also where there is no driver."""
 

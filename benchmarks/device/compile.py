@@ -104,10 +104,6 @@ def tool(name: str) -> str | None:
 
 def compile_variant(variant: Variant) -> Binary:
     """Compiles as a launch on a GPU with aligned operands would, and reads the machine code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     function = getattr(
         importlib.import_module(f"odysseus_kernels.kernels.{variant.kernel}"), f"{variant.kernel}_kernel"
     )
@@ -124,11 +120,24 @@ def compile_variant(variant: Variant) -> Binary:
     values = {(function.arg_names.index(name),): value for name, value in constants.items()}
     config = variant.config
     options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.max_registers}
-    compiled = triton.compile(
-        ASTSource(function, signature, values, attributes),
-        target=GPUTarget("cuda", variant.architecture, 32),
-        options=options,
-    )
+    return compile_source(function, signature, values, attributes, variant.architecture, options)
+
+
+def compile_source(
+    function: Any,
+    signature: dict[str, Any],
+    values: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], Any],
+    architecture: int,
+    options: dict[str, Any] | None = None,
+) -> Binary:
+    """Compiles one Triton function; arguments are those of ``triton.compiler.ASTSource``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(function, signature, values, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options or {})
     return _read(compiled.asm["cubin"], compiled.metadata.shared)
 
 

@@ -130,6 +130,7 @@ void register_cuda(py::module_& module) {
   py::module_ cuda = module.def_submodule("cuda", "Streams, signals, copies and reductions of a CUDA device.");
   cuda.def("why_unavailable", &why_no_cuda, Release());
   cuda.def("why_no_batch_copies", &why_no_batch_copies, Release());
+  cuda.def("small_kernels", &small_kernels, "device"_a, Release());
   cuda.def("multimem_supported", &multicasts, "device"_a, Release());
   cuda.def("reduce", &reduce_on_device, "stream"_a, "out"_a, "out_dtype"_a, "sources"_a, "source_dtype"_a, "count"_a,
            "max_blocks"_a = 0, Release());

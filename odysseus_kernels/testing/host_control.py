@@ -1,4 +1,4 @@
-"""What ends the waits of a rank, and says which gave up, in memory of the host: ``cuda.Control`` without a GPU.
+"""What ends the waits of a rank, and says which gave up, in ordinary memory: ``cuda.Control`` without the extension.
 
 Kernels write into it in Triton's interpreter, at the places where they write on a GPU.
 """
@@ -22,9 +22,9 @@ class HostControl:
         address: int64 [1], where it lies, as kernels take it.
     """
 
-    def __init__(self) -> None:
-        self.words = torch.zeros(_WORDS, dtype=torch.int32)
-        self.address = torch.tensor([self.words.data_ptr()], dtype=torch.int64)
+    def __init__(self, device: str = "cpu") -> None:
+        self.words = torch.zeros(_WORDS, dtype=torch.int32, device=device)
+        self.address = torch.tensor([self.words.data_ptr()], dtype=torch.int64, device=device)
 
     def abort(self, code: int) -> None:
         if not self._word("abort"):

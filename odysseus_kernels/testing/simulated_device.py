@@ -250,10 +250,12 @@ class SimulatedDevice:
         self.aborted.fill_(1)
 
     def failure(self) -> CommunicationError | None:
-        found = self.control.error()
-        if self.error is None and found is None:
+        if self.error is not None:
+            tag, index = self.error
+        elif (found := self.control.error()) is not None:
+            _, tag, index, _, _ = found
+        else:
             return None
-        tag, index = self.error or found[1:3]  # type: ignore[index]
         return SignalTimeoutError(self.waits[tag + index])
 
     def synchronize(self) -> None:

@@ -13,12 +13,17 @@ import time
 from collections.abc import Callable
 from unittest import mock
 
+import kernel_cases
 import pytest
 import torch
 from kernel_cases import GatherCase, Guarded, ScatterCase, check_product, word
 from torch import Tensor
 
-from odysseus_kernels.errors import KernelUnavailableError
+from odysseus_kernels.comm.device.call import describe_wait
+from odysseus_kernels.comm.device.supervisor import Supervisor
+from odysseus_kernels.comm.schedules.device import tile_schedule
+from odysseus_kernels.comm.schedules.steps import Kind
+from odysseus_kernels.errors import CommunicationError, KernelUnavailableError, PeerLostError, SignalTimeoutError
 from odysseus_kernels.kernels import launch
 from odysseus_kernels.kernels.configs import DTYPES, TileConfig
 from odysseus_kernels.kernels.gather_matmul import gather_matmul
@@ -117,6 +122,7 @@ def gradient() -> None:
             words=None,
             epoch=None,
             aborted=None,
+            control=None,
             accumulate=True,
             config=DESCRIPTORS,
         )
@@ -163,6 +169,8 @@ def arguments() -> None:
         ("gathered", case.gathered.half(), "gathered: expected torch.bfloat16, got torch.float16"),
         ("words", case.words.long(), "words: expected a contiguous tensor of torch.int32 with 2 or more"),
         ("epoch", None, "epoch: expected a contiguous tensor of torch.int32 .* got None"),
+        ("control", None, "control: expected a contiguous tensor of torch.int64 with 1 or more elements .* got None"),
+        ("timeout_s", 0.0, "timeout_s: expected seconds above 0, got 0.0"),
         ("weights", [weight[:, :-1]], r"weights\[0\]: expected shape \[any, 24\], not empty, got \(40, 23\)"),
         ("weights", [weight.float()], r"weights\[0\]: expected torch.bfloat16, got torch.float32"),
         (
@@ -183,6 +191,7 @@ def arguments() -> None:
     good = {"own": scattered.own, "xs": scattered.xs, "weights": scattered.weights, "bias": None, "slots": table}
     good |= {"rank": 1, "world": 3, "credits": table, "credit_value": -1, "arrived": table, "arrived_value": 255}
     good |= {"counters": scattered.counters, "epoch": scattered.epochs, "aborted": scattered.aborted}
+    good["control"] = scattered.control.address
     for name, value, message in (
         ("slots", None, "slots: expected a contiguous tensor of torch.int64 with 3 or more elements on cpu, got None"),
         ("credit_value", -256, "credit_value: expected -255 to 255, got -256"),
@@ -218,6 +227,63 @@ def aborted() -> None:
     assert scattered.arrived.tolist() == [-1, -1, -1]
     a = scattered.xs[0].view(3, scattered.rows, -1)[0]
     check_product(scattered.own, a, scattered.weights[0].mT, scattered.bias_tensor)
+
+
+def limited() -> None:
+    """A wait for what never comes ends at its limit, or when the host says so; the error names what it was."""
+    for end, kind in (("late", SignalTimeoutError), ("stopped", PeerLostError)):
+        for program in ("gather", "gradient", "scatter"):
+            error = _given_up(program, end)
+            assert type(error) is kind, error
+            wanted = "rank 2's chunk 2, piece 1 of its shard" if program == "gather" else "rank 2"
+            assert f"{program}: rank 0 waited for {wanted}" in str(error), error
+            if program == "gradient":
+                assert "chunk 2, piece 1" in str(error)
+            if program == "scatter":
+                assert "to add up what it was sent before (chunk 2, piece 0)" in str(error)
+            told = "did not signal within 0.3 s" if end == "late" else "a peer is gone"
+            assert told in str(error), error
+
+
+def _given_up(program: str, end: str) -> CommunicationError:
+    """Of rank 0 of three, which has everything but what it waits for last; as the transport and the host report it."""
+    case = ScatterCase(rank=0) if program == "scatter" else GatherCase(rank=0, rows=32, pieces=2)
+    schedule = tile_schedule("scatter" if program == "scatter" else "gather", 3, 0, gather_pieces=2)
+    waits = [describe_wait(program, step, 0) for step in schedule.steps if step.inside and step.kind is Kind.WAIT]
+    case.tag = 3  # of other kernels
+    supervisor = Supervisor(case.control, None, ["another kernel's wait"] * case.tag + waits)
+    supervisor.timeout_s = case.timeout_s = 0.3 if end == "late" else 60.0
+    if isinstance(case, ScatterCase):
+        case.credits[2] = word(case.epoch, -2)
+    else:
+        case.deliver()
+        case.words[1] = case.wanted(1)
+    if end == "stopped":
+        supervisor._reason = PeerLostError("a peer is gone")
+        _later(lambda: case.control.abort(2))
+    assert supervisor.failure() is None
+    if program == "gradient":
+        assert isinstance(case, GatherCase)
+        with mock.patch.object(kernel_cases, "check_product"):  # of a result that is worth nothing
+            _ends(lambda: case.gradient(POINTERS, swapped=False, accumulate=False, out_dtype=torch.float32))
+    else:
+        _ends(lambda: case.multiply(POINTERS))
+    assert case.aborted.item() == 1
+    code, tag, index, expected, seen = case.control.error() or (0,) * 5
+    last = 1 if program == "scatter" else 3
+    assert (code, tag + index) == (1 if end == "late" else 2, 3 + last)
+    assert (expected - seen) % 2**32 == 1
+    if isinstance(case, ScatterCase):
+        assert case.parts[2].isnan().all() and case.arrived.tolist()[2] == -1
+    error = supervisor.failure()
+    assert error is not None
+    # Whoever comes later ends at once, and the first error stays.
+    case.tag = 0
+    began = time.perf_counter()
+    case.multiply(POINTERS)
+    assert time.perf_counter() - began < 20
+    assert case.control.error() == (code, tag, index, expected, seen)
+    return error
 
 
 def _later(action: Callable[[], object], seconds: float = 0.3) -> None:
@@ -329,6 +395,7 @@ def two_scatter(rank: int, path: str) -> None:
             counters=mine.counters,
             epoch=mine.epochs,
             aborted=mine.aborted,
+            control=mine.control.address,
             config=POINTERS,
             **tables,
         )
@@ -357,7 +424,9 @@ def prepared() -> None:
         _tiles.prepare_project(x, 1, 3, [torch.empty(24, 23)], [weight[:23]], [None])
 
 
-CHECKS = {check.__name__: check for check in (gather, scatter, gradient, fallback, arguments, aborted, prepared)}
+CHECKS = {
+    check.__name__: check for check in (gather, scatter, gradient, fallback, arguments, aborted, limited, prepared)
+}
 TWO_RANKS = {check.__name__: check for check in (two_gather, two_scatter)}
 
 if __name__ == "__main__":

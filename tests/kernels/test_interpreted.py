@@ -38,7 +38,9 @@ def _finish(*processes: subprocess.Popen[str]) -> None:
         assert process.returncode == 0, output
 
 
-@pytest.mark.parametrize("check", ["gather", "scatter", "gradient", "fallback", "arguments", "aborted", "prepared"])
+@pytest.mark.parametrize(
+    "check", ["gather", "scatter", "gradient", "fallback", "arguments", "aborted", "limited", "prepared"]
+)
 def test_kernels(check: str) -> None:
     _finish(_start(check))
 
