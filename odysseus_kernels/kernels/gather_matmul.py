@@ -112,9 +112,7 @@ def gather_matmul_kernel(
             needed = tl.cdiv(tl.minimum(row + BLOCK_M, rows) * pieces, rows)
             if visit * 256 + needed > seen:
                 which = tag + (visit - 1) * pieces + needed - 1
-                await_word(
-                    words + visit - 1, base + needed, aborted, control, ticks, which, DESCRIPTORS, INTERPRETED
-                )
+                await_word(words + visit - 1, base + needed, aborted, control, ticks, which, DESCRIPTORS, INTERPRETED)
                 seen = visit * 256 + needed
             before = (visit - 1) * gathered_rows
             a, a_row, a_rows, a_stride = there, before + row, before + rows, gathered_stride

@@ -175,9 +175,9 @@ def matmul_scatter_kernel(
             if visit > asked:
                 credit = tl.load(credits + target).to(tl.pointer_type(tl.int32))
                 wanted = base + credit_value
-                granted = await_word(
-                    credit, wanted, aborted, control, ticks, tag + visit, False, INTERPRETED
-                ).to(tl.int32)
+                granted = await_word(credit, wanted, aborted, control, ticks, tag + visit, False, INTERPRETED).to(
+                    tl.int32
+                )
                 asked = visit
             # Addresses of slots are multiples of 16, as the launching function's contract says.
             place = tl.multiple_of(tl.load(slots + target).to(own.dtype), 16)

@@ -13,17 +13,12 @@ import time
 from collections.abc import Callable
 from unittest import mock
 
-import kernel_cases
 import pytest
 import torch
 from kernel_cases import GatherCase, Guarded, ScatterCase, check_product, word
 from torch import Tensor
 
-from odysseus_kernels.comm.device.call import describe_wait
-from odysseus_kernels.comm.device.supervisor import Supervisor
-from odysseus_kernels.comm.schedules.device import tile_schedule
-from odysseus_kernels.comm.schedules.steps import Kind
-from odysseus_kernels.errors import CommunicationError, KernelUnavailableError, PeerLostError, SignalTimeoutError
+from odysseus_kernels.errors import KernelUnavailableError
 from odysseus_kernels.kernels import launch
 from odysseus_kernels.kernels.configs import DTYPES, TileConfig
 from odysseus_kernels.kernels.gather_matmul import gather_matmul
@@ -207,16 +202,16 @@ def arguments() -> None:
 def aborted() -> None:
     """A wait for what never comes ends as soon as ``aborted`` is set; no credit, no store; no word is set."""
     case = GatherCase(world=2, rank=0, rows=16)
-    _later(lambda: case.aborted.fill_(1))
-    _ends(lambda: case.multiply(POINTERS))
+    later(lambda: case.aborted.fill_(1))
+    ends(lambda: case.multiply(POINTERS))
     check_product(case.outs[0][:16], case.local, case.weights[0].mT, case.biases[0])
     case.aborted.zero_()
-    _later(lambda: case.aborted.fill_(1))
-    _ends(lambda: case.gradient(POINTERS, swapped=False, accumulate=False, out_dtype=torch.float32), fails=True)
+    later(lambda: case.aborted.fill_(1))
+    ends(lambda: case.gradient(POINTERS, swapped=False, accumulate=False, out_dtype=torch.float32), fails=True)
     scattered = ScatterCase(world=3, rank=0)
     scattered.credits[2] = word(scattered.epoch, -2)
-    _later(lambda: scattered.aborted.fill_(7))
-    _ends(lambda: scattered.multiply(POINTERS))
+    later(lambda: scattered.aborted.fill_(7))
+    ends(lambda: scattered.multiply(POINTERS))
     assert scattered.parts[2].isnan().all()
     assert scattered.arrived.tolist()[2] == -1
     assert (scattered.counters == 0).all()
@@ -229,69 +224,12 @@ def aborted() -> None:
     check_product(scattered.own, a, scattered.weights[0].mT, scattered.bias_tensor)
 
 
-def limited() -> None:
-    """A wait for what never comes ends at its limit, or when the host says so; the error names what it was."""
-    for end, kind in (("late", SignalTimeoutError), ("stopped", PeerLostError)):
-        for program in ("gather", "gradient", "scatter"):
-            error = _given_up(program, end)
-            assert type(error) is kind, error
-            wanted = "rank 2's chunk 2, piece 1 of its shard" if program == "gather" else "rank 2"
-            assert f"{program}: rank 0 waited for {wanted}" in str(error), error
-            if program == "gradient":
-                assert "chunk 2, piece 1" in str(error)
-            if program == "scatter":
-                assert "to add up what it was sent before (chunk 2, piece 0)" in str(error)
-            told = "did not signal within 0.3 s" if end == "late" else "a peer is gone"
-            assert told in str(error), error
-
-
-def _given_up(program: str, end: str) -> CommunicationError:
-    """Of rank 0 of three, which has everything but what it waits for last; as the transport and the host report it."""
-    case = ScatterCase(rank=0) if program == "scatter" else GatherCase(rank=0, rows=32, pieces=2)
-    schedule = tile_schedule("scatter" if program == "scatter" else "gather", 3, 0, gather_pieces=2)
-    waits = [describe_wait(program, step, 0) for step in schedule.steps if step.inside and step.kind is Kind.WAIT]
-    case.tag = 3  # of other kernels
-    supervisor = Supervisor(case.control, None, ["another kernel's wait"] * case.tag + waits)
-    supervisor.timeout_s = case.timeout_s = 0.3 if end == "late" else 60.0
-    if isinstance(case, ScatterCase):
-        case.credits[2] = word(case.epoch, -2)
-    else:
-        case.deliver()
-        case.words[1] = case.wanted(1)
-    if end == "stopped":
-        supervisor._reason = PeerLostError("a peer is gone")
-        _later(lambda: case.control.abort(2))
-    assert supervisor.failure() is None
-    if program == "gradient":
-        assert isinstance(case, GatherCase)
-        with mock.patch.object(kernel_cases, "check_product"):  # of a result that is worth nothing
-            _ends(lambda: case.gradient(POINTERS, swapped=False, accumulate=False, out_dtype=torch.float32))
-    else:
-        _ends(lambda: case.multiply(POINTERS))
-    assert case.aborted.item() == 1
-    code, tag, index, expected, seen = case.control.error() or (0,) * 5
-    last = 1 if program == "scatter" else 3
-    assert (code, tag + index) == (1 if end == "late" else 2, 3 + last)
-    assert (expected - seen) % 2**32 == 1
-    if isinstance(case, ScatterCase):
-        assert case.parts[2].isnan().all() and case.arrived.tolist()[2] == -1
-    error = supervisor.failure()
-    assert error is not None
-    # Whoever comes later ends at once, and the first error stays.
-    case.tag = 0
-    began = time.perf_counter()
-    case.multiply(POINTERS)
-    assert time.perf_counter() - began < 20
-    assert case.control.error() == (code, tag, index, expected, seen)
-    return error
-
-
-def _later(action: Callable[[], object], seconds: float = 0.3) -> None:
+def later(action: Callable[[], object], seconds: float = 0.3) -> None:
     threading.Timer(seconds, action).start()
 
 
-def _ends(action: Callable[[], None], *, fails: bool = False) -> None:
-    """``action`` waits until the timer of :func:`_later`, and not much longer."""
+def ends(action: Callable[[], None], *, fails: bool = False) -> None:
+    """``action`` waits until the timer of :func:`later`, and not much longer."""
     began = time.perf_counter()
     if fails:
         with pytest.raises(AssertionError, match="error"):  # of a result that is worth nothing
@@ -424,9 +362,7 @@ def prepared() -> None:
         _tiles.prepare_project(x, 1, 3, [torch.empty(24, 23)], [weight[:23]], [None])
 
 
-CHECKS = {
-    check.__name__: check for check in (gather, scatter, gradient, fallback, arguments, aborted, limited, prepared)
-}
+CHECKS = {check.__name__: check for check in (gather, scatter, gradient, fallback, arguments, aborted, prepared)}
 TWO_RANKS = {check.__name__: check for check in (two_gather, two_scatter)}
 
 if __name__ == "__main__":

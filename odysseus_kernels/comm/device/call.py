@@ -193,7 +193,7 @@ def describe_wait(operator: str, step: Step, rank: int) -> str:
     word = step.word
     assert word is not None
     if word.buffer == SLOT:
-        what = f"rank {step.rank}'s chunk {step.rank}, piece {step.piece} of its shard, to be copied here"
+        what = f"chunk {step.rank}, piece {step.piece}, to be copied here from rank {step.rank}"
     elif word.is_ready and word.buffer != RECEIVE:
         what = f"rank {word.owner} to publish chunk {word.owner}, piece {step.piece} of its shard"
     elif word.is_ready:
@@ -219,9 +219,7 @@ def check_sums(call: Call) -> None:
 # ---- one kernel that waits and signals by itself ---------------------------------------------------------------------
 
 
-def tile_callback(
-    device: Device, call: Call, scratch: Scratch, rank: int, world: int, tag: int
-) -> Callable[[], None]:
+def tile_callback(device: Device, call: Call, scratch: Scratch, rank: int, world: int, tag: int) -> Callable[[], None]:
     """The kernel of the operator, with all that it waits for and signals; ``tag`` is the number of its first wait."""
     gather, scatter = call.gather, call.scatter
     limit = WaitLimit(device.aborted_tensor(), device.control_tensor(), call.config.timeout_s, tag)
