@@ -27,7 +27,16 @@ from benchmarks.device.cases import WORLD, gather_shapes
 from odysseus_kernels import _ext
 from odysseus_kernels.testing.compare import relative_error, rounding_tolerance
 
-__all__ = ["Measured", "gather_problem", "host_seconds", "measure", "reduce_problem"]
+__all__ = [
+    "Measured",
+    "gather_problem",
+    "host_seconds",
+    "measure",
+    "measure_named",
+    "note_multicast",
+    "problem_names",
+    "reduce_problem",
+]
 
 _SAMPLES = 256
 _REDUCE_SOURCES = (2, 8)
@@ -156,6 +165,18 @@ def _problems(device: torch.device, quick: bool) -> Iterator[tuple[str, Callable
             yield f"gather_matmul {label}, {rows} rows", functools.partial(gather_problem, device, rows, depth, width)
 
 
+def problem_names(quick: bool) -> list[str]:
+    """All rows, by name."""
+    return [name for name, _ in _problems(torch.device("cuda", 0), quick)]
+
+
+def measure_named(name: str, rounds: int, quick: bool) -> dict[str, Any]:
+    """One row on the current device, in a process that measures no other."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    problem = dict(_problems(device, quick))[name]()
+    return measure_problem(problem, EventTimer(device), rounds, lambda: torch.cuda.synchronize(device))
+
+
 def host_seconds(
     calls: Mapping[str, Callable[[], Any]], synchronize: Callable[[], None], attempts: int = 2
 ) -> dict[str, float]:
@@ -191,10 +212,15 @@ def measure(
             print(f"{name}: {error}", file=sys.stderr, flush=True)
         with contextlib.suppress(RuntimeError):  # the device may be what failed; the next row will say so
             torch.cuda.empty_cache()
-    supported = _ext.load().cuda.multimem_supported(device.index)
-    what = "needs several GPUs behind a switch to be measured" if supported else "is not supported by this device"
-    measured.notes.append(f"multimem_reduce: not measured; it {what}.")
+    measured.notes.append(note_multicast(device.index))
     return measured
+
+
+def note_multicast(device: int) -> str:
+    """Why one kernel has no row."""
+    supported = _ext.load().cuda.multimem_supported(device)
+    what = "needs several GPUs behind a switch to be measured" if supported else "is not supported by this device"
+    return f"multimem_reduce: not measured; it {what}."
 
 
 def measure_problem(problem: Problem, timed: Any, rounds: int, synchronize: Callable[[], None]) -> dict[str, Any]:

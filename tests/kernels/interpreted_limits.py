@@ -1,4 +1,4 @@
-"""Waits that never end by themselves, in Triton's interpreter: ``python interpreted_limits.py`` with TRITON_INTERPRET=1."""
+"""Waits that never end by themselves: ``python interpreted_limits.py`` with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 

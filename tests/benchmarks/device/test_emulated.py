@@ -143,7 +143,15 @@ def _pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _arguments(output: Path) -> argparse.Namespace:
     return argparse.Namespace(
-        link=["paced:1"], cases="", quick=False, repeats=2, budget=50.0, output=output, device="cuda"
+        link=["paced:1"],
+        cases="",
+        quick=False,
+        repeats=2,
+        budget=50.0,
+        output=output,
+        device="cuda",
+        row_limit=None,
+        measure=["kernels", "links"],
     )
 
 

@@ -287,8 +287,9 @@ def test_tile_gather_gets_chunks_in_the_order_of_visits() -> None:
             # The kernel runs before the epoch advances; here everything has happened.
             assert (found.words - (int(found.epoch) - 1) * 256 >= pieces).all()
             names = group.machine.devices[found.rank].waits[found.limit.tag :][: (world - 1) * pieces]
+            mine = f"operator: rank {found.rank} waited for chunk"
             assert names == [
-                f"operator: rank {found.rank} waited for chunk {source}, piece {piece}, to be copied here from rank {source}"
+                f"{mine} {source}, piece {piece}, to be copied here from rank {source}"
                 for source in ((found.rank + visit) % world for visit in range(1, world))
                 for piece in range(pieces)
             ]
