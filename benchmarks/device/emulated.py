@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import itertools
-import json
 import math
 import os
 import sys
@@ -319,27 +318,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(document: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes the JSON file, the table, and the plot where matplotlib is; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    path = folder / f"{document['kind']}-{stamp}.json"
-    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
-    table = path.with_suffix(".md")
-    table.write_text(emulated_report.markdown(document))
-    image = path.with_suffix(".png")
-    return [path, table, *([image] if emulated_report.draw(document, str(image)) else [])]
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: errors that are one become text."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _how_copies_ran() -> str:
     """Whether copy engines made the copies; known once some were tried."""
     reason = _ext.load().cuda.why_no_batch_copies()
@@ -391,7 +369,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("interrupted: what was measured so far is kept", file=sys.stderr, flush=True)
     document = make_document(arguments, done, measured)
     emulated_report.print_document(document)
-    paths = write(document, folder)
+    paths = emulated_report.write(document, folder)
     print("\n" + "\n".join(f"wrote {path}" for path in paths))
     wrong = any(row["wrong"] for row in document["rows"]) or any(row["share"] is None for row in document["kernels"])
     return int(bool(interrupted or wrong or document["failed"]))

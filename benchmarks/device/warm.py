@@ -1,8 +1,8 @@
 """Compiles what the benchmark will launch, before anything is timed: ``python -m benchmarks.device.warm``.
 
 Triton keeps what it compiled in its cache (TRITON_CACHE_DIR), where the processes of rows then find it.  Each process
-here, of which as many run as there are cores, runs one operator in one shipped configuration of its kernels, on a short sequence whose sizes compile to the same
-code as the benchmark's.
+here, of which as many run as there are cores, runs one operator in one shipped configuration of its kernels, on a short
+sequence whose sizes compile to the same code as the benchmark's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What ``tests/run_gpu.sh`` found, from the files of its results: prints it, writes ``summary.md``, decides the exit status.
+"""What ``tests/run_gpu.sh`` found, from the files of its results; prints it and writes ``summary.md``.
 
-Needs no torch: it is run after whatever happened.
+It decides the exit status, and needs no torch: it is run after whatever happened.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-import xml.etree.ElementTree as xml
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from benchmarks.device.isolated import read_rows
 
@@ -36,7 +36,7 @@ def _counts(out: Path, steps: list[str]) -> dict[str, int]:
     total = dict.fromkeys(_COUNTS, 0)
     for step in steps:
         path = out / f"{step}.xml"
-        suite = xml.parse(path).getroot().find("testsuite") if path.exists() else None
+        suite = ElementTree.parse(path).getroot().find("testsuite") if path.exists() else None
         if suite is not None:
             for name in _COUNTS:
                 total[name] += int(suite.get(name, "0"))
