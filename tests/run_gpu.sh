@@ -349,9 +349,15 @@ run_part() {
 export COMMIT="${found[2]}"
 touch "$OUT/outcomes"
 for entry in "${PARTS[@]}"; do
-  if [[ -z "$only" || "$only" == "${entry%%:*}" ]]; then sed -i "/^${entry%%:*}\t/d" "$OUT/outcomes"; fi
+  name="${entry%%:*}"
+  [[ -z "$only" || "$only" == "$name" ]] || continue
+  sed -i "/^$name\t/d" "$OUT/outcomes"
+  rm -f "$OUT/$name.status"
 done
 pids=()
+stopped=""
+# Whoever stops this gets a summary of what there is.
+trap 'stopped=1; for group in "$ODYSSEUS_CACHE_DIR"/group.*; do kill -KILL -- "-$(cat "$group")"; done 2>/dev/null' INT TERM
 for entry in "${PARTS[@]}"; do
   IFS=: read -r name limit _ beside <<<"$entry"
   [[ -z "$only" || "$only" == "$name" ]] || continue
@@ -359,9 +365,11 @@ for entry in "${PARTS[@]}"; do
     for pid in "${pids[@]}"; do wait "$pid"; done
     pids=()
   fi
+  [[ -z "$stopped" ]] || break
   run_part "$name" "$limit" &
   pids+=($!)
 done
-for pid in "${pids[@]}"; do wait "$pid"; done
+wait
+[[ -z "$stopped" ]] || wait # the signal ended the first one
 
 PARTS="${PARTS[*]}" ONLY="$only" "$PYTHON" tests/gpu/summary.py

@@ -101,27 +101,45 @@ class _Pretended:
         return dict(rows)
 
 
-def _pretend(folder: Path, *arguments: str, passed: int = 2, hangs: str = "nothing", seconds: int = 480) -> _Pretended:
+def _pretend(
+    folder: Path,
+    *arguments: str,
+    passed: int = 2,
+    hangs: str = "nothing",
+    seconds: int = 480,
+    stop_at: str | None = None,
+) -> _Pretended:
+    """Runs the script; ``stop_at`` is a step whose log ends the run, by a signal, once it is half done."""
     for name in ("python", "compute-sanitizer"):
         program = folder / name
         program.write_text(_PRETENDED_PYTHON)
         program.chmod(0o755)
     told, results = folder / "told", folder / "results"
     told.write_text("")
-    done = _run(
-        *(str(results), *arguments),
-        PATH=f"{folder}{os.pathsep}{os.environ['PATH']}",
-        ODYSSEUS_PYTHON=str(folder / "python"),
-        ODYSSEUS_GPU_SECONDS=str(seconds),
-        REAL_PYTHON=sys.executable,
-        TOLD=str(told),
-        PRETENDED_PASSED=str(passed),
-        HANGS=hangs,
-    )
+    variables = {
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "ODYSSEUS_PYTHON": str(folder / "python"),
+        "ODYSSEUS_GPU_SECONDS": str(seconds),
+        "REAL_PYTHON": sys.executable,
+        "TOLD": str(told),
+        "PRETENDED_PASSED": str(passed),
+        "HANGS": hangs,
+    }
+    command = ["bash", _SCRIPT, str(results), *arguments]
+    with subprocess.Popen(
+        command, cwd=_ROOT, env={**os.environ, **variables}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        if stop_at is not None:
+            log, deadline = results / f"{stop_at}.log", time.monotonic() + 60
+            while not (log.exists() and "half done" in log.read_text()):
+                assert time.monotonic() < deadline, f"{stop_at} did not begin within 60 s"
+                time.sleep(0.02)
+            process.terminate()
+        printed, _ = process.communicate(timeout=600)
     lines = [line.split("\t") for line in (results / "outcomes").read_text().splitlines()]
     outcomes = {(part, step): outcome for part, step, outcome, _ in lines}
     assert len(outcomes) == len(lines), "a step has one outcome"
-    return _Pretended(done.returncode, done.stdout + done.stderr, told.read_text().splitlines(), outcomes, results)
+    return _Pretended(process.returncode, printed, told.read_text().splitlines(), outcomes, results)
 
 
 def _declared() -> dict[str, tuple[int, int, bool]]:
@@ -209,6 +227,17 @@ def test_every_part_is_stopped_in_its_middle_and_loses_nothing(tmp_path: Path) -
     others = {step: outcome for step, outcome in done.outcomes.items() if step not in _HANGS}
     assert ("build", "versions") in others and ("native", "native_cuda_data") in others
     assert ("warm", "kernels-16") in others and ("processes", "cuda_operators") in others
+
+
+def test_a_run_that_is_told_to_stop_sums_up(tmp_path: Path) -> None:
+    done = _pretend(tmp_path, hangs=_HANGS["native", "copies"], stop_at="copies")
+    parts = done.parts()
+    assert (parts["build"], parts["warm"], parts["native"]) == ("passed", "passed", "timed out")
+    assert set(list(parts.values())[3:]) == {"never run"}
+    assert done.outcomes["native", "native_check"] == "passed"
+    assert done.outcomes["native", "copies"] == "stopped with its part"
+    assert done.outcomes["native", "native_cuda_data"] == "not run: its part was stopped before it"
+    assert done.status == _declared()["native"][1]
 
 
 def test_one_part_again_and_its_exit_status(tmp_path: Path) -> None:
