@@ -173,8 +173,7 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
     **Giving up.**  A wait that runs out of time, or that finds the host's :meth:`Control.abort` while its words are
     not there, records the first error and sets the device word ``aborted``.  From then on everything drains: waits
     return at once, copies and reductions still run on whatever is there, and signals are left out, so that no peer is
-    told of data that may be wrong.  Other kernels can watch ``aborted``; they see the host's abort only once a wait of
-    this module did.
+    told of data that may be wrong.  Other kernels can watch ``aborted``, and wait on their own by :attr:`Control.block`.
     """
 
     @staticmethod
@@ -185,6 +184,12 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
     def why_no_batch_copies() -> str:
         """Empty while copies are asked to run on copy engines, else one line that says why the driver's batch copies
         are not used in this process: it has none, or it refused one.
+        """
+
+    @staticmethod
+    def small_kernels(device: int) -> list[tuple[int, int]]:
+        """Of each kernel that orders streams and ranks (waits, signals, epochs, the emulated link): registers of a
+        thread, and the shared memory that it leaves to others in per cent of a multiprocessor's (100: all of it).
         """
 
     @staticmethod
@@ -220,6 +225,12 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
         def abort(self, code: int) -> None:
             """Ends waits that are running or still come, within microseconds; the first ``code`` (2 .. 2**31 - 1)
             stays.  Waits whose words are there do not look.  No CUDA call; nothing happens once closed.
+            """
+
+        @property
+        def block(self) -> int:
+            """Where the device sees the block, for kernels of others that wait: they read its first word and record
+            what they gave up on as waits of this module do (``_ext.CONTROL_WORDS``).  RuntimeError once closed.
             """
 
         def error(self) -> tuple[int, int, int, int, int] | None:
@@ -328,6 +339,10 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
         @staticmethod
         def nanoseconds(seconds: float) -> int:
             """A timeout as kernels take it; 2**64 - 1 is none."""
+
+        @staticmethod
+        def control_words() -> dict[str, int]:
+            """Place of each word of 32 bits in the block of a :class:`cuda.Control`."""
 
         @staticmethod
         def link_pieces(

@@ -12,7 +12,19 @@ from types import ModuleType
 
 from odysseus_kernels.errors import ExtensionNotBuiltError
 
-__all__ = ["available", "has_cuda", "load", "why_no_cuda", "why_unavailable"]
+__all__ = ["CONTROL_WORDS", "available", "has_cuda", "load", "why_no_cuda", "why_unavailable"]
+
+CONTROL_WORDS = {
+    "abort": 0,
+    "claimed": 16,
+    "recorded": 17,
+    "code": 18,
+    "tag": 19,
+    "index": 20,
+    "expected": 21,
+    "seen": 22,
+}
+"""Places, in words of 32 bits, in the block that ends a rank's waits: ``ControlBlock`` of ``csrc/cuda/tasks.h``."""
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,15 +1,36 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one command: build, tests, benchmark, sanitizer.  Under ten minutes on one GPU.
-#   bash tests/run_gpu.sh                           all parts; results in benchmarks/results/<machine>
-#   bash tests/run_gpu.sh /tmp/h200                 results elsewhere
-#   bash tests/run_gpu.sh /tmp/h200 --only bench    one part again: build, tests, bench or sanitize
+# Everything that needs an NVIDIA GPU, in one command, in at most eight minutes on one GPU with nothing compiled before.
+#   bash tests/run_gpu.sh                          all parts; results in benchmarks/results/<machine>
+#   bash tests/run_gpu.sh /tmp/h200                results elsewhere
+#   bash tests/run_gpu.sh /tmp/h200 --only links   one part again
 # Needs no network and makes no environment: ODYSSEUS_PYTHON (default python3) has torch, pybind11, ninja, setuptools and
-# pytest already.  ODYSSEUS_GPU_SECONDS limits the whole run (default 480).  A part that fails or runs out of time does
-# not stop the others.  Exit status: 0 if all parts passed, 1 if one did not, 2 if nothing could be run.
+# pytest already.  ODYSSEUS_GPU_SECONDS (default 480) makes all limits longer or shorter.
+#
+# A part is made of steps.  One that fails, hangs or runs out of time stops no other: its log stays, what it measured so
+# far too, and the summary names what was not run.  Exit status: 0 if all passed, 2 if nothing could be run, else that of
+# the first part that did not pass, below.
 set -uo pipefail
 
+# name : limit in seconds : exit status : 1 if it runs beside the part before it.  The limits of parts that follow one
+# another add up to at most 470 (tests/test_run_gpu.py), and are about 1.3 times what an H100 with 16 cores took.
+PARTS=(
+  build:50:10:0
+  warm:80:11:0      # compiles: the benchmark's kernels, and those of the kernels' tests, which this runs
+  native:40:12:0    # kernels of csrc/cuda by themselves; copies by engines and by multiprocessors
+  full:20:13:0      # waits, signals and copies while every multiprocessor spins
+  cublas:40:14:0    # kernels against the library
+  virtual:35:15:0   # several ranks in one process
+  processes:75:16:0 # ranks as processes: most of their time is starting, on cores of their own, and none is timed
+  graphs:75:17:1
+  faults:75:18:1
+  links:110:19:0    # one rank of eight over emulated links: paced:80 and pcie first
+  sanitize:20:20:0
+)
+ALL_S=480
+
 usage() {
-  echo "usage: bash tests/run_gpu.sh [folder of the results] [--only build|tests|bench|sanitize]" >&2
+  local names=("${PARTS[@]%%:*}")
+  echo "usage: bash tests/run_gpu.sh [folder of the results] [--only $(IFS='|' && echo "${names[*]}")]" >&2
   exit 2
 }
 
@@ -19,7 +40,7 @@ while (($# > 0)); do
   case "$1" in
     --only)
       only="${2:-}"
-      [[ "$only" =~ ^(build|tests|bench|sanitize)$ ]] || usage
+      [[ -n "$only" && " ${PARTS[*]%%:*} " == *" $only "* ]] || usage
       shift 2
       ;;
     -*) usage ;;
@@ -42,34 +63,97 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 # Tools of the toolkit, behind whatever is on the path already.
 export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-why=$("$PYTHON" -c '
+# Why nothing can be run, else the machine, the commit and the number of GPUs, a line each.
+mapfile -t found < <("$PYTHON" -c '
 try:
     import torch
 except ImportError as error:
     print(f"no torch: {error}")
 else:
     print("" if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is false")
-' 2>/dev/null) || why="no torch: $PYTHON cannot import it"
-if [[ -n "$why" ]]; then
-  echo "$why" >&2
+    if torch.cuda.is_available():
+        from benchmarks.common import machine
+        print(machine.machine_tag("cuda"), machine.commit(), torch.cuda.device_count(), sep="\n")
+' 2>/dev/null)
+((${#found[@]} > 0)) || found=("no torch: $PYTHON cannot import it")
+if [[ -n "${found[0]}" ]]; then
+  echo "${found[0]}" >&2
   exit 2
 fi
+if ((${#found[@]} < 4)); then
+  echo "the machine cannot be described: run $PYTHON -c 'from benchmarks.common import machine' to see why" >&2
+  exit 2
+fi
+export GPUS="${found[3]}"
 if [[ -z "$folder" ]]; then
-  folder="$PWD/benchmarks/results/$("$PYTHON" -c 'from benchmarks import machine; print(machine.machine_tag("cuda"))')"
+  folder="$PWD/benchmarks/results/${found[1]}"
   mkdir -p "$folder" || exit 2
 fi
 export OUT="$folder"
-# What earlier runs measured for mode="auto" must not decide here.
+# What earlier runs measured for mode="auto", or compiled, must not decide here.
 ODYSSEUS_CACHE_DIR="$(mktemp -d)"
-GROUP_FILE="$ODYSSEUS_CACHE_DIR/group"
-export ODYSSEUS_CACHE_DIR GROUP_FILE
+export ODYSSEUS_CACHE_DIR TRITON_CACHE_DIR="$ODYSSEUS_CACHE_DIR/triton"
 trap 'rm -rf "$ODYSSEUS_CACHE_DIR"' EXIT
 
-NOT_RUN=77 # a part's exit status when its tool is not installed
+NOT_RUN=77 # exit status of a step whose tool is not installed
+GRACE_S=3  # of each limit, for what does not end when it is told to
 
-part_build() {
+now_ms() { echo $((${EPOCHREALTIME/[.,]/} / 1000)); }
+scaled_ms() { echo $(($1 * ${ODYSSEUS_GPU_SECONDS:-$ALL_S} * 1000 / ALL_S)); }
+as_seconds() { printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000)); }
+
+# limited step|part MILLISECONDS COMMAND...: ends it within that time; status 124 or 137 if it had to.  A part leads a
+# process group, which is ended with it; a step stays in its part's.
+limited() {
+  local grace left group=()
+  if [[ "$1" == step ]]; then group=(--foreground); fi
+  grace=$(scaled_ms $GRACE_S)
+  left=$(($2 > 2 * grace ? $2 - grace : $2 / 2))
+  # What a shell starts beside itself ignores interrupts, by which a benchmark knows that it is to write what it has.
+  env --default-signal=INT timeout "${group[@]}" --signal=INT --kill-after="$(as_seconds "$grace")" \
+    "$(as_seconds "$left")" "${@:3}"
+}
+
+# step NAME SECONDS COMMAND...: runs it within its limit and what the part has left.  Its log is $OUT/NAME.log, how it
+# ended a line of $OUT/outcomes.  Where steps are only listed, it prints its name.
+step() {
+  local name="$1" limit begin status result
+  if [[ -n "${LISTING:-}" ]]; then
+    echo "$name"
+    return
+  fi
+  begin=$(now_ms) limit=$(scaled_ms "$2")
+  ((limit <= PART_END - begin)) || limit=$((PART_END - begin))
+  if ((limit < $(scaled_ms 2))); then
+    status=124 result="not run: no time left"
+  else
+    : >"$OUT/$name.log"
+    LEFT_S=$((limit / 1000)) limited step "$limit" "${@:3}" </dev/null >"$OUT/$name.log" 2>&1
+    status=$?
+    # pytest's 5: all tests were skipped before they were collected; whether any passed is asked at the end.
+    if ((status == 5)) && [[ "${*:3}" == *" -m pytest "* ]]; then status=0; fi
+    case $status in
+      0) result="passed" ;;
+      "$NOT_RUN") result="not run: $(tail -n 1 "$OUT/$name.log")" ;;
+      124 | 137) result="timed out after $(as_seconds "$limit") s" ;;
+      *) result="failed with status $status" ;;
+    esac
+  fi
+  printf '%s\t%s\t%s\t%d\n' "$PART" "$name" "$result" $((($(now_ms) - begin) / 1000)) >>"$OUT/outcomes"
+  ((status == 0 || status == NOT_RUN))
+}
+
+# tests NAME SECONDS ARGUMENTS...: a step that runs pytest; its report is $OUT/NAME.xml.
+tests() {
+  local sanitized="tests/gpu/test_native_cuda_data.py::test_all_kernels_by_themselves"
+  local options=(-p no:cacheprovider -o addopts= -o faulthandler_timeout=40 -ra --durations=15 -m gpu --maxfail=5)
+  options+=(--continue-on-collection-errors "--deselect=$sanitized[memcheck]" "--deselect=$sanitized[racecheck]")
+  step "$1" "$2" "$PYTHON" -m pytest "${options[@]}" "--junitxml=$OUT/$1.xml" "${@:3}"
+}
+
+versions() {
   "$PYTHON" - <<'PY'
 import importlib.metadata, platform, shutil, subprocess
 
@@ -88,11 +172,14 @@ for command in (("nvcc", "--version"), ("ninja", "--version"), ("compute-sanitiz
 PY
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv 2>/dev/null ||
     echo "nvidia-smi: not found or failed"
+}
+
+install() {
   if ! "$PYTHON" -m pip install --no-index --no-build-isolation --no-deps --disable-pip-version-check -e .; then
     echo "pip could not install the package; building the extension in place"
     "$PYTHON" setup.py build_ext --inplace || return 1
   fi
-  "$PYTHON" - <<'PY'
+  "$PYTHON" -c '
 import sys
 import torch
 from odysseus_kernels import _ext
@@ -100,37 +187,18 @@ from odysseus_kernels import _ext
 reason = _ext.why_no_cuda() or _ext.load().cuda.why_unavailable()
 print(reason or f"built for {torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}")
 sys.exit(bool(reason))
-PY
+'
 }
 
-# test_file NAME SECONDS ARGUMENTS...: pytest within its limit and what the part has left.  Its report, log and outcome
-# are $OUT/tests-NAME.xml, .log and a line of tests.outcomes.
-test_file() {
-  local name="$1" limit="$2" left=$((PART_SECONDS - SECONDS - 8)) begin=$SECONDS status=1 result
-  shift 2
-  ((limit <= left)) || limit=$left
-  if ((limit < 10)); then
-    result="no time left"
-  else
-    timeout --foreground --signal=INT --kill-after=5 "$limit" "$PYTHON" -m pytest "${options[@]}" \
-      "--junitxml=$OUT/tests-$name.xml" "$@" </dev/null >"$OUT/tests-$name.log" 2>&1
-    status=$?
-    case $status in
-      0) result="passed" ;;
-      5) result="no tests here" ;; # all skipped before they were collected; whether any test passed is asked at the end
-      124 | 137) result="timed out after $limit s" ;;
-      *) result="failed" ;;
-    esac
-  fi
-  printf '%s\t%s\t%s\n' "$name" "$result" "$((SECONDS - begin))" >>"$OUT/tests.outcomes"
-  echo "== $name: $result ($((SECONDS - begin)) s)"
-  if [[ -e "$OUT/tests-$name.log" ]]; then cat "$OUT/tests-$name.log"; fi
-  ((status == 0 || status == 5))
+part_build() {
+  step versions 10 bash -c versions
+  step install 48 bash -c install
 }
 
-# test_kernels FILE SECONDS: the file in shards side by side, because compiling takes the time, and one core.
-test_kernels() {
-  local shard rest="" pids=() number=0 status=0
+# The kernels' tests in shards side by side, because compiling takes the time, and one core.  Between 36 configurations
+# of one architecture (benchmarks/results/compile.md) and some three times as many layouts of operands are compiled.
+part_warm() {
+  local shard rest="" number=0 pid pids=() status=0 file=tests/kernels/test_gpu_kernels.py
   local shards=(
     "weight_gradient and torch.bfloat16 and written-straight"
     "weight_gradient and torch.bfloat16 and written-swapped"
@@ -149,180 +217,159 @@ test_kernels() {
     "(test_gather_matmul or test_matmul_scatter) and torch.float16 and not three"
   )
   for shard in "${shards[@]}"; do rest="${rest:+$rest and }not ($shard)"; done
+  step compile 78 "$PYTHON" -m benchmarks.device.warm &
+  pids+=($!)
   for shard in "${shards[@]}" "$rest"; do
     number=$((number + 1))
-    test_file "kernels-$number" "$2" "$1" -k "$shard" &
+    tests "kernels-$number" 78 "$file" -k "$shard" &
     pids+=($!)
   done
-  for shard in "${pids[@]}"; do wait "$shard" || status=1; done
+  for pid in "${pids[@]}"; do wait "$pid" || status=1; done
   return $status
 }
 
-part_tests() {
-  local file name status=0 sanitized="tests/gpu/test_native_cuda_data.py::test_all_kernels_by_themselves"
-  local options=(-p no:cacheprovider -o addopts= -o faulthandler_timeout=40 -ra --durations=15 -m gpu --maxfail=5)
-  options+=(--continue-on-collection-errors "--deselect=$sanitized[memcheck]" "--deselect=$sanitized[racecheck]")
-  # Not installed everywhere; without it, only the whole file has a limit.
-  if "$PYTHON" -c 'import pytest_timeout' 2>/dev/null; then options+=(--timeout=100); fi
-  rm -f "$OUT"/tests-*.xml "$OUT"/tests-*.log "$OUT/tests.outcomes"
-  # The most telling first, and alone on the GPU; limits are about twice what they took on an H100.
-  local plan=(
-    tests/gpu/test_native_cuda.py:15
-    tests/gpu/test_native_cuda_data.py:40
-    tests/gpu/test_emulated_links.py:45
-    tests/gpu/test_choice_timer.py:15
-    tests/gpu/test_virtual_ranks.py:45
-    tests/kernels/test_gpu_kernels.py:110
-  )
-  # Ranks as processes take most of their time to start, on cores of their own; none of these measures time.
-  local beside=(
-    tests/gpu/test_cuda_operators.py:150
-    tests/gpu/test_cuda_graphs.py:80
-    tests/gpu/test_cuda_faults.py:130
-    tests/gpu/test_nccl.py:100
-  )
+part_native() {
+  local status=0
+  step native_check 12 "$PYTHON" tests/gpu/native_check.py || status=1
+  step copies 12 "$PYTHON" -m benchmarks.device.copies --output "$OUT/copies.json" || status=1
+  tests native_cuda 10 tests/gpu/test_native_cuda.py || status=1
+  tests choice_timer 8 tests/gpu/test_choice_timer.py || status=1
+  tests native_cuda_data 28 tests/gpu/test_native_cuda_data.py || status=1
+  return $status
+}
+
+part_full() { tests full_device 20 tests/gpu/test_full_device.py; }
+
+# bench KIND WHAT: a row at a time, each in a process of its own; none begins that the part has no time for.
+bench() {
+  # As many hardware queues as there are: with few, streams wait for one another.
+  export CUDA_DEVICE_MAX_CONNECTIONS=32
+  rm -f "$OUT/$1"-2*.{json,md,png}
+  exec "$PYTHON" benchmarks/overlap.py --device cuda --output "$OUT" --row-limit 20 \
+    --budget $((LEFT_S > 24 ? LEFT_S - 20 : 4)) --measure "$2"
+}
+
+part_cublas() { step cublas 40 bash -c 'bench library kernels'; }
+
+part_virtual() { tests virtual_ranks 35 tests/gpu/test_virtual_ranks.py; }
+
+part_processes() {
+  local file name pid pids=() status=0
+  tests cuda_operators 73 tests/gpu/test_cuda_operators.py &
+  pids+=($!)
+  tests nccl 73 tests/gpu/test_nccl.py &
+  pids+=($!)
+  # Whatever no part names.
   while read -r file; do
-    if [[ " ${plan[*]} ${beside[*]}" != *" $file:"* ]]; then plan+=("$file:30"); fi
-  done < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
-  for file in "${plan[@]}"; do
-    name="$(basename "${file%%:*}" .py)"
-    if [[ "$name" == test_gpu_kernels ]]; then
-      test_kernels "${file%%:*}" "${file##*:}" || status=1
-    else
-      test_file "${name#test_}" "${file##*:}" "${file%%:*}" || status=1
+    if ! grep -qF "${file#tests/}" tests/run_gpu.sh; then
+      name="$(basename "$file" .py)"
+      tests "${name#test_}" 30 "$file" &
+      pids+=($!)
     fi
-  done
-  local pids=()
-  for file in "${beside[@]}"; do
-    name="$(basename "${file%%:*}" .py)"
-    test_file "${name#test_}" "${file##*:}" "${file%%:*}" &
-    pids+=($!)
-  done
-  for file in "${pids[@]}"; do wait "$file" || status=1; done
-  echo "== all"
-  cat "$OUT/tests.outcomes"
-  "$PYTHON" - <<'PY' || status=1 # tests that were all skipped have shown nothing
-import glob, os, sys
-import xml.etree.ElementTree as xml
-
-passed = 0
-for path in glob.glob(os.path.join(glob.escape(os.environ["OUT"]), "tests-*.xml")):
-    suite = xml.parse(path).getroot().find("testsuite")
-    passed += int(suite.get("tests")) - sum(int(suite.get(name)) for name in ("errors", "failures", "skipped"))
-print(f"{passed} passed")
-sys.exit(passed <= 0)
-PY
+  done < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
+  for pid in "${pids[@]}"; do wait "$pid" || status=1; done
   return $status
 }
 
-part_bench() {
-  local gpus
-  rm -f "$OUT"/emulated-*.json "$OUT"/emulated-*.md "$OUT"/emulated-*.png
-  gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
-  if ((gpus > 1)); then
-    "$PYTHON" benchmarks/overlap.py --device cuda --dtype bfloat16 --quick --ranks "$gpus" --output "$OUT"
+part_graphs() { tests cuda_graphs 73 tests/gpu/test_cuda_graphs.py; }
+
+part_faults() { tests cuda_faults 73 tests/gpu/test_cuda_faults.py; }
+
+part_links() {
+  local status=0
+  if ((GPUS > 1)); then
+    step links 108 "$PYTHON" benchmarks/overlap.py --device cuda --dtype bfloat16 --quick --ranks "$GPUS" --output "$OUT" ||
+      status=1
   else
-    # As many hardware queues as there are: with few, streams wait for one another.
-    export CUDA_DEVICE_MAX_CONNECTIONS=32
-    "$PYTHON" benchmarks/overlap.py --device cuda --budget "$BENCH_BUDGET" --output "$OUT"
+    step links 75 bash -c 'bench emulated links' || status=1
   fi
+  tests emulated_links 40 tests/gpu/test_emulated_links.py || status=1
+  return $status
 }
 
 part_sanitize() {
   local tool status=0
+  for tool in memcheck racecheck; do
+    step "$tool" 12 bash -c "sanitize $tool" || status=1
+  done
+  return $status
+}
+
+sanitize() {
   if ! command -v compute-sanitizer >/dev/null; then
     echo "compute-sanitizer is not installed: memory and races of the kernels were not checked"
     return "$NOT_RUN"
   fi
-  for tool in memcheck racecheck; do
-    echo "== $tool"
-    compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" tests/gpu/native_check.py || status=1
-  done
-  return $status
+  exec compute-sanitizer --tool "$1" --error-exitcode 9 "$PYTHON" tests/gpu/native_check.py
 }
-export -f part_build test_file test_kernels part_tests part_bench part_sanitize
-export NOT_RUN
 
-commit=$("$PYTHON" -c 'from benchmarks import machine; print(machine.commit())')
-# SECONDS counts from the start of this script; at the end, something is left to stop the last part and to sum up.
-deadline=$((${ODYSSEUS_GPU_SECONDS:-480} - 10))
-failed=0
+for part in "${PARTS[@]}"; do export -f "part_${part%%:*}"; done
+export -f now_ms scaled_ms as_seconds limited step tests versions install bench sanitize
+export NOT_RUN GRACE_S ALL_S
 
-# run_part NAME RESERVED: runs a part within what is left of the whole run's time but for RESERVED seconds, which later
-# parts need, and notes how it ended.
+# run_part NAME SECONDS: runs a part within its limit, and notes how it ended, and what of it did not run.
 run_part() {
-  local name="$1" limit=$((deadline - SECONDS - $2)) begin=$SECONDS status result
-  if ((limit < 15)); then
-    result="not run: no time left"
-    failed=1
-  else
-    echo "$name: running, at most $limit s; log in $OUT/$name.log"
-    export PART_SECONDS=$limit BENCH_BUDGET=$((limit > 40 ? limit - 25 : limit / 2))
-    timeout --signal=INT --kill-after=5 "$limit" bash -c 'echo $PPID >"$GROUP_FILE"; "$@"' bash "part_$name" \
-      </dev/null >"$OUT/$name.log" 2>&1
-    status=$?
-    # timeout leads a process group: whatever a part left behind in it would keep the GPU busy for the next one.
-    kill -KILL -- "-$(cat "$GROUP_FILE")" 2>/dev/null
-    case $status in
-      0) result="passed" ;;
-      "$NOT_RUN") result="not run: $(tail -n 1 "$OUT/$name.log")" ;;
-      124 | 137) result="timed out after $limit s" ;;
-      *) result="failed" ;;
-    esac
-    ((status == 0 || status == NOT_RUN)) || failed=1
+  local name="$1" limit status result begin group="$ODYSSEUS_CACHE_DIR/group.$1"
+  begin=$(now_ms) limit=$(scaled_ms "$2")
+  # Steps of an earlier run must not be taken for this one's.
+  while read -r planned; do rm -f "$OUT/$planned.log" "$OUT/$planned.xml"; done < <(LISTING=1 "part_$name")
+  echo "$name: running, at most $(as_seconds "$limit") s"
+  export PART="$name" PART_END=$((begin + limit - $(scaled_ms $((GRACE_S + 1)))))
+  limited part "$limit" bash -c 'echo $PPID >"$1"; "$2"' bash "$group" "part_$name" </dev/null >"$OUT/$name.part" 2>&1
+  status=$?
+  # timeout leads a process group: whatever a part left behind in it would keep the GPU busy for the next one.
+  kill -KILL -- "-$(cat "$group")" 2>/dev/null
+  while read -r planned; do
+    if ! cut -f 2 "$OUT/outcomes" | grep -qxF "$planned"; then
+      result="not run: its part was stopped before it"
+      if [[ -e "$OUT/$planned.log" ]]; then result="stopped with its part"; fi
+      printf '%s\t%s\t%s\t\n' "$name" "$planned" "$result" >>"$OUT/outcomes"
+      status=124
+    fi
+  done < <(LISTING=1 "part_$name")
+  case $status in
+    0) result="passed" ;;
+    124 | 137) result="timed out" ;;
+    *) result="failed" ;;
+  esac
+  if [[ "$result" == passed ]] && ! grep "^$name"$'\t' "$OUT/outcomes" | cut -f 3 | grep -qv '^not run'; then
+    result="not run"
   fi
-  printf '%s\t%s\t%s\t%s\n' "$result" "$((SECONDS - begin))" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$commit" >"$OUT/$name.status"
-  echo "$name: $result ($((SECONDS - begin)) s)"
-  if [[ "$result" == failed || "$result" == timed* ]]; then
-    tail -n 30 "$OUT/$name.log" | sed 's/^/    /'
-  fi
+  printf '%s\t%d\t%s\t%s\n' "$result" $((($(now_ms) - begin) / 1000)) "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$COMMIT" \
+    >"$OUT/$name.status"
+  echo "$name: $result ($((($(now_ms) - begin) / 1000)) s)"
+  while IFS=$'\t' read -r _ planned result _; do
+    if [[ "$result" =~ ^(failed|timed|stopped) && -e "$OUT/$planned.log" ]]; then
+      echo "  $planned: $result; the end of $planned.log:"
+      tail -n 15 "$OUT/$planned.log" | sed 's/^/    /'
+    fi
+  done < <(grep "^$name"$'\t' "$OUT/outcomes")
 }
 
-# Each part and what is kept for later ones, of 470 s: 70 for build, 265 for tests, 110 for bench, 25 for sanitize.
-# What a part does not need, the next one has.
-for part in build:400 tests:135 bench:25 sanitize:0; do
-  if [[ -z "$only" ]]; then
-    run_part "${part%%:*}" $((${part##*:} * deadline / 470))
-  elif [[ "$only" == "${part%%:*}" ]]; then
-    run_part "$only" 0
-  fi
+export COMMIT="${found[2]}"
+touch "$OUT/outcomes"
+for entry in "${PARTS[@]}"; do
+  name="${entry%%:*}"
+  [[ -z "$only" || "$only" == "$name" ]] || continue
+  sed -i "/^$name\t/d" "$OUT/outcomes"
+  rm -f "$OUT/$name.status"
 done
+pids=()
+stopped=""
+# Whoever stops this gets a summary of what there is.
+trap 'stopped=1; for group in "$ODYSSEUS_CACHE_DIR"/group.*; do kill -KILL -- "-$(cat "$group")"; done 2>/dev/null' INT TERM
+for entry in "${PARTS[@]}"; do
+  IFS=: read -r name limit _ beside <<<"$entry"
+  [[ -z "$only" || "$only" == "$name" ]] || continue
+  if ((!beside)); then
+    for pid in "${pids[@]}"; do wait "$pid"; done
+    pids=()
+  fi
+  [[ -z "$stopped" ]] || break
+  run_part "$name" "$limit" &
+  pids+=($!)
+done
+wait
+[[ -z "$stopped" ]] || wait # the signal ended the first one
 
-"$PYTHON" - <<'PY'
-import json, os
-from pathlib import Path
-import xml.etree.ElementTree as xml
-
-out = Path(os.environ["OUT"])
-lines = ["| part | outcome | seconds | when | commit |", "| --- | --- | ---: | --- | --- |"]
-for part in ("build", "tests", "bench", "sanitize"):
-    path = out / f"{part}.status"
-    fields = path.read_text().strip().split("\t") if path.exists() else ["never run", "", "", ""]
-    lines.append(f"| {part} | " + " | ".join(fields) + " |")
-suites = [xml.parse(report).getroot().find("testsuite") for report in sorted(out.glob("tests-*.xml"))]
-if suites:
-    names = ("tests", "failures", "errors", "skipped")
-    counts = {name: sum(int(suite.get(name)) for suite in suites) for name in names}
-    lines += ["", "Tests: " + ", ".join(f"{count} {name}" for name, count in counts.items())]
-outcomes = out / "tests.outcomes"
-if outcomes.exists():
-    for name, result, _ in (line.split("\t") for line in outcomes.read_text().splitlines()):
-        if result != "passed":
-            lines.append(f"- {name}: {result}")
-results = sorted(out.glob("emulated-*.json"))
-if results:
-    document = json.loads(results[-1].read_text())
-    lines += ["", f"Benchmark, links EMULATED, {document['date']}, commit {document['commit']}: {results[-1].name}"]
-    for target in document["targets"]:
-        measured = "no figure" if target["measured"] is None else f"{target['measured']:.3f}"
-        outcome = "reached" if target["reached"] else f"missed in {target['rows_missed']} of {target['rows']} rows"
-        lines.append(f"- {target['what']}: {measured} ({target['relation']} {target['limit']}), {outcome}")
-    for name, what in (("failed", "rows failed"), ("not_run", "rows were not run for lack of time")):
-        if document[name]:
-            lines.append(f"- {len(document[name])} {what}")
-text = "\n".join(lines) + "\n"
-(out / "summary.md").write_text(text)
-print(text, end="")
-print(f"\nwrote {out / 'summary.md'}")
-PY
-exit $failed
+PARTS="${PARTS[*]}" ONLY="$only" "$PYTHON" tests/gpu/summary.py

@@ -56,6 +56,7 @@ def test_without_a_driver_everything_says_so() -> None:
     assert "cuMemcpyBatchAsync" in CUDA.why_no_batch_copies()
     calls: list[Callable[[], object]] = [
         lambda: CUDA.Control(0, 64),
+        lambda: CUDA.small_kernels(0),
         lambda: CUDA.reduce(0, 256, "float32", [512], "float32", 4),
         lambda: CUDA.multimem_reduce(0, 256, 512, "float32", 4),
     ]
@@ -63,6 +64,10 @@ def test_without_a_driver_everything_says_so() -> None:
         with pytest.raises(RuntimeError) as error:
             call()
         assert str(error.value) == reason
+
+
+def test_kernels_of_others_know_where_words_of_the_control_block_lie() -> None:
+    assert HOST.control_words() == _ext.CONTROL_WORDS
 
 
 def test_bad_arguments_of_functions_come_before_the_driver() -> None:

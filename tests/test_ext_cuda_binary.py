@@ -63,11 +63,18 @@ def test_no_kernel_spills_and_all_fit_their_blocks() -> None:
     for name, registers, stack, local in usage:
         assert (stack, local) == ("0", "0"), name
         assert int(registers) <= 64, f"{name}: 1024 threads have 64 registers each"
-        if any(
-            kernel in name
-            for kernel in ("11wait_kernel", "13signal_kernel", "14advance_kernel", "11book_kernel", "14release_kernel")
-        ):
+        if any(kernel in name for kernel in SMALL):
             assert int(registers) <= 32, f"{name}: a warp of it must fit beside a product that fills the device"
+
+
+def test_small_kernels_fit_beside_products_that_fill_the_device() -> None:
+    """Neither static shared memory nor more than a warp: what a product with 196,656 bytes on each SM leaves is 36 KiB,
+    2,048 registers and the slots of a block."""
+    usage = re.findall(r"Function ([^:]+):\s+REG:(\d+) STACK:\d+ SHARED:(\d+)", dump("-res-usage"))
+    small = [row for row in usage if any(kernel in row[0] for kernel in SMALL)]
+    assert len(small) == len(ARCHITECTURES) * len(SMALL)
+    for name, registers, shared in small:
+        assert int(registers) * 32 <= 2048 and int(shared) <= 1024, name
 
 
 def test_no_local_memory_is_touched(machine_code: dict[str, str]) -> None:

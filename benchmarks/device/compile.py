@@ -29,7 +29,7 @@ RESULT = pathlib.Path(__file__).resolve().parents[1] / "results" / "compile.md"
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _WORDS = {"words", "counters", "epoch", "aborted"}
-_TABLES = {"slots", "credits", "arrived"}
+_TABLES = {"slots", "credits", "arrived", "control"}
 _OUTPUTS = {"out", "outs", "own"}
 _OPERANDS = {"local", "gathered", "weights", "biases", "bias", "xs", "grads"}
 _TUPLES = {
@@ -45,7 +45,7 @@ _TUPLES = {
     "x_strides",
 }
 # Integers that a launch does not specialize on.
-_PLAIN = {"rank", "world", "pieces", "credit_value", "arrived_value"}
+_PLAIN = {"rank", "world", "pieces", "credit_value", "arrived_value", "ticks", "tag"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +77,17 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Binary:
-    """What came out: per-thread registers and stack bytes, dynamic shared memory, bytes of code, instructions."""
+    """What came out: per-thread registers and stack bytes, dynamic shared memory, bytes of code, instructions.
+
+    ``clocks`` is how often the device's clock is read.
+    """
 
     registers: int
     stack: int
     shared: int
     size: int
     instructions: dict[str, int]
+    clocks: int
 
     def count(self, pattern: str) -> int:
         """Instructions whose name with modifiers begins with ``pattern``, a regular expression."""
@@ -100,10 +104,6 @@ def tool(name: str) -> str | None:
 
 def compile_variant(variant: Variant) -> Binary:
     """Compiles as a launch on a GPU with aligned operands would, and reads the machine code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     function = getattr(
         importlib.import_module(f"odysseus_kernels.kernels.{variant.kernel}"), f"{variant.kernel}_kernel"
     )
@@ -120,11 +120,24 @@ def compile_variant(variant: Variant) -> Binary:
     values = {(function.arg_names.index(name),): value for name, value in constants.items()}
     config = variant.config
     options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.max_registers}
-    compiled = triton.compile(
-        ASTSource(function, signature, values, attributes),
-        target=GPUTarget("cuda", variant.architecture, 32),
-        options=options,
-    )
+    return compile_source(function, signature, values, attributes, variant.architecture, options)
+
+
+def compile_source(
+    function: Any,
+    signature: dict[str, Any],
+    values: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], Any],
+    architecture: int,
+    options: dict[str, Any] | None = None,
+) -> Binary:
+    """Compiles one Triton function; arguments are those of ``triton.compiler.ASTSource``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(function, signature, values, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options or {})
     return _read(compiled.asm["cubin"], compiled.metadata.shared)
 
 
@@ -166,7 +179,8 @@ def _read(cubin: bytes, shared: int) -> Binary:
     if found is None:
         raise RuntimeError(f"cuobjdump: expected REG and STACK, got {usage!r}")
     names = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/)?\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", code, re.MULTILINE)
-    return Binary(int(found[1]), int(found[2]), shared, len(cubin), dict(collections.Counter(names)))
+    clocks = len(re.findall(r"SR_GLOBALTIMER", code))
+    return Binary(int(found[1]), int(found[2]), shared, len(cubin), dict(collections.Counter(names)), clocks)
 
 
 def _output(name: str, *arguments: str) -> str:

@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import itertools
-import json
 import math
 import os
 import sys
@@ -27,7 +26,7 @@ import torch
 
 from benchmarks.common import machine
 from benchmarks.common.measure import EventTimer, median, take_turns
-from benchmarks.device import kernels
+from benchmarks.device import isolated, kernels
 from benchmarks.device import report as emulated_report
 from benchmarks.device.cases import DEFAULT_LINKS, WORLD, EmulatedCase, make_emulated_cases
 from benchmarks.device.workload import MODES, EmulatedWorkload, Emulation, emulate, fake_group
@@ -40,6 +39,9 @@ __all__ = ["add_options", "measure_case", "run"]
 SCHEMA = 1
 KIND = "emulated"
 ROUNDS, QUICK_ROUNDS = 15, 7
+MEASURED = ("kernels", "links")
+ROWS_FILE = "rows-{}.jsonl"
+"""Of rows that are measured in processes of their own, with what a run measures; see ``isolated.py``."""
 _CHOICE_ROUNDS = 3
 _RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -59,6 +61,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no row on one GPU after so long"
+    )
+    parser.add_argument(
+        "--row-limit",
+        type=float,
+        metavar="SECONDS",
+        help="measure each row on one GPU in a process of its own, which is ended after so long; rows are written to a "
+        "file as they end",
+    )
+    parser.add_argument(
+        "--measure", nargs="+", choices=MEASURED, default=list(MEASURED), help="what a run on one GPU measures"
     )
 
 
@@ -217,11 +229,57 @@ class _Run:
         return True
 
 
+def measure_alone(case: EmulatedCase, rounds: int) -> dict[str, Any]:
+    """One row on the current device, in a process that measures no other; and how its copies ran."""
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def synchronize() -> None:
+        torch.cuda.synchronize(device)
+
+    with fake_group(WORLD) as group, emulate(device, group, case.link, [case]) as emulation:
+        row = measure_case(case, emulation, rounds=rounds, timed=EventTimer(device), synchronize=synchronize)
+        emulation.transport.synchronize()
+        return {"row": emulated_report.summarize(row), "copies": _how_copies_ran()}
+
+
+def _measure_separately(
+    arguments: argparse.Namespace, cases: Sequence[EmulatedCase], folder: Path, done: _Run, measured: kernels.Measured
+) -> None:
+    """All rows, each in a process of its own."""
+    jobs, rounds, quick = [], done.rounds, arguments.quick
+    if "kernels" in arguments.measure:
+        jobs += [
+            isolated.Job(name, kernels.measure_named, (name, rounds, quick)) for name in kernels.problem_names(quick)
+        ]
+    if "links" in arguments.measure:
+        jobs += [isolated.Job(case.name, measure_alone, (case, rounds)) for case in cases]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ROWS_FILE.format("-".join(arguments.measure))
+    copies = set()
+    try:
+        for outcome in isolated.measure_each(
+            jobs, path, limit_s=arguments.row_limit, deadline=done.deadline, preload=[__name__]
+        ):
+            print(
+                f"{outcome.name}: {outcome.failed or 'measured'} ({outcome.seconds:.1f} s)", file=sys.stderr, flush=True
+            )
+            if outcome.failed:
+                done.failed.append({"name": outcome.name, "failed": outcome.failed})
+            elif "row" in outcome.result:
+                done.rows.append(outcome.result["row"])
+                copies.add(outcome.result["copies"])
+            else:
+                measured.rows.append(outcome.result)
+    finally:
+        done.not_run += isolated.read_rows(path)[1]
+        measured.notes += [kernels.note_multicast(0), *sorted(copies)]
+
+
 def make_document(arguments: argparse.Namespace, done: _Run, measured: kernels.Measured) -> dict[str, Any]:
     """Everything that is written to the JSON file."""
     return {
         "schema": SCHEMA,
-        "kind": KIND,
+        "kind": kind_of(arguments),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine.describe_machine("cuda"),
         "versions": versions(),
@@ -245,6 +303,11 @@ def make_document(arguments: argparse.Namespace, done: _Run, measured: kernels.M
     }
 
 
+def kind_of(arguments: argparse.Namespace) -> str:
+    """Of the document, by what was measured."""
+    return KIND if "links" in arguments.measure else "library"
+
+
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     found = {**machine.versions(), "cuda": str(torch.version.cuda)}
@@ -255,31 +318,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(document: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes the JSON file, the table, and the plot where matplotlib is; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    path = folder / f"{KIND}-{stamp}.json"
-    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
-    table = path.with_suffix(".md")
-    table.write_text(emulated_report.markdown(document))
-    image = path.with_suffix(".png")
-    return [path, table, *([image] if emulated_report.draw(document, str(image)) else [])]
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: errors that are one become text."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _how_copies_ran() -> str:
     """Whether copy engines made the copies; known once some were tried."""
     reason = _ext.load().cuda.why_no_batch_copies()
     return f"Copies do not run on copy engines: {reason}" if reason else "Copies run on copy engines."
+
+
+def _measure_here(
+    arguments: argparse.Namespace, cases: Sequence[EmulatedCase], done: _Run, measured: kernels.Measured
+) -> None:
+    """All rows in this process."""
+    if "kernels" in arguments.measure:
+        options: dict[str, Any] = {"rounds": done.rounds, "quick": arguments.quick, "deadline": done.deadline}
+        kernels.measure(done.device, measured=measured, **options)
+    try:
+        if "links" in arguments.measure:
+            done.measure(cases)
+    finally:
+        measured.notes.append(_how_copies_ran())
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -295,23 +351,25 @@ def run(arguments: argparse.Namespace) -> int:
     if reason:
         print(reason, file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
     rounds = arguments.repeats or (QUICK_ROUNDS if arguments.quick else ROUNDS)
-    done = _Run(device, rounds, time.monotonic() + arguments.budget)
+    done = _Run(torch.device("cuda", torch.cuda.current_device()), rounds, time.monotonic() + arguments.budget)
     measured, interrupted = kernels.Measured(), False
+    folder = arguments.output or _RESULTS / machine.machine_tag("cuda")
     try:
-        kernels.measure(device, rounds=rounds, quick=arguments.quick, deadline=done.deadline, measured=measured)
-        done.measure(cases)
+        if arguments.row_limit is not None:
+            _measure_separately(arguments, cases, folder, done, measured)
+        else:
+            _measure_here(arguments, cases, done, measured)
     except KeyboardInterrupt:
         interrupted = True
         named = {row["name"] for row in (*done.rows, *done.failed)} | set(done.not_run)
-        done.not_run += [case.name for case in cases if case.name not in named]
+        if "links" in arguments.measure:
+            done.not_run += [case.name for case in cases if case.name not in named]
         measured.notes.append("INTERRUPTED: these are the rows that were there.")
         print("interrupted: what was measured so far is kept", file=sys.stderr, flush=True)
-    measured.notes.append(_how_copies_ran())
     document = make_document(arguments, done, measured)
     emulated_report.print_document(document)
-    paths = write(document, arguments.output or _RESULTS / machine.machine_tag("cuda"))
+    paths = emulated_report.write(document, folder)
     print("\n" + "\n".join(f"wrote {path}" for path in paths))
     wrong = any(row["wrong"] for row in document["rows"]) or any(row["share"] is None for row in document["kernels"])
     return int(bool(interrupted or wrong or document["failed"]))

@@ -26,9 +26,17 @@ from benchmarks.common.measure import EventTimer, median, take_turns
 from benchmarks.device.cases import WORLD, gather_shapes
 from odysseus_kernels import _ext
 from odysseus_kernels.testing.compare import relative_error, rounding_tolerance
-from odysseus_kernels.testing.virtual_devices import SATISFIED
 
-__all__ = ["Measured", "gather_problem", "host_seconds", "measure", "reduce_problem"]
+__all__ = [
+    "Measured",
+    "gather_problem",
+    "host_seconds",
+    "measure",
+    "measure_named",
+    "note_multicast",
+    "problem_names",
+    "reduce_problem",
+]
 
 _SAMPLES = 256
 _REDUCE_SOURCES = (2, 8)
@@ -71,7 +79,7 @@ def gather_problem(device: torch.device, rows: int, depth: int, width: int, worl
     from odysseus_kernels.kernels.configs import Problem as Product
     from odysseus_kernels.kernels.configs import TileConfig
     from odysseus_kernels.kernels.gather_matmul import gather_matmul
-    from odysseus_kernels.kernels.tuning import fastest
+    from odysseus_kernels.kernels.tuning import Signals, fastest
 
     generator = torch.Generator(device).manual_seed(1)
 
@@ -81,8 +89,7 @@ def gather_problem(device: torch.device, rows: int, depth: int, width: int, worl
     whole, weight = normal(world * rows, depth), normal(width, depth, scale=depth**-0.5)
     local, gathered = whole[:rows], whole[rows:].view(world - 1, rows, depth)  # as rank 0 visits the ring
     out, expected = (torch.full((world * rows, width), torch.nan, device=device, dtype=whole.dtype) for _ in range(2))
-    words = torch.full((world - 1,), SATISFIED, dtype=torch.int32, device=device)
-    nothing = torch.zeros(2, dtype=torch.int32, device=device)
+    signals = Signals(world, device)
 
     def kernel(config: TileConfig | None) -> None:
         gather_matmul(
@@ -93,9 +100,10 @@ def gather_problem(device: torch.device, rows: int, depth: int, width: int, worl
             [None],
             rank=0,
             world=world,
-            words=words,
-            epoch=nothing[:1],
-            aborted=nothing[1:],
+            words=signals.words[: world - 1],
+            epoch=signals.epoch,
+            aborted=signals.aborted,
+            control=signals.control,
             config=config,
         )
 
@@ -157,6 +165,18 @@ def _problems(device: torch.device, quick: bool) -> Iterator[tuple[str, Callable
             yield f"gather_matmul {label}, {rows} rows", functools.partial(gather_problem, device, rows, depth, width)
 
 
+def problem_names(quick: bool) -> list[str]:
+    """All rows, by name."""
+    return [name for name, _ in _problems(torch.device("cuda", 0), quick)]
+
+
+def measure_named(name: str, rounds: int, quick: bool) -> dict[str, Any]:
+    """One row on the current device, in a process that measures no other."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    problem = dict(_problems(device, quick))[name]()
+    return measure_problem(problem, EventTimer(device), rounds, lambda: torch.cuda.synchronize(device))
+
+
 def host_seconds(
     calls: Mapping[str, Callable[[], Any]], synchronize: Callable[[], None], attempts: int = 2
 ) -> dict[str, float]:
@@ -192,10 +212,15 @@ def measure(
             print(f"{name}: {error}", file=sys.stderr, flush=True)
         with contextlib.suppress(RuntimeError):  # the device may be what failed; the next row will say so
             torch.cuda.empty_cache()
-    supported = _ext.load().cuda.multimem_supported(device.index)
-    what = "needs several GPUs behind a switch to be measured" if supported else "is not supported by this device"
-    measured.notes.append(f"multimem_reduce: not measured; it {what}.")
+    measured.notes.append(note_multicast(device.index))
     return measured
+
+
+def note_multicast(device: int) -> str:
+    """Why one kernel has no row."""
+    supported = _ext.load().cuda.multimem_supported(device)
+    what = "needs several GPUs behind a switch to be measured" if supported else "is not supported by this device"
+    return f"multimem_reduce: not measured; it {what}."
 
 
 def measure_problem(problem: Problem, timed: Any, rounds: int, synchronize: Callable[[], None]) -> dict[str, Any]:

@@ -5,15 +5,19 @@ Tables are Markdown, which a terminal shows well enough; with rich installed the
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
+import json
+import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.common.measure import hidden_share, interquartile_spread, median
 from benchmarks.device.cases import JUDGED_ROWS, KERNEL_TARGETS, TARGETS, EmulatedTarget
 from odysseus_kernels.testing.virtual_devices import link_of
 
-__all__ = ["draw", "judge", "judge_kernels", "markdown", "print_document", "summarize"]
+__all__ = ["draw", "judge", "judge_kernels", "markdown", "print_document", "summarize", "write"]
 
 Row = dict[str, Any]
 
@@ -294,3 +298,24 @@ def draw(document: Row, path: str) -> bool:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return True
+
+
+def write(document: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes the JSON file, the table, and the plot where matplotlib is; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    path = folder / f"{document['kind']}-{stamp}.json"
+    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+    table = path.with_suffix(".md")
+    table.write_text(markdown(document))
+    image = path.with_suffix(".png")
+    return [path, table, *([image] if draw(document, str(image)) else [])]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: errors that are one become text."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -154,6 +154,10 @@ class EmulatedWorkload:
                 self.impossible[name] = str(error) or type(error).__name__
         return calls
 
+    def run_tiles(self) -> None:
+        """The operator once as one kernel of tiles, which compiles what it needs."""
+        self._operator("tiles", "auto")()
+
     def _operator(self, mode: str, pieces: int | str) -> Callable[[], tuple[Tensor, ...]]:
         config = OverlapConfig(
             mode=mode,  # type: ignore[arg-type]

@@ -1,5 +1,9 @@
 #include <pybind11/stl.h>
 
+#include <cstddef>
+#include <map>
+#include <string>
+
 #include "copy.h"
 #include "program.h"
 #include "register.h"
@@ -50,6 +54,8 @@ void register_program(py::module_& module) {
   py::class_<Control, std::shared_ptr<Control>>(module, "Control")
       .def(py::init<int, std::uint64_t>(), "device"_a, "aborted"_a)
       .def("abort", &Control::abort, "code"_a)
+      .def_property_readonly(
+          "block", [](const Control& self) { return reinterpret_cast<std::uint64_t>(self.device_block()); })
       .def("error",
            [](const Control& self) -> py::object {
              const std::optional<WaitError> error = self.error();
@@ -71,11 +77,21 @@ Share parse_share(const std::string& name) {
   throw std::invalid_argument(concat("share: expected device, quarter or waiting, got ", name));
 }
 
+// Places in ControlBlock in words of 32 bits, where kernels of others than this module find them.
+std::map<std::string, std::size_t> control_words() {
+  constexpr std::size_t word = sizeof(std::uint32_t);
+  return {{"abort", offsetof(ControlBlock, abort) / word},       {"claimed", offsetof(ControlBlock, claimed) / word},
+          {"recorded", offsetof(ControlBlock, recorded) / word}, {"code", offsetof(ControlBlock, code) / word},
+          {"tag", offsetof(ControlBlock, tag) / word},           {"index", offsetof(ControlBlock, index) / word},
+          {"expected", offsetof(ControlBlock, expected) / word}, {"seen", offsetof(ControlBlock, seen) / word}};
+}
+
 // What kernels compute, and how work is cut up, on the host; for tests.
 void register_host_side(py::module_& module) {
   module.def("word_of", &word_of, "epoch"_a, "value"_a);
   module.def("reached", &reached, "seen"_a, "expected"_a);
   module.def("nanoseconds", &nanoseconds, "seconds"_a);
+  module.def("control_words", &control_words);
   module.def(
       "link_pieces",
       [](std::size_t row_bytes, std::size_t rows, std::size_t dst_pitch, std::size_t src_pitch, std::size_t piece) {
@@ -114,6 +130,7 @@ void register_cuda(py::module_& module) {
   py::module_ cuda = module.def_submodule("cuda", "Streams, signals, copies and reductions of a CUDA device.");
   cuda.def("why_unavailable", &why_no_cuda, Release());
   cuda.def("why_no_batch_copies", &why_no_batch_copies, Release());
+  cuda.def("small_kernels", &small_kernels, "device"_a, Release());
   cuda.def("multimem_supported", &multicasts, "device"_a, Release());
   cuda.def("reduce", &reduce_on_device, "stream"_a, "out"_a, "out_dtype"_a, "sources"_a, "source_dtype"_a, "count"_a,
            "max_blocks"_a = 0, Release());

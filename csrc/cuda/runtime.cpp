@@ -135,6 +135,19 @@ void load_kernels(int device) {
   loaded.insert(device);
 }
 
+std::vector<std::pair<int, int>> small_kernels(int device) {
+  check_device(device);
+  load_kernels(device);
+  const DeviceGuard guard(device);
+  std::vector<std::pair<int, int>> found;
+  for (const void* kernel : signal_kernels()) {
+    cudaFuncAttributes attributes;
+    ODY_CUDA(cudaFuncGetAttributes(&attributes, kernel), "asking for the kernels on device ", device);
+    found.emplace_back(attributes.numRegs, attributes.preferredShmemCarveout);
+  }
+  return found;
+}
+
 int device_of(std::uintptr_t address, const char* name) {
   cudaPointerAttributes attributes{};
   const cudaError_t error = cudaPointerGetAttributes(&attributes, reinterpret_cast<const void*>(address));

@@ -5,6 +5,8 @@
 #include <cuda_runtime_api.h>
 
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../common/check.h"
 
@@ -29,6 +31,10 @@ bool multicasts(int device);
 // Makes all kernels of the module resident.  The runtime loads a kernel at its first launch, and may wait for the
 // device to be idle, which it never becomes while a wait spins for a signal that is still to be launched.
 void load_kernels(int device);
+
+// Of each kernel that orders streams and ranks, on a device: registers of a thread, and the share of a multiprocessor's
+// memory, in per cent, that it asks to be shared memory.
+std::vector<std::pair<int, int>> small_kernels(int device);
 
 // The device to which an address belongs; std::invalid_argument where it is not CUDA's.
 int device_of(std::uintptr_t address, const char* name);

@@ -6,7 +6,26 @@ import dataclasses
 
 from torch import Tensor
 
-__all__ = ["TileGather", "TileScatter"]
+__all__ = ["TileGather", "TileScatter", "WaitLimit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WaitLimit:
+    """When the waits of a kernel end though their words are not there, and where they say so.
+
+    Attributes:
+        aborted: int32 [1]; not zero ends every wait.  A wait that gives up sets it.
+        control: int64 [1], address of the block of words that host and device share (``cuda.Control``): the host ends
+            waits by it, and the first that gives up writes there what it waited for.
+        timeout_s: seconds that a wait may take.
+        tag: number of the kernel's first wait among all that the host has names for; they follow in the order of the
+            schedule.
+    """
+
+    aborted: Tensor
+    control: Tensor
+    timeout_s: float
+    tag: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +40,7 @@ class TileGather:
             p + 1.
         words: int32 [world - 1], one for each visit.
         epoch: int32 [1]; words hold ``epoch * 256 + value``.
-        aborted: int32 [1]; not zero ends every wait.
+        limit: of its waits.
     """
 
     rank: int
@@ -31,7 +50,7 @@ class TileGather:
     pieces: int
     words: Tensor
     epoch: Tensor
-    aborted: Tensor
+    limit: WaitLimit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +66,7 @@ class TileScatter:
         arrived: int64 [world], address of the word to set to ``arrived_value`` after a target's last tile.
         arrived_value: value of this use.
         counters: int32 [world], zeros before and after the kernel.
-        epoch, aborted: as in :class:`TileGather`.
+        epoch, limit: as in :class:`TileGather`.
     """
 
     rank: int
@@ -60,4 +79,4 @@ class TileScatter:
     arrived_value: int
     counters: Tensor
     epoch: Tensor
-    aborted: Tensor
+    limit: WaitLimit

@@ -25,6 +25,7 @@ from odysseus_kernels.kernels.launch import (
     matrix,
     ring,
     same_count,
+    ticks,
     weight_matrices,
 )
 from odysseus_kernels.kernels.tiles import (
@@ -42,8 +43,8 @@ __all__ = ["gather_matmul", "gather_matmul_kernel"]
 # Ranks run one binary: the numbers are not compiled in, nor whether an address of words, which differs from window to
 # window, is a multiple of 16.
 @triton.jit(
-    do_not_specialize=["rank", "world", "pieces"],
-    do_not_specialize_on_alignment=["words", "epoch", "aborted"],
+    do_not_specialize=["rank", "world", "pieces", "ticks", "tag"],
+    do_not_specialize_on_alignment=["words", "epoch", "aborted", "control"],
 )
 def gather_matmul_kernel(
     outs,
@@ -54,6 +55,9 @@ def gather_matmul_kernel(
     words,
     epoch,
     aborted,
+    control,
+    ticks,
+    tag,
     rows,
     depth,
     widths,
@@ -107,7 +111,8 @@ def gather_matmul_kernel(
         if visit > 0:
             needed = tl.cdiv(tl.minimum(row + BLOCK_M, rows) * pieces, rows)
             if visit * 256 + needed > seen:
-                await_word(words + visit - 1, base + needed, aborted, DESCRIPTORS, INTERPRETED)
+                which = tag + (visit - 1) * pieces + needed - 1
+                await_word(words + visit - 1, base + needed, aborted, control, ticks, which, DESCRIPTORS, INTERPRETED)
                 seen = visit * 256 + needed
             before = (visit - 1) * gathered_rows
             a, a_row, a_rows, a_stride = there, before + row, before + rows, gathered_stride
@@ -168,6 +173,9 @@ def gather_matmul(
     words: Tensor | None,
     epoch: Tensor | None,
     aborted: Tensor | None,
+    control: Tensor | None,
+    timeout_s: float = 600.0,
+    tag: int = 0,
     config: TileConfig | None = None,
 ) -> None:
     """``outs[i] = all_gather(x) @ weights[i].T + biases[i]``, chunk by chunk as ``words`` say that they are there.
@@ -188,12 +196,16 @@ def gather_matmul(
             ``epoch * 256 + p + 1`` with piece p.
         epoch: int32 [1], local: the epoch in which ``words`` count, read when the kernel runs.
         aborted: int32 [1], local: once it is not zero no tile waits any more, and the outputs are worth nothing.
+        control: int64 [1], local: address of the block of words by which host and device end waits (``cuda.Control``).
+        timeout_s: seconds after which a wait for a word gives up: it writes what it waited for into that block and sets
+            ``aborted``.
+        tag: the block then says ``tag + i * pieces + p`` for piece p of ``gathered[i]``.
         config: tiles; by default the one that should be fastest.
 
     Raises:
         ValueError: an argument does not fit; the message names what was expected and what was given.
     """
-    check_signals(rank, world, epoch, aborted, local)
+    check_signals(rank, world, epoch, aborted, control, local)
     same_count(weights=weights, outs=outs, biases=biases)
     check_matrix("local", local, (None, None), local, dtype=True)
     chunks = check_chunks(local, gathered, world, pieces, words)
@@ -205,7 +217,7 @@ def gather_matmul(
     a, far = matrix("local", local), matrix("gathered", chunks[0])
     operands, deep = weight_matrices("weights", weights)
     out_strides = tuple(matrix("outs", out).stride for out in outs)
-    unused = local.new_empty(1, dtype=torch.int32)
+    unused, no_table = local.new_empty(1, dtype=torch.int32), local.new_empty(1, dtype=torch.int64)
     widths = tuple(weight.shape[0] for weight in weights)
     problem = Problem(world, rows, widths, depth)
     describable = all(each.describable() for each in (a, far, *operands))
@@ -219,6 +231,9 @@ def gather_matmul(
         "words": unused if words is None else words,
         "epoch": unused if epoch is None else epoch,
         "aborted": unused if aborted is None else aborted,
+        "control": no_table if control is None else control,
+        "ticks": ticks(timeout_s),
+        "tag": tag,
         "rows": rows,
         "depth": depth,
         "widths": widths,

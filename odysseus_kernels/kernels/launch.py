@@ -22,6 +22,7 @@ from odysseus_kernels.kernels.configs import DTYPES, Kernel, Problem, Target, Ti
 __all__ = [
     "MAX_OPERANDS",
     "MAX_PIECES",
+    "TICK_NS",
     "Matrix",
     "Order",
     "check_bias",
@@ -37,6 +38,7 @@ __all__ = [
     "ring",
     "same_count",
     "target_of",
+    "ticks",
     "weight_matrices",
 ]
 
@@ -46,6 +48,8 @@ Order = Literal["ring", "sequence"]
 MAX_OPERANDS = 3
 # Values of words count within an epoch of 256.
 MAX_PIECES = 255
+TICK_NS = 1 << 20
+"""Unit in which kernels measure how long they wait, about a millisecond: 31 bits of it are 26 days."""
 _INTERPRETER_PROGRAMS = 3
 _ALIGNMENT = 16
 
@@ -166,12 +170,21 @@ def check_words(name: str, tensor: Tensor | None, dtype: torch.dtype, count: int
     )
 
 
-def check_signals(rank: int, world: int, epoch: Tensor | None, aborted: Tensor | None, like: Tensor) -> None:
+def ticks(timeout_s: float) -> int:
+    """A limit of waits as kernels take it: at least one tick, and 26 days for whatever is longer."""
+    expect(timeout_s > 0, "timeout_s", "seconds above 0", timeout_s)
+    return int(min(timeout_s * 1e9 / TICK_NS + 1, 2.0**31 - 1))
+
+
+def check_signals(
+    rank: int, world: int, epoch: Tensor | None, aborted: Tensor | None, control: Tensor | None, like: Tensor
+) -> None:
     """ValueError unless rank, world and, where there are peers, the words beside the signals make sense."""
     expect(world >= 1 and 0 <= rank < world, "rank", f"0 <= rank < world = {world}", rank)
     if world > 1:
         check_words("epoch", epoch, torch.int32, 1, like)
         check_words("aborted", aborted, torch.int32, 1, like)
+        check_words("control", control, torch.int64, 1, like)
     expect(like.dtype in DTYPES, "dtype", " or ".join(map(str, DTYPES)), like.dtype)
     expect(like.device.type == "cuda" or interpreted(), "device", "a CUDA device (or TRITON_INTERPRET=1)", like.device)
 

@@ -27,39 +27,26 @@ from odysseus_kernels.kernels.launch import (
     launch,
     matrix,
     same_count,
+    ticks,
     weight_matrices,
 )
-from odysseus_kernels.kernels.tiles import accumulate, await_word, described, described_weight, visited_tile
+from odysseus_kernels.kernels.tiles import (
+    accumulate,
+    await_word,
+    described,
+    described_weight,
+    release_word,
+    visited_tile,
+)
 
 __all__ = ["matmul_scatter", "matmul_scatter_kernel"]
-
-
-@triton.jit
-def release_word(address, value, INTERPRETED: tl.constexpr):
-    """Stores ``value`` in the int32 word at ``address`` (int64), in a peer's memory, after all that was acquired.
-
-    A store rather than an exchange: a word has one writer, and not every link between GPUs carries atomics.
-    """
-    if INTERPRETED:
-        tl.atomic_xchg(address.to(tl.pointer_type(tl.int32)), value, sem="release", scope="sys")
-    else:
-        # Inline assembly runs on every thread.  The atomics before it, one thread's, end in a barrier of the program.
-        tl.inline_asm_elementwise(
-            "{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; "
-            "@first st.release.sys.global.u32 [$1], $2; mov.u32 $0, $2; }",
-            "=r,l,r",
-            [address, value],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 # Ranks run one binary: the numbers are not compiled in, nor whether an address of words, which differs from window to
 # window, is a multiple of 16.
 @triton.jit(
-    do_not_specialize=["rank", "world", "credit_value", "arrived_value"],
-    do_not_specialize_on_alignment=["epoch", "aborted", "counters"],
+    do_not_specialize=["rank", "world", "credit_value", "arrived_value", "ticks", "tag"],
+    do_not_specialize_on_alignment=["epoch", "aborted", "control", "counters"],
 )
 def matmul_scatter_kernel(
     own,
@@ -72,6 +59,9 @@ def matmul_scatter_kernel(
     counters,
     epoch,
     aborted,
+    control,
+    ticks,
+    tag,
     rows,
     width,
     depths,
@@ -184,7 +174,10 @@ def matmul_scatter_kernel(
         if remote:
             if visit > asked:
                 credit = tl.load(credits + target).to(tl.pointer_type(tl.int32))
-                granted = await_word(credit, base + credit_value, aborted, False, INTERPRETED).to(tl.int32)
+                wanted = base + credit_value
+                granted = await_word(credit, wanted, aborted, control, ticks, tag + visit, False, INTERPRETED).to(
+                    tl.int32
+                )
                 asked = visit
             # Addresses of slots are multiples of 16, as the launching function's contract says.
             place = tl.multiple_of(tl.load(slots + target).to(own.dtype), 16)
@@ -219,6 +212,9 @@ def matmul_scatter(
     counters: Tensor | None,
     epoch: Tensor | None,
     aborted: Tensor | None,
+    control: Tensor | None,
+    timeout_s: float = 600.0,
+    tag: int = 0,
     config: TileConfig | None = None,
 ) -> None:
     """This rank's parts of ``reduce_scatter(sum of xs[i] @ weights[i].T) + bias``, each stored at its owner.
@@ -235,8 +231,8 @@ def matmul_scatter(
         bias: [n] or None; added to ``own`` only.
         slots: int64 [world]: where the part for each target goes, contiguous [rows, n] of the dtype of ``own``, in the
             target's memory as this device addresses it; multiples of 16 bytes.  That of this rank is not used.
-        rank, world: this rank and the number of ranks.  For one rank, slots, credits, arrived, counters, epoch and
-            aborted may be None.
+        rank, world: this rank and the number of ranks.  For one rank, slots, credits, arrived, counters, epoch,
+            aborted and control may be None.
         credits: int64 [world]: for each target the address of an int32 word in local memory.  A target's slot is
             written once it has reached ``credit_value``, which may be negative: an earlier epoch.
         arrived: int64 [world]: for each target the address of the int32 word, in its memory, that is set to
@@ -244,6 +240,10 @@ def matmul_scatter(
         counters: int32 [world], local, zeros; zeros again when the kernel is over.  Not shared by concurrent calls.
         epoch: int32 [1], local: the epoch in which words count, read when the kernel runs.
         aborted: int32 [1], local.
+        control: int64 [1], local: address of the block of words by which host and device end waits (``cuda.Control``).
+        timeout_s: seconds after which a wait for a word gives up: it writes what it waited for into that block and sets
+            ``aborted``.
+        tag: the block then says ``tag + i`` for the i-th target, which is rank + 1 + i.
         config: tiles; by default the one that should be fastest.
 
     Raises:
@@ -255,7 +255,7 @@ def matmul_scatter(
     for i, (x, weight) in enumerate(zip(xs, weights, strict=True)):
         check_matrix(f"xs[{i}]", x, (world * rows, None), xs[0], dtype=True)
         check_matrix(f"weights[{i}]", weight, (width, x.shape[1]), xs[0], dtype=True)
-    check_signals(rank, world, epoch, aborted, xs[0])
+    check_signals(rank, world, epoch, aborted, control, xs[0])
     check_matrix("own", own, (None, None), xs[0], dtype=False)
     check_bias("bias", bias, width, own)
     if world > 1:
@@ -282,6 +282,9 @@ def matmul_scatter(
         "counters": unused if counters is None else counters,
         "epoch": unused if epoch is None else epoch,
         "aborted": unused if aborted is None else aborted,
+        "control": no_table if control is None else control,
+        "ticks": ticks(timeout_s),
+        "tag": tag,
         "rows": rows,
         "width": width,
         "depths": tuple(x.shape[1] for x in xs),

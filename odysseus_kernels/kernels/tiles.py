@@ -6,43 +6,158 @@ difference, which wraps, is not negative.
 Memory order.  A wait loads its word with acquire semantics at system scope in one thread, and a barrier of the program
 follows, so that ordinary loads of all threads see what the word stands for.  Loads through descriptors go through the
 asynchronous proxy, for which a proxy fence follows as well.
+
+Every wait ends: when its time is over, or when the host says so, it gives up as the waits of ``csrc/cuda/wait.cuh`` do
+and through the same block of words, so that the host reports both alike.  A word that is there costs no look at either.
 """
 
 from __future__ import annotations
 
+import time
+
 import triton
 import triton.language as tl
+
+from odysseus_kernels._ext import CONTROL_WORDS
+from odysseus_kernels.kernels.launch import TICK_NS, interpreted
 
 __all__ = [
     "accumulate",
     "await_word",
+    "clock",
     "described",
     "described_weight",
     "load_tile",
     "multiply",
+    "release_word",
     "visited_chunk",
     "visited_tile",
 ]
 
 
-@triton.jit
-def await_word(word, wanted, aborted, ASYNC: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Returns whether the word has reached ``wanted``: at once if it has, else as soon as it has or ``aborted`` is set.
+_CODE = tl.constexpr(CONTROL_WORDS["code"])
+_TAG = tl.constexpr(CONTROL_WORDS["tag"])
+_EXPECTED = tl.constexpr(CONTROL_WORDS["expected"])
+_SEEN = tl.constexpr(CONTROL_WORDS["seen"])
+_CLAIMED = tl.constexpr(CONTROL_WORDS["claimed"])
+_RECORDED = tl.constexpr(CONTROL_WORDS["recorded"])
+_TIMED_OUT = tl.constexpr(1)
+# Polls between two looks at the clock and at the host's word, which lies behind the bus: about every 50 microseconds.
+_LOOK_EVERY = tl.constexpr(32)
 
-    Args:
-        word, aborted: pointers to int32.
-        ASYNC: descriptors read what the word stands for.
+if interpreted():
+
+    def clock():
+        """As below, of the host: the interpreter runs kernels as Python."""
+        return (time.monotonic_ns() // TICK_NS + 2**31) % 2**32 - 2**31
+
+else:
+
+    @triton.jit
+    def clock():
+        """Ticks of 2**20 ns of the clock that all multiprocessors of a device share; int32, wraps around.
+
+        Threads read it one by one and branch on it together: all take the latest that any of them saw.
+        """
+        lanes = tl.arange(0, tl.extra.cuda.num_threads())
+        times = tl.inline_asm_elementwise(
+            "{ .reg .u64 time; mov.u64 time, %globaltimer; shr.u64 time, time, 20; cvt.u32.u64 $0, time; }",
+            "=r,r",
+            [lanes],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        return tl.max(times, 0)
+
+
+@triton.jit
+def release_word(address, value, INTERPRETED: tl.constexpr):
+    """Stores ``value`` in the int32 word at ``address`` (int64), in a peer's memory or the host's, after all that was
+    acquired.
+
+    A store rather than an exchange: a word has one writer, and not every link between GPUs carries atomics.
     """
-    missing = tl.atomic_add(word, 0, sem="acquire", scope="sys") - wanted < 0
-    waiting = missing & (tl.atomic_add(aborted, 0, sem="acquire", scope="sys") == 0)
+    if INTERPRETED:
+        tl.atomic_xchg(address.to(tl.pointer_type(tl.int32)), value, sem="release", scope="sys")
+    else:
+        # Inline assembly runs on every thread.  The atomics before it, one thread's, end in a barrier of the program.
+        tl.inline_asm_elementwise(
+            "{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; "
+            "@first st.release.sys.global.u32 [$1], $2; mov.u32 $0, $2; }",
+            "=r,l,r",
+            [address, value],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def give_up(aborted, control, code, tag, wanted, seen, INTERPRETED: tl.constexpr):
+    """Says which wait gave up, unless another one has, and ends all waits of the rank: ``wait.cuh``, in Triton."""
+    address = tl.load(control)
+    block = address.to(tl.pointer_type(tl.int32))
+    # The scope of the device is enough: all waits of a rank run on it, and the host only reads.
+    if tl.atomic_cas(block + _CLAIMED, 0, 1, sem="acq_rel", scope="gpu") == 0:
+        tl.store(block + _CODE, code)
+        tl.store(block + _TAG, tag)
+        tl.store(block + _EXPECTED, wanted)
+        tl.store(block + _SEEN, seen)
+        tl.debug_barrier()
+        release_word(address + 4 * _RECORDED, 1, INTERPRETED)
+    tl.atomic_xchg(aborted, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def keep_waiting(word, wanted, aborted, control, ticks, tag, INTERPRETED: tl.constexpr):
+    """The part of :func:`await_word` that a word which is there never comes to; returns whether it is still missing."""
+    began = clock()
+    seen = tl.atomic_add(word, 0, sem="acquire", scope="sys")
+    waiting = (seen - wanted < 0) & (tl.atomic_add(aborted, 0, sem="acquire", scope="sys") == 0)
+    code = 0
+    polls = 0
     while waiting:
         if not INTERPRETED:
             # All programs may wait for one word: a pause keeps their polling out of the data's way.
             tl.inline_asm_elementwise(
                 "nanosleep.u32 $1; mov.u32 $0, $1;", "=r,r", [64], dtype=tl.int32, is_pure=False, pack=1
             )
-        missing = tl.atomic_add(word, 0, sem="acquire", scope="sys") - wanted < 0
-        waiting = missing & (tl.atomic_add(aborted, 0, sem="acquire", scope="sys") == 0)
+        seen = tl.atomic_add(word, 0, sem="acquire", scope="sys")
+        waiting = (seen - wanted < 0) & (tl.atomic_add(aborted, 0, sem="acquire", scope="sys") == 0)
+        polls += 1
+        if waiting & (polls % _LOOK_EVERY == 0):
+            # The block's first word is the host's, zero unless it ends the waits.
+            code = tl.atomic_add(tl.load(control).to(tl.pointer_type(tl.int32)), 0, sem="acquire", scope="sys")
+            late = clock() - began >= ticks
+            code = tl.where((code == 0) & late, _TIMED_OUT, code)
+            waiting = code == 0
+    if code != 0:
+        # A peer may have signalled, and ended in order, between the two looks.
+        seen = tl.atomic_add(word, 0, sem="acquire", scope="sys")
+        if seen - wanted < 0:
+            give_up(aborted, control, code, tag, wanted, seen, INTERPRETED)
+    return seen - wanted < 0
+
+
+@triton.jit
+def await_word(word, wanted, aborted, control, ticks, tag, ASYNC: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Returns whether the word has reached ``wanted``: at once if it has, else as soon as it has or the wait is over.
+
+    A wait is over when ``aborted`` is set; when the host's word is, within about 50 microseconds; and after ``ticks``.
+    In the last two cases it writes into the host's block which wait that was, and sets ``aborted``.
+
+    Args:
+        word, aborted: pointers to int32.
+        wanted: int32.
+        control: pointer to int64, the address of the block that host and device share.
+        ticks: of :func:`clock`, from the first look at a word that was not there.
+        tag: number by which the host knows what is waited for.
+        ASYNC: descriptors read what the word stands for.
+    """
+    missing = tl.atomic_add(word, 0, sem="acquire", scope="sys") - wanted < 0
+    if missing:
+        missing = keep_waiting(word, wanted, aborted, control, ticks, tag, INTERPRETED)
     if ASYNC and not INTERPRETED:
         tl.inline_asm_elementwise(
             "fence.proxy.async.global; mov.u32 $0, $1;", "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1

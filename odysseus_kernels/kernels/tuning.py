@@ -37,6 +37,9 @@ class Signals:
         self.counters = torch.zeros(world, dtype=torch.int32, device=device)
         self.epoch = torch.zeros(1, dtype=torch.int32, device=device)
         self.aborted = torch.zeros(1, dtype=torch.int32, device=device)
+        # A block that no host looks at: nothing waits.
+        self._block = torch.zeros(32, dtype=torch.int32, device=device)
+        self.control = torch.tensor([self._block.data_ptr()], dtype=torch.int64).to(device)
 
     def waited_addresses(self) -> Tensor:
         """int64 [world]: addresses of satisfied words."""

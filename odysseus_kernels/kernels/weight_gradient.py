@@ -24,6 +24,7 @@ from odysseus_kernels.kernels.launch import (
     launch,
     matrix,
     ring,
+    ticks,
 )
 from odysseus_kernels.kernels.tiles import await_word, described, load_tile, multiply, visited_chunk, visited_tile
 
@@ -33,8 +34,8 @@ __all__ = ["weight_gradient", "weight_gradient_kernel"]
 # Ranks run one binary: the numbers are not compiled in, nor whether an address of words, which differs from window to
 # window, is a multiple of 16.
 @triton.jit(
-    do_not_specialize=["rank", "world", "pieces"],
-    do_not_specialize_on_alignment=["words", "epoch", "aborted"],
+    do_not_specialize=["rank", "world", "pieces", "ticks", "tag"],
+    do_not_specialize_on_alignment=["words", "epoch", "aborted", "control"],
 )
 def weight_gradient_kernel(
     out,
@@ -44,6 +45,9 @@ def weight_gradient_kernel(
     words,
     epoch,
     aborted,
+    control,
+    ticks,
+    tag,
     rows,
     height,
     width,
@@ -90,7 +94,10 @@ def weight_gradient_kernel(
             b, before, b_stride = here, 0, local_stride
             if visit > 0:
                 if visit > seen:
-                    await_word(words + visit - 1, base + pieces, aborted, DESCRIPTORS, INTERPRETED)
+                    which = tag + visit * pieces - 1
+                    await_word(
+                        words + visit - 1, base + pieces, aborted, control, ticks, which, DESCRIPTORS, INTERPRETED
+                    )
                     seen = visit
                 b, before, b_stride = there, (visit - 1) * gathered_rows, gathered_stride
             start = visited_chunk(visit, rank, world, RING) * rows
@@ -118,6 +125,9 @@ def weight_gradient(
     words: Tensor | None,
     epoch: Tensor | None,
     aborted: Tensor | None,
+    control: Tensor | None,
+    timeout_s: float = 600.0,
+    tag: int = 0,
     accumulate: bool = False,
     config: TileConfig | None = None,
 ) -> None:
@@ -137,15 +147,19 @@ def weight_gradient(
         words: int32 [world - 1]: word i reaches ``epoch * 256 + pieces`` when ``gathered[i]`` is there.
         epoch: int32 [1], local: the epoch in which ``words`` count, read when the kernel runs.
         aborted: int32 [1], local: once it is not zero nothing waits any more, and the output is worth nothing.
+        control: int64 [1], local: address of the block of words by which host and device end waits (``cuda.Control``).
+        timeout_s: seconds after which a wait for a word gives up: it writes what it waited for into that block and sets
+            ``aborted``.
+        tag: the block then says ``tag + i * pieces + pieces - 1`` for ``gathered[i]``.
         accumulate: add to ``out``, which is then float32, instead of overwriting it.  With ``world=1`` (and None for
-            gathered, words, epoch and aborted) this takes chunks one by one.
+            gathered, words, epoch, aborted and control) this takes chunks one by one.
         config: tiles; by default the one that should be fastest.
 
     Raises:
         ValueError: an argument does not fit; the message names what was expected and what was given.
     """
     check_matrix("local", local, (None, None), local, dtype=True)
-    check_signals(rank, world, epoch, aborted, local)
+    check_signals(rank, world, epoch, aborted, control, local)
     chunks = check_chunks(local, gathered, world, pieces, words)
     rows, width = local.shape
     check_matrix("grads", grads, (world * rows, None), local, dtype=True)
@@ -160,7 +174,7 @@ def weight_gradient(
     if config.descriptors and world > 1 and rows % config.block_k:
         # Past the end of a chunk a descriptor would read the next one, whose products belong to other rows.
         config = dataclasses.replace(config, descriptors=False)
-    unused = local.new_empty(1, dtype=torch.int32)
+    unused, no_table = local.new_empty(1, dtype=torch.int32), local.new_empty(1, dtype=torch.int64)
     arguments = {
         "out": out,
         "grads": grads,
@@ -169,6 +183,9 @@ def weight_gradient(
         "words": unused if words is None else words,
         "epoch": unused if epoch is None else epoch,
         "aborted": unused if aborted is None else aborted,
+        "control": no_table if control is None else control,
+        "ticks": ticks(timeout_s),
+        "tag": tag,
         "rows": rows,
         "height": height,
         "width": width,

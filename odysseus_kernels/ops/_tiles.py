@@ -7,19 +7,21 @@ and launches it once.  Later calls with such operands find that done.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from odysseus_kernels.comm.tiles import TileGather, TileScatter
+from odysseus_kernels.comm.tiles import TileGather, TileScatter, WaitLimit
 from odysseus_kernels.ops._products import Layout, WeightGradient
 
 if TYPE_CHECKING:
     from odysseus_kernels.kernels.configs import Kernel, Problem, TileConfig
+    from odysseus_kernels.kernels.tuning import Signals
 
 Trial = Callable[["TileConfig | None"], None]
 
@@ -36,6 +38,7 @@ __all__ = [
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_PROJECTIONS = 3
+_TRIAL_S = 10.0  # that no wait of a kernel which is only tried ever takes
 
 
 def can_serve(layout: Layout, weights: Sequence[Tensor]) -> bool:
@@ -56,6 +59,16 @@ def _installed() -> bool:
 def _operands(*tensors: Tensor | None) -> Hashable:
     """All that a compiler may specialise on besides their sizes."""
     return tuple(None if t is None else (t.dtype, t.stride(), t.data_ptr() % 16) for t in tensors)
+
+
+def _limit(limit: WaitLimit) -> dict[str, Any]:
+    """As kernels take it."""
+    return {field.name: getattr(limit, field.name) for field in dataclasses.fields(limit)}
+
+
+def _satisfied(signals: Signals) -> WaitLimit:
+    """Of waits that find every signal given."""
+    return WaitLimit(signals.aborted, signals.control, _TRIAL_S, 0)
 
 
 def _prepare(
@@ -102,7 +115,7 @@ def prepare_project(
         from odysseus_kernels.kernels.tuning import Signals
 
         signals, gathered = Signals(world, local.device), local.new_empty((world - 1, *local.shape))
-        found = TileGather(rank, world, local, gathered, 1, signals.words[: world - 1], signals.epoch, signals.aborted)
+        found = TileGather(rank, world, local, gathered, 1, signals.words[: world - 1], signals.epoch, _satisfied(signals))
         return lambda config: _run_project(found, outs, weights, biases, config)
 
     problem, layout = _projection(local, world, weights, biases)
@@ -139,7 +152,7 @@ def _run_project(
         pieces=found.pieces,
         words=found.words,
         epoch=found.epoch,
-        aborted=found.aborted,
+        **_limit(found.limit),
         config=config,
     )
 
@@ -189,7 +202,7 @@ def prepare_scatter(
             1,
             signals.counters,
             signals.epoch,
-            signals.aborted,
+            _satisfied(signals),
         )
 
         def run(config: TileConfig | None, kept: object = (signals, place)) -> None:
@@ -236,7 +249,7 @@ def _run_scatter(
         arrived_value=found.arrived_value,
         counters=found.counters,
         epoch=found.epoch,
-        aborted=found.aborted,
+        **_limit(found.limit),
         config=config,
     )
 
@@ -267,7 +280,7 @@ def prepare_weight_gradient(
         from odysseus_kernels.kernels.tuning import Signals
 
         signals, gathered = Signals(world, chunk.device), chunk.new_empty((world - 1, *chunk.shape))
-        found = TileGather(rank, world, chunk, gathered, 1, signals.words[: world - 1], signals.epoch, signals.aborted)
+        found = TileGather(rank, world, chunk, gathered, 1, signals.words[: world - 1], signals.epoch, _satisfied(signals))
         return lambda config: _run_weight_gradient(found, out, local, config)
 
     problem = _gradient(chunk, world, local)
@@ -300,6 +313,6 @@ def _run_weight_gradient(found: TileGather, out: Tensor, local: Tensor, config: 
         pieces=found.pieces,
         words=found.words,
         epoch=found.epoch,
-        aborted=found.aborted,
+        **_limit(found.limit),
         config=config,
     )

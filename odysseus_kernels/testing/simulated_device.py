@@ -21,6 +21,7 @@ from odysseus_kernels.comm.mismatch import describe_mismatch, signature_hash
 from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS
 from odysseus_kernels.comm.transport import Call
 from odysseus_kernels.errors import CommunicationError, RankMismatchError, SignalTimeoutError
+from odysseus_kernels.testing.host_control import HostControl
 from odysseus_kernels.testing.replays import Node, edges, one_at_a_time
 from odysseus_kernels.testing.simulated_operations import Event, Item, SimulatedOperations
 
@@ -163,6 +164,7 @@ class SimulatedDevice:
     def __init__(self, machine: SimulatedMachine, rank: int) -> None:
         self.machine, self.rank = machine, rank
         self.aborted = torch.zeros(1, dtype=torch.int32)
+        self.control = HostControl()  # of kernels that wait by themselves
         self.waits: list[str] = []
         self.error: tuple[int, int] | None = None  # tag and index of the first wait that gave up
         self._epochs = {kind: torch.zeros(WINDOWS, dtype=torch.int32) for kind in _KINDS}
@@ -215,6 +217,9 @@ class SimulatedDevice:
     def aborted_tensor(self) -> Tensor:
         return self.aborted
 
+    def control_tensor(self) -> Tensor:
+        return self.control.address
+
     def backed(self, kind: str, window: int) -> int:
         return self._backed.get((kind, window), 0)
 
@@ -245,9 +250,12 @@ class SimulatedDevice:
         self.aborted.fill_(1)
 
     def failure(self) -> CommunicationError | None:
-        if self.error is None:
+        if self.error is not None:
+            tag, index = self.error
+        elif (found := self.control.error()) is not None:
+            _, tag, index, _, _ = found
+        else:
             return None
-        tag, index = self.error
         return SignalTimeoutError(self.waits[tag + index])
 
     def synchronize(self) -> None:

@@ -117,6 +117,7 @@ def gradient() -> None:
             words=None,
             epoch=None,
             aborted=None,
+            control=None,
             accumulate=True,
             config=DESCRIPTORS,
         )
@@ -163,6 +164,8 @@ def arguments() -> None:
         ("gathered", case.gathered.half(), "gathered: expected torch.bfloat16, got torch.float16"),
         ("words", case.words.long(), "words: expected a contiguous tensor of torch.int32 with 2 or more"),
         ("epoch", None, "epoch: expected a contiguous tensor of torch.int32 .* got None"),
+        ("control", None, "control: expected a contiguous tensor of torch.int64 with 1 or more elements .* got None"),
+        ("timeout_s", 0.0, "timeout_s: expected seconds above 0, got 0.0"),
         ("weights", [weight[:, :-1]], r"weights\[0\]: expected shape \[any, 24\], not empty, got \(40, 23\)"),
         ("weights", [weight.float()], r"weights\[0\]: expected torch.bfloat16, got torch.float32"),
         (
@@ -183,6 +186,7 @@ def arguments() -> None:
     good = {"own": scattered.own, "xs": scattered.xs, "weights": scattered.weights, "bias": None, "slots": table}
     good |= {"rank": 1, "world": 3, "credits": table, "credit_value": -1, "arrived": table, "arrived_value": 255}
     good |= {"counters": scattered.counters, "epoch": scattered.epochs, "aborted": scattered.aborted}
+    good["control"] = scattered.control.address
     for name, value, message in (
         ("slots", None, "slots: expected a contiguous tensor of torch.int64 with 3 or more elements on cpu, got None"),
         ("credit_value", -256, "credit_value: expected -255 to 255, got -256"),
@@ -198,16 +202,16 @@ def arguments() -> None:
 def aborted() -> None:
     """A wait for what never comes ends as soon as ``aborted`` is set; no credit, no store; no word is set."""
     case = GatherCase(world=2, rank=0, rows=16)
-    _later(lambda: case.aborted.fill_(1))
-    _ends(lambda: case.multiply(POINTERS))
+    later(lambda: case.aborted.fill_(1))
+    ends(lambda: case.multiply(POINTERS))
     check_product(case.outs[0][:16], case.local, case.weights[0].mT, case.biases[0])
     case.aborted.zero_()
-    _later(lambda: case.aborted.fill_(1))
-    _ends(lambda: case.gradient(POINTERS, swapped=False, accumulate=False, out_dtype=torch.float32), fails=True)
+    later(lambda: case.aborted.fill_(1))
+    ends(lambda: case.gradient(POINTERS, swapped=False, accumulate=False, out_dtype=torch.float32), fails=True)
     scattered = ScatterCase(world=3, rank=0)
     scattered.credits[2] = word(scattered.epoch, -2)
-    _later(lambda: scattered.aborted.fill_(7))
-    _ends(lambda: scattered.multiply(POINTERS))
+    later(lambda: scattered.aborted.fill_(7))
+    ends(lambda: scattered.multiply(POINTERS))
     assert scattered.parts[2].isnan().all()
     assert scattered.arrived.tolist()[2] == -1
     assert (scattered.counters == 0).all()
@@ -220,12 +224,12 @@ def aborted() -> None:
     check_product(scattered.own, a, scattered.weights[0].mT, scattered.bias_tensor)
 
 
-def _later(action: Callable[[], object], seconds: float = 0.3) -> None:
+def later(action: Callable[[], object], seconds: float = 0.3) -> None:
     threading.Timer(seconds, action).start()
 
 
-def _ends(action: Callable[[], None], *, fails: bool = False) -> None:
-    """``action`` waits until the timer of :func:`_later`, and not much longer."""
+def ends(action: Callable[[], None], *, fails: bool = False) -> None:
+    """``action`` waits until the timer of :func:`later`, and not much longer."""
     began = time.perf_counter()
     if fails:
         with pytest.raises(AssertionError, match="error"):  # of a result that is worth nothing
@@ -329,6 +333,7 @@ def two_scatter(rank: int, path: str) -> None:
             counters=mine.counters,
             epoch=mine.epochs,
             aborted=mine.aborted,
+            control=mine.control.address,
             config=POINTERS,
             **tables,
         )

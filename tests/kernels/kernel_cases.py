@@ -10,6 +10,7 @@ from torch import Tensor
 from odysseus_kernels.kernels.gather_matmul import gather_matmul
 from odysseus_kernels.kernels.matmul_scatter import matmul_scatter
 from odysseus_kernels.kernels.weight_gradient import weight_gradient
+from odysseus_kernels.testing.host_control import HostControl
 
 # Largest relative error of one rounding: a whole unit in the last place, since the interpreter truncates fp32 to
 # bfloat16.  fp32 results are not rounded at the end, and the term for sums covers them.
@@ -114,6 +115,8 @@ class GatherCase:
         self.words = torch.full((max(1, self.world - 1),), word(self.epoch, -1), **integers)
         self.epochs = torch.full((1,), self.epoch, **integers)
         self.aborted = torch.zeros(1, **integers)
+        self.control = HostControl(self.device)
+        self.timeout_s, self.tag = 60.0, 0
 
     def wanted(self, value: int) -> int:
         """The word for ``value`` in this epoch."""
@@ -137,6 +140,9 @@ class GatherCase:
             "words": None if one else self.words,
             "epoch": None if one else self.epochs,
             "aborted": None if one else self.aborted,
+            "control": None if one else self.control.address,
+            "timeout_s": self.timeout_s,
+            "tag": self.tag,
         }
 
     def multiply(self, config: object) -> None:
@@ -199,6 +205,8 @@ class ScatterCase:
         self.counters = torch.zeros(self.world, **integers)
         self.epochs = torch.full((1,), self.epoch, **integers)
         self.aborted = torch.zeros(1, **integers)
+        self.control = HostControl(self.device)
+        self.timeout_s, self.tag = 60.0, 0
 
     def table(self, tensors: list[Tensor]) -> Tensor:
         """Their addresses."""
@@ -221,6 +229,9 @@ class ScatterCase:
             counters=None if one else self.counters,
             epoch=None if one else self.epochs,
             aborted=None if one else self.aborted,
+            control=None if one else self.control.address,
+            timeout_s=self.timeout_s,
+            tag=self.tag,
             config=config,
         )
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from kernel_cases import GatherCase, ScatterCase, check_product, word
 
+from odysseus_kernels._ext import CONTROL_WORDS
 from odysseus_kernels.kernels.configs import DTYPES, TileConfig, shipped
 from odysseus_kernels.kernels.launch import target_of
 
@@ -225,6 +226,35 @@ def test_aborted_ends_all_waits() -> None:
     assert scatter.parts[2].isnan().all()
     assert scatter.arrived.tolist() == [-1, -1, -1]
     assert (scatter.counters == 0).all()
+
+
+@pytest.mark.parametrize("end", ("late", "stopped"))
+def test_a_word_that_never_comes_ends_its_waits(end: str) -> None:
+    """At the limit, or when the host says so; the block says which wait it was, and later ones end at once."""
+    config = TileConfig(64, 64, 32, warps=4, stages=2, sms=16)
+    ready = GatherCase(world=2, rank=0, rows=128, device=_DEVICE)
+    ready.deliver()
+    ready.multiply(config)  # compiles
+    case = GatherCase(world=2, rank=0, rows=128, device=_DEVICE)
+    case.timeout_s, case.tag = (0.5 if end == "late" else 30.0), 40
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    case.multiply(config)
+    if end == "stopped":
+        stop = torch.full((1,), 7, dtype=torch.int32).pin_memory()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            case.control.words[CONTROL_WORDS["abort"] :][:1].copy_(stop, non_blocking=True)
+    torch.cuda.synchronize()
+    taken = time.perf_counter() - began
+    assert 0.45 < taken < 5 if end == "late" else taken < 5
+    assert case.aborted.item() == 1
+    expected, seen = (value % 2**32 for value in (case.wanted(1), case.wanted(-1)))
+    assert case.control.error() == (1 if end == "late" else 7, 40, 0, expected, seen)
+    began = time.perf_counter()
+    case.multiply(config)
+    torch.cuda.synchronize()
+    assert time.perf_counter() - began < 0.4
+    check_product(case.outs[0][:128], case.local, case.weights[0].mT, case.biases[0])
 
 
 def test_captured_calls_follow_the_epoch() -> None:

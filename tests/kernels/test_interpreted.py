@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 _SCRIPT = Path(__file__).with_name("interpreted_run.py")
+_LIMITS = Path(__file__).with_name("interpreted_limits.py")
 _NUMPY = tuple(int(part) for part in numpy.__version__.split(".")[:2])
 
 # Triton's interpreter relies on conversions of arrays to numbers that NumPy 2.5 refuses.
@@ -22,9 +23,9 @@ pytestmark = [
 ]
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
+def _start(*arguments: str, script: Path = _SCRIPT) -> subprocess.Popen[str]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", str(_SCRIPT), *arguments]
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", str(script), *arguments]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -41,6 +42,10 @@ def _finish(*processes: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize("check", ["gather", "scatter", "gradient", "fallback", "arguments", "aborted", "prepared"])
 def test_kernels(check: str) -> None:
     _finish(_start(check))
+
+
+def test_a_wait_for_what_never_comes_is_an_error_with_names() -> None:
+    _finish(_start(script=_LIMITS))
 
 
 @pytest.mark.parametrize("check", ["two_gather", "two_scatter"])

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from triton.compiler.errors import CompilationError, UnsupportedLanguageConstruct
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from odysseus_kernels.comm.tiles import TileGather
+from odysseus_kernels.comm.tiles import TileGather, WaitLimit
 from odysseus_kernels.errors import KernelUnavailableError
 from odysseus_kernels.kernels import gather_matmul, matmul_scatter, prepare, weight_gradient
 from odysseus_kernels.ops import _tiles
@@ -95,7 +95,8 @@ def test_projections_are_launched_once_for_each_kind_of_operands(dtype: torch.dt
             _tiles.prepare_project(local, RANK, WORLD, [out], [one], [None])
         assert len(launched) == (3 if dtype == torch.bfloat16 else 2)  # the last one: another dtype, or all the same
         words, zero = torch.full((WORLD - 1,), 255), torch.zeros(1, dtype=torch.int32)
-        found = TileGather(RANK, WORLD, local, torch.empty(WORLD - 1, ROWS, DEPTH), 1, words, zero, zero)
+        limit = WaitLimit(zero, zero.long(), 5.0, 7)
+        found = TileGather(RANK, WORLD, local, torch.empty(WORLD - 1, ROWS, DEPTH), 1, words, zero, limit)
         _tiles.project(found, [out], [weight], [None])
     assert len(launched) == (4 if dtype == torch.bfloat16 else 3)
 

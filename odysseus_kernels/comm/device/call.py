@@ -11,7 +11,7 @@ from torch import Tensor
 from odysseus_kernels.comm.device.lowering import Block, Operations, Places, Plan
 from odysseus_kernels.comm.schedules.device import FINAL, PREVIOUS_USE, RECEIVE, SLOT, STAGE, receive_part
 from odysseus_kernels.comm.schedules.steps import SHARD, Region, Step, Task
-from odysseus_kernels.comm.tiles import TileGather, TileScatter
+from odysseus_kernels.comm.tiles import TileGather, TileScatter, WaitLimit
 from odysseus_kernels.comm.transport import Call, Gather, Scatter
 from odysseus_kernels.errors import CommunicationError
 
@@ -72,6 +72,9 @@ class Device(Places, Protocol):
 
     def aborted_tensor(self) -> Tensor:
         """Not zero once a wait gave up, int32 [1]."""
+
+    def control_tensor(self) -> Tensor:
+        """Address of the block by which waits are ended and say that they gave up, int64 [1]."""
 
     def counter_tensor(self) -> Tensor:
         """Scratch words of kernels that signal, int32 [world], zeros between them."""
@@ -189,7 +192,9 @@ def describe_wait(operator: str, step: Step, rank: int) -> str:
     """What is waited for, as an error says it."""
     word = step.word
     assert word is not None
-    if word.is_ready and word.buffer != RECEIVE:
+    if word.buffer == SLOT:
+        what = f"chunk {step.rank}, piece {step.piece}, to be copied here from rank {step.rank}"
+    elif word.is_ready and word.buffer != RECEIVE:
         what = f"rank {word.owner} to publish chunk {word.owner}, piece {step.piece} of its shard"
     elif word.is_ready:
         what = f"rank {word.owner} to add up what it was sent before (chunk {word.owner}, piece {step.piece})"
@@ -214,9 +219,10 @@ def check_sums(call: Call) -> None:
 # ---- one kernel that waits and signals by itself ---------------------------------------------------------------------
 
 
-def tile_callback(device: Device, call: Call, scratch: Scratch, rank: int, world: int) -> Callable[[], None]:
-    """The kernel of the operator, with all that it waits for and signals."""
+def tile_callback(device: Device, call: Call, scratch: Scratch, rank: int, world: int, tag: int) -> Callable[[], None]:
+    """The kernel of the operator, with all that it waits for and signals; ``tag`` is the number of its first wait."""
     gather, scatter = call.gather, call.scatter
+    limit = WaitLimit(device.aborted_tensor(), device.control_tensor(), call.config.timeout_s, tag)
     if gather is not None and gather.tiles is not None and scratch.shard is not None:
         window, pieces, serve = scratch.windows[SHARD], scratch.shard.pieces, gather.tiles
         shard = gather.shard[0]
@@ -224,8 +230,7 @@ def tile_callback(device: Device, call: Call, scratch: Scratch, rank: int, world
         def consume() -> None:
             gathered = scratch.slots(shard.dtype).view(world - 1, *shard.shape)
             words = device.word_tensor(SHARD, window)[: world - 1]
-            epoch, aborted = device.epoch_tensor(SHARD, window), device.aborted_tensor()
-            serve(TileGather(rank, world, shard, gathered, pieces, words, epoch, aborted))
+            serve(TileGather(rank, world, shard, gathered, pieces, words, device.epoch_tensor(SHARD, window), limit))
 
         return consume
     assert scatter is not None and scatter.tiles is not None and scratch.out is not None
@@ -245,6 +250,6 @@ def tile_callback(device: Device, call: Call, scratch: Scratch, rank: int, world
         FINAL,
         device.counter_tensor(),
         device.epoch_tensor(RECEIVE, window),
-        device.aborted_tensor(),
+        limit,
     )
     return lambda: produce(tile_scatter)

@@ -76,6 +76,7 @@ class CudaDevice:
         self._state = torch.zeros(len(_KINDS) * WINDOWS + world + 1, dtype=torch.int32, device=device)
         torch.cuda.synchronize(device)
         self._control = self._native.Control(device.index, self._state[-1:].data_ptr())
+        self._control_address = torch.tensor([self._control.block], dtype=torch.int64).to(device)
         self.waits: list[str] = []
         self._supervisor = Supervisor(self._control, ledger, self.waits)
         self._streams = [torch.cuda.Stream(device, _HIGH_PRIORITY) for name in STREAMS if name != COMPUTE]
@@ -103,6 +104,9 @@ class CudaDevice:
 
     def aborted_tensor(self) -> Tensor:
         return self._state[-1:]
+
+    def control_tensor(self) -> Tensor:
+        return self._control_address
 
     def word_tensor(self, kind: str, window: int) -> Tensor:
         start = word_index(self._world, kind, window, 2, 0)

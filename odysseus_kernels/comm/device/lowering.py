@@ -158,6 +158,7 @@ class Plan:
     actions: tuple[Action, ...]
     slot_bytes: int
     stage_bytes: int
+    inside_tag: int = 0  # number of the first wait that a kernel makes by itself
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -243,7 +244,9 @@ class _Lowering:
             slot_bytes = cells if self.layout == "cells" else (self.world - 1) * self.shard.nbytes
         if self.out and self.layout == "cells":
             stage_bytes = STAGES * self.out.cell_bytes
-        return Plan(self.operations, tuple(actions), slot_bytes, stage_bytes)
+        inside_waits = [step for step in schedule.steps if step.inside and step.kind is Kind.WAIT]
+        inside_tag = self.tag(inside_waits) if inside_waits else 0
+        return Plan(self.operations, tuple(actions), slot_bytes, stage_bytes, inside_tag)
 
     def _merges(self, waits: list[Step], step: Step) -> bool:
         one, other = waits[-1].word, step.word

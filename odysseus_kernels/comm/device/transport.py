@@ -254,7 +254,8 @@ class SymmetricDeviceTransport(Transport):
             schedule = self._schedule(call, scratch, published=taken is not None)
             plan = self._lower(call, schedule, scratch, "visits" if tiles else "ranks" if whole else "cells")
             self._remember(key, plan)
-        scratch.tiles = tile_callback(self._device, call, scratch, self.rank, self.world) if tiles else None
+        if tiles:
+            scratch.tiles = tile_callback(self._device, call, scratch, self.rank, self.world, plan.inside_tag)
         return plan, ended
 
     def _undo(self, leases: dict[str, Lease], taken: Lease | None, ahead: tuple[SentAhead, Lease] | None) -> None:

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.common.measure import EventTimer
-from benchmarks.device import emulated, kernels
+from benchmarks.device import emulated, isolated, kernels
 from benchmarks.device import report as emulated_report
 from benchmarks.device import workload as emulated_workload
-from benchmarks.device.cases import EmulatedCase
+from benchmarks.device.cases import EmulatedCase, make_emulated_cases
 from benchmarks.device.workload import MODES, EmulatedWorkload, Emulation, fake_group
 from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS
 from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
@@ -143,7 +143,15 @@ def _pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _arguments(output: Path) -> argparse.Namespace:
     return argparse.Namespace(
-        link=["paced:1"], cases="", quick=False, repeats=2, budget=50.0, output=output, device="cuda"
+        link=["paced:1"],
+        cases="",
+        quick=False,
+        repeats=2,
+        budget=50.0,
+        output=output,
+        device="cuda",
+        row_limit=None,
+        measure=["kernels", "links"],
     )
 
 
@@ -220,6 +228,48 @@ def test_an_interrupted_run_keeps_its_rows_and_says_so(
     assert document["not_run"] == [_CASES[2].name, _CASES[3].name]
     assert any("INTERRUPTED" in note for note in document["notes"])
     assert "interrupted: what was measured so far is kept" in capsys.readouterr().err
+
+
+def test_rows_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a limit for a row the document has the rows that ended, and names those that failed or did not begin."""
+    names = [case.name for case in _CASES]
+    with _emulation() as emulation:
+        row = emulated.measure_case(_CASES[0], emulation, rounds=2, timed=_wall, synchronize=lambda: None)
+    outcomes = [
+        isolated.Outcome("reduce of 2", 1.0, failed="it was ended after 9 s, the limit of a row"),
+        isolated.Outcome(
+            names[0], 2.0, {"row": emulated_report.summarize(row), "copies": "Copies run on copy engines."}
+        ),
+    ]
+
+    def measure_each(jobs: Any, path: Path, *, limit_s: float, deadline: float, preload: Any) -> Iterator[Any]:
+        assert [job.name for job in jobs] == ["reduce of 2", *names] and limit_s == 9.0 and deadline < math.inf
+        lines = [{"planned": [job.name for job in jobs]}, *(dataclasses.asdict(outcome) for outcome in outcomes)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        yield from outcomes
+
+    _pretend_a_gpu(monkeypatch)
+    monkeypatch.setattr(isolated, "measure_each", measure_each)
+    monkeypatch.setattr(kernels, "problem_names", lambda quick: ["reduce of 2"])
+    monkeypatch.setattr(kernels, "note_multicast", lambda device: "multimem_reduce: not measured.")
+    arguments = _arguments(tmp_path)
+    arguments.row_limit = 9.0
+    assert emulated.run(arguments) == 1
+    document = json.loads(next(tmp_path.glob("emulated-*.json")).read_text())
+    assert [found["name"] for found in document["rows"]] == names[:1]
+    assert document["failed"] == [{"name": "reduce of 2", "failed": "it was ended after 9 s, the limit of a row"}]
+    assert document["not_run"] == names[1:]
+    assert document["notes"] == ["multimem_reduce: not measured.", "Copies run on copy engines."]
+
+
+def test_what_is_compiled_before_is_what_rows_launch() -> None:
+    """An operator and phase each, whose sizes a launch specialises on as on the benchmark's: all multiples of 16."""
+    pytest.importorskip("triton")
+    from benchmarks.device.warm import warm_cases
+
+    wanted = {(case.operator, case.phase) for case in make_emulated_cases()}
+    assert {(case.operator, case.phase) for case in warm_cases()} == wanted
+    assert all(size % 16 == 0 for case in warm_cases() for size in (case.rows, case.inner, case.outer))
 
 
 def test_tiles_that_do_not_compile_are_impossible_and_other_modes_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_a_wrong_result_reaches_nothing() -> None:
 def _document(monkeypatch: pytest.MonkeyPatch, *rows: dict[str, Any]) -> dict[str, Any]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
-    arguments = argparse.Namespace(link=["paced:450"], cases="", quick=False)
+    arguments = argparse.Namespace(link=["paced:450"], cases="", quick=False, measure=["kernels", "links"])
     done = emulated._Run(torch.device("cuda", 0), 15, math.inf)
     done.rows = [emulated_report.summarize(row) for row in rows]
     done.failed = [{"name": "some row", "failed": "RuntimeError: out of memory"}]
@@ -166,7 +166,7 @@ def test_documents_label_links_as_emulated(
 ) -> None:
     times = {"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 4.0}
     document = _document(monkeypatch, _row(times), _row(times, wrong=("fused",), link="paced:450"))
-    paths = emulated.write(document, tmp_path / "new")
+    paths = emulated_report.write(document, tmp_path / "new")
     read = json.loads(paths[0].read_text())
     assert (read["kind"], read["schema"]) == ("emulated", 1)
     assert read["rows"][1]["errors"]["fused"]["output"] == "nan"

@@ -13,6 +13,7 @@ import torch
 from simulated_group import CONFIG, WIDTH, Group
 from torch import Tensor
 
+from odysseus_kernels._ext import CONTROL_WORDS
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.comm.schedules.steps import piece_bounds
 from odysseus_kernels.comm.tiles import TileGather, TileScatter
@@ -285,6 +286,14 @@ def test_tile_gather_gets_chunks_in_the_order_of_visits() -> None:
             assert torch.equal(found.gathered, torch.stack(expected))
             # The kernel runs before the epoch advances; here everything has happened.
             assert (found.words - (int(found.epoch) - 1) * 256 >= pieces).all()
+            names = group.machine.devices[found.rank].waits[found.limit.tag :][: (world - 1) * pieces]
+            mine = f"operator: rank {found.rank} waited for chunk"
+            assert names == [
+                f"{mine} {source}, piece {piece}, to be copied here from rank {source}"
+                for source in ((found.rank + visit) % world for visit in range(1, world))
+                for piece in range(pieces)
+            ]
+            assert found.limit.timeout_s == config.timeout_s
     assert piece_bounds(rows, pieces, pieces - 1)[1] == rows
 
 
@@ -306,6 +315,8 @@ def test_tile_scatter_addresses_are_the_owners() -> None:
                     continue
                 base = int(found.epoch) * 256
                 assert word(int(found.credits[target])).value >= base + found.credit_value
+                name = group.machine.devices[found.rank].waits[found.limit.tag + (target - found.rank) % world - 1]
+                assert f"rank {found.rank} waited for rank {target} to add up what it was sent before" in name
                 part = parts[found.rank][target].contiguous()
                 ctypes.memmove(int(found.slots[target]), part.data_ptr(), part.numel() * 8)
                 word(int(found.arrived[target])).value = base + found.arrived_value
@@ -316,6 +327,30 @@ def test_tile_scatter_addresses_are_the_owners() -> None:
         group.machine.run(seed)
         for rank in range(world):
             torch.testing.assert_close(outs[rank][0], torch.stack(parts).sum(0)[rank])
+
+
+def test_a_kernel_that_gave_up_is_an_error_with_names() -> None:
+    """A stand-in for the kernel writes what a real one does into the block that the host reads."""
+    group = Group(3)
+    config = OverlapConfig(mode="tiles", chunks_per_rank=2, timeout_s=2.0)
+
+    def give_up(found: TileGather) -> None:
+        control = group.machine.devices[found.rank].control
+        assert found.limit.control is control.address
+        if found.rank == 1:
+            control.words[CONTROL_WORDS["code"]] = 1
+            control.words[CONTROL_WORDS["tag"]] = found.limit.tag + 3
+            control.words[CONTROL_WORDS["recorded"]] = 1
+
+    for transport in group.transports:
+        transport.execute(
+            Call("operator", "forward", config, Gather(group.random(1, 4, WIDTH), None, tiles=give_up))  # type: ignore[arg-type]
+        )
+    group.machine.run(0)
+    wanted = "operator: rank 1 waited for chunk 0, piece 1, to be copied here from rank 0"
+    with pytest.raises(SignalTimeoutError, match=wanted):
+        group.transports[1].synchronize()
+    group.transports[0].synchronize()
 
 
 def test_tiles_refuse_what_they_cannot_serve() -> None:

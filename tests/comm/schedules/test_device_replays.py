@@ -15,7 +15,7 @@ import odysseus_kernels as ody
 from odysseus_kernels.comm.schedules import streams as device_streams
 from odysseus_kernels.comm.schedules.device import FINAL, PREVIOUS_USE, device_schedule
 from odysseus_kernels.comm.schedules.steps import Kind, Step
-from odysseus_kernels.comm.schedules.streams import COPY_STREAMS, LOCAL, STREAMS, WAITS
+from odysseus_kernels.comm.schedules.streams import COMPUTE, COPY_STREAMS, LOCAL, SIGNALS, STREAMS, WAITS
 from odysseus_kernels.testing.device_events import DeviceCall, bind_device, by_stream, collapsed, shared
 from odysseus_kernels.testing.happens_before import Event, ScheduleError, interleave, prove
 from odysseus_kernels.testing.replays import edges, prove_replays, replayed
@@ -177,6 +177,28 @@ def test_a_tile_kernel_that_gathers_needs_its_edge_in_a_graph() -> None:
     with pytest.raises(ScheduleError, match="may never end: .* in stream compute"):
         prove_replays(bind_device(3, [call]))
     prove_replays(bind_device(3, [dataclasses.replace(call, captured=True)]))
+
+
+@pytest.mark.parametrize("world", (2, 3, 8))
+def test_a_spinning_kernel_ahead_of_its_copies_needs_queues_of_its_own(world: int) -> None:
+    """With a queue for each stream it ends; where there are too few, its copies stand behind it for ever."""
+
+    def kernel_first(steps: list[Step], rank: int) -> list[Step]:
+        inside = [step for step in steps if step.inside]
+        return [steps[0], *inside, *(step for step in steps[1:] if not step.inside)]
+
+    calls = [DeviceCall("gather", "tiles", gather_pieces=2)] * 2
+    events = bind_device(world, calls, kernel_first)
+    prove(events)
+    interleave(by_stream(events), 0)
+    own = {name: name for name in STREAMS}
+    assert shared(events, own) == events
+    for stream in (LOCAL, WAITS, *COPY_STREAMS, SIGNALS):
+        # A stream shares the queue of the products, everything else has one of its own.
+        for check in (prove, prove_replays):
+            with pytest.raises(ScheduleError, match="deadlock"):
+                check(shared(events, {**own, stream: COMPUTE}))
+    prove(collapsed(bind_device(world, calls)))
 
 
 @pytest.mark.parametrize("world", (2, 3, 8))

@@ -1,0 +1,109 @@
+"""Rows that are measured each in a process of its own: one that hangs or crashes costs itself and no other.
+
+Results are lines of a file (JSON), written as each row ends, so that whoever is stopped in the middle keeps what there
+is.  The first line names all rows.  Processes are forked from one that has imported everything and used no device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TextIO
+
+__all__ = ["Job", "Outcome", "measure_each", "read_rows"]
+
+_END_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A row: ``function(*arguments)`` returns what JSON can hold; both are pickled, so the function is a module's."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a row ended: with a result, or with a text that says why there is none."""
+
+    name: str
+    seconds: float
+    result: Any = None
+    failed: str = ""
+
+
+def measure_each(
+    jobs: Sequence[Job], path: Path, *, limit_s: float, deadline: float = math.inf, preload: Sequence[str] = ()
+) -> Iterator[Outcome]:
+    """Runs the rows one after another, and gives each outcome as it is there.
+
+    Args:
+        jobs: the rows.
+        path: file of the results; replaced.
+        limit_s: seconds after which the process of a row is ended, its start included.
+        deadline: time of ``time.monotonic`` after which no row begins.
+        preload: modules that are imported once for all processes.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    with path.open("w") as file:
+        _write_line(file, {"planned": [job.name for job in jobs]})
+        for job in jobs:
+            if time.monotonic() > deadline:
+                return
+            outcome = _measure(context, job, limit_s)
+            _write_line(file, dataclasses.asdict(outcome))
+            yield outcome
+
+
+def read_rows(path: Path) -> tuple[list[Outcome], list[str]]:
+    """The outcomes in a file of :func:`measure_each`, and the names of rows that have none."""
+    # A line that its writer did not end is none.
+    first, *lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] or [{"planned": []}]
+    outcomes = [Outcome(**line) for line in lines]
+    there = {outcome.name for outcome in outcomes}
+    return outcomes, [name for name in first["planned"] if name not in there]
+
+
+def _write_line(file: TextIO, line: dict[str, Any]) -> None:
+    file.write(json.dumps(line) + "\n")
+    file.flush()
+
+
+def _measure(context: multiprocessing.context.ForkServerContext, job: Job, limit_s: float) -> Outcome:
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(job, sending), name=job.name, daemon=True)
+    begin, said = time.monotonic(), {"failed": f"it was ended after {limit_s:g} s, the limit of a row"}
+    process.start()
+    sending.close()
+    try:
+        if receiving.poll(limit_s):
+            said = json.loads(receiving.recv_bytes())
+            process.join(_END_S)
+    except EOFError:
+        process.join(_END_S)
+        said = {"failed": f"its process ended with status {process.exitcode} and said nothing"}
+    finally:
+        if process.is_alive():
+            process.kill()
+            process.join(_END_S)
+        receiving.close()
+    return Outcome(job.name, time.monotonic() - begin, **said)
+
+
+def _run(job: Job, sending: Connection) -> None:
+    """The process of a row."""
+    try:
+        said = {"result": job.function(*job.arguments)}
+    except Exception as error:  # noqa: BLE001  # Triton's errors have no other base; whoever reads the row learns of it
+        said = {"failed": f"{type(error).__name__}: {error}"}
+    sending.send_bytes(json.dumps(said).encode())
+    sending.close()
