@@ -173,7 +173,8 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
     **Giving up.**  A wait that runs out of time, or that finds the host's :meth:`Control.abort` while its words are
     not there, records the first error and sets the device word ``aborted``.  From then on everything drains: waits
     return at once, copies and reductions still run on whatever is there, and signals are left out, so that no peer is
-    told of data that may be wrong.  Other kernels can watch ``aborted``, and wait on their own by :attr:`Control.block`.
+    told of data that may be wrong.  Other kernels can watch ``aborted``; those that wait do so by
+    :attr:`Control.block`.
     """
 
     @staticmethod
