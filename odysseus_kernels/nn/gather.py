@@ -40,7 +40,7 @@ def gather_sequence(
         config: transport and time limit; None: those of the model.
 
     Returns:
-        [B, L, ...]; it is whole in memory: cut the batch into fewer rows where that is too much.
+        [B, L, ...], whole in memory; where that is too much, cut the batch into fewer rows.
 
     Raises:
         ValueError: if ``batch`` does not say how it was cut, ``tensor`` and ``mesh`` do not fit it, or the model is
