@@ -332,6 +332,10 @@ run_part() {
     124 | 137) result="timed out" ;;
     *) result="failed" ;;
   esac
+  # A part whose steps ran out of time, and did nothing worse.
+  if [[ "$result" == failed ]] && ! grep "^$name"$'\t' "$OUT/outcomes" | cut -f 3 | grep -q '^failed'; then
+    result="timed out"
+  fi
   if [[ "$result" == passed ]] && ! grep "^$name"$'\t' "$OUT/outcomes" | cut -f 3 | grep -qv '^not run'; then
     result="not run"
   fi

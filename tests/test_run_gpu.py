@@ -61,7 +61,7 @@ hangs=$(printf '%s\n' "$HANGS" | while read -r line; do case "$* " in *"$line"*)
 case "$*" in
   *summary.py) exec "$REAL_PYTHON" "$@" ;;
   *benchmarks.common*) printf '\npretended\n0123\n1\n' ;;
-  *pytest*)
+  "-m pytest "*)
     for argument; do
       case "$argument" in
         --junitxml=*) printf '<testsuites><testsuite tests="%d" errors="0" failures="0" skipped="1"/></testsuites>' \
@@ -215,14 +215,15 @@ def test_every_part_is_stopped_in_its_middle_and_loses_nothing(tmp_path: Path) -
     assert set(_HANGS) <= set(done.outcomes) and {part for part, _ in _HANGS} == set(parts)
     for (part, step), outcome in done.outcomes.items():
         if (part, step) in _HANGS:
-            assert outcome.startswith("timed out after"), (step, outcome)
+            # By its own limit; on a busy machine that of its part may come first.
+            assert outcome.startswith(("timed out after", "stopped with its part")), (step, outcome)
             assert "half done" in (done.results / f"{step}.log").read_text()
     assert done.status == parts["build"][1]
     assert done.parts() == dict.fromkeys(parts, "timed out")
     summary = (done.results / "summary.md").read_text()
     for what in ("kernels", "links"):
         assert f"1 rows measured, in rows-{what}.jsonl\n- not measured: second of {what}" in summary
-    assert "- native, copies: timed out" in summary
+    assert f"- native, copies: {done.outcomes['native', 'copies']}" in summary
     # Steps beside or behind one that hangs.
     others = {step: outcome for step, outcome in done.outcomes.items() if step not in _HANGS}
     assert ("build", "versions") in others and ("native", "native_cuda_data") in others

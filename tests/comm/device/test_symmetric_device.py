@@ -287,7 +287,7 @@ def test_tile_gather_gets_chunks_in_the_order_of_visits() -> None:
             # The kernel runs before the epoch advances; here everything has happened.
             assert (found.words - (int(found.epoch) - 1) * 256 >= pieces).all()
             names = group.machine.devices[found.rank].waits[found.limit.tag :][: (world - 1) * pieces]
-            mine = f"operator: rank {found.rank} waited for chunk"
+            mine = f"operator (forward): rank {found.rank} waited for chunk"
             assert names == [
                 f"{mine} {source}, piece {piece}, to be copied here from rank {source}"
                 for source in ((found.rank + visit) % world for visit in range(1, world))
@@ -347,7 +347,7 @@ def test_a_kernel_that_gave_up_is_an_error_with_names() -> None:
             Call("operator", "forward", config, Gather(group.random(1, 4, WIDTH), None, tiles=give_up))  # type: ignore[arg-type]
         )
     group.machine.run(0)
-    wanted = "operator: rank 1 waited for chunk 0, piece 1, to be copied here from rank 0"
+    wanted = r"operator \(forward\): rank 1 waited for chunk 0, piece 1, to be copied here from rank 0"
     with pytest.raises(SignalTimeoutError, match=wanted):
         group.transports[1].synchronize()
     group.transports[0].synchronize()
