@@ -56,6 +56,22 @@ class SimulatedOperations:
             stream, item = make(bases)
             self._device.machine.enqueue(self._device.rank, streams[stream], item)
 
+    def play(
+        self,
+        stops: list[int],
+        callbacks: list[Callable[[], object] | None],
+        streams: list[int],
+        bases: list[int],
+        timeout_s: float,
+    ) -> None:
+        first = 0
+        for stop, callback in zip(stops, callbacks, strict=True):
+            self.run(first, stop, streams, bases, timeout_s)
+            if callback is not None:
+                callback()
+            first = stop
+        self.run(first, len(self), streams, bases, timeout_s)
+
     def copy(
         self,
         stream: int,

@@ -36,9 +36,11 @@ class Device(Places, Protocol):
 
     Attributes:
         waits: what each tag of a wait stands for, for errors; it grows.
+        multiprocessors: the fewest of any rank's device, so that ranks decide alike; 0 where that means nothing.
     """
 
     waits: list[str]
+    multiprocessors: int
 
     def operations(self) -> Operations:
         """New, empty operations."""
@@ -148,8 +150,8 @@ class Scratch:
         """All slots, as elements."""
         return self._memory[SLOT].view(dtype)
 
-    def callback(self, step: Step, rank: int) -> Callable[[], None]:
-        """What the operator does in ``step``."""
+    def callback(self, step: Step, rank: int) -> Callable[[], None] | None:
+        """What the operator does in ``step``; None for nothing."""
         if step.inside:
             assert self.tiles is not None
             return self.tiles
@@ -160,7 +162,7 @@ class Scratch:
             if own:
                 return lambda: gather.consume(rank, 0, shard.rows, gather.shard)
             if self.whole is not None:
-                return _nothing
+                return None  # the chunk is in its place already
             start, stop = shard.bounds(step.piece)
             block = self._cell(SLOT, shard, step.reads[0], stop - start)
             return lambda: gather.consume(step.rank, start, stop, block)
@@ -170,7 +172,7 @@ class Scratch:
         if own:
             return lambda: scatter.produce(rank, start, stop, scatter.out[:, start:stop])
         if self.whole is not None:
-            return _nothing
+            return None
         stage = self._cell(STAGE, out, step.writes[0], stop - start)
         return lambda: scatter.produce(step.rank, start, stop, stage)
 
@@ -179,10 +181,6 @@ class Scratch:
         nbytes = block.batch * rows * block.row_bytes
         cell = self._memory[name][begin : begin + nbytes]
         return cell.view(block.dtype).view(block.batch, rows, block.width)
-
-
-def _nothing() -> None:
-    """The chunk is in its place already."""
 
 
 def describe_wait(operator: str, step: Step, rank: int) -> str:
