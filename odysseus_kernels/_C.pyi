@@ -1,6 +1,6 @@
 """Signatures of the compiled extension (csrc/).  Import it through :mod:`odysseus_kernels._ext` only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 WINDOWS: Final[int]
@@ -319,7 +319,7 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
         def play(
             self,
             stops: list[int],
-            callbacks: list[Callable[[], object] | None],
+            callbacks: Sequence[Callable[[], object] | None],
             streams: list[int],
             bases: list[int],
             timeout_s: float,
@@ -347,7 +347,7 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
             def play(
                 self,
                 stops: list[int],
-                callbacks: list[Callable[[], object] | None],
+                callbacks: Sequence[Callable[[], object] | None],
                 streams: list[int],
                 bases: list[int],
                 timeout_s: float,

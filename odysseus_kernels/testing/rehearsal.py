@@ -50,7 +50,7 @@ class ListedOperations:
     def play(
         self,
         stops: list[int],
-        callbacks: list[Callable[[], object] | None],
+        callbacks: Sequence[Callable[[], object] | None],
         streams: list[int],
         bases: list[int],
         timeout_s: float,

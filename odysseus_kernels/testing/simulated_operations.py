@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from odysseus_kernels import _ext
@@ -59,7 +59,7 @@ class SimulatedOperations:
     def play(
         self,
         stops: list[int],
-        callbacks: list[Callable[[], object] | None],
+        callbacks: Sequence[Callable[[], object] | None],
         streams: list[int],
         bases: list[int],
         timeout_s: float,

@@ -83,7 +83,7 @@ class Operations(Protocol):
     def play(
         self,
         stops: list[int],
-        callbacks: list[Callable[[], object] | None],
+        callbacks: Sequence[Callable[[], object] | None],
         streams: list[int],
         bases: list[int],
         timeout_s: float,

@@ -23,7 +23,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -201,10 +201,16 @@ class SymmetricDeviceTransport(Transport):
     def _enqueue(self, call: Call, plan: Plan, scratch: Scratch) -> None:
         device = self._device
         scratch.take(device, plan)
-        callbacks: list[Callable[[], object] | None] = []
-        for action in plan.actions:
-            callback = None if action.step is None else scratch.callback(action.step, self.rank)
-            callbacks.append(callback and functools.partial(device.call, callback))
+
+        def compute(step: Step) -> None:
+            device.call(scratch.callback(step, self.rank))
+
+        callbacks = [
+            None
+            if action.step is None or scratch.skips(action.step, self.rank)
+            else functools.partial(compute, action.step)
+            for action in plan.actions
+        ]
         # One call of the compiled module for all copies, waits, signals and events; it comes back for products alone.
         plan.operations.play(plan.stops, callbacks, device.streams(), scratch.bases(), call.config.timeout_s)
 
