@@ -137,8 +137,9 @@ class Selection:
         """The largest product of any rank, and the modes for which any has no kernel: all ranks predict alike."""
         own = json.dumps({"flops": phase.flops, "columns": phase.columns, "refused": refused})
         everyone = [json.loads(text) for text in self._exchange(own)]
-        largest = {name: max(int(one[name]) for one in everyone) for name in ("flops", "columns")}
-        return dataclasses.replace(phase, **largest), refusal_of_any([one["refused"] for one in everyone])
+        flops, columns = (max(int(one[name]) for one in everyone) for name in ("flops", "columns"))
+        agreed = dataclasses.replace(phase, flops=flops, columns=columns)
+        return agreed, refusal_of_any([one["refused"] for one in everyone])
 
     def _prior(self, config: OverlapConfig, phase: Phase, world: int, variants: Sequence[str]) -> dict[str, float]:
         """Predictions for ``variants``."""
