@@ -1,5 +1,6 @@
 """Signatures of the compiled extension (csrc/).  Import it through :mod:`odysseus_kernels._ext` only."""
 
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 WINDOWS: Final[int]
@@ -327,11 +328,55 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
             ``timeout_s`` is each wait's own, ``math.inf`` for none.  Streams may be under capture.
             """
 
+        def play(
+            self,
+            stops: list[int],
+            callbacks: Sequence[Callable[[], object] | None],
+            streams: list[int],
+            bases: list[int],
+            timeout_s: float,
+        ) -> None:
+            """Enqueues all operations as :meth:`run` does, and calls ``callbacks[i]`` once ``stops[i]`` are enqueued.
+
+            One call for a whole schedule: all arguments are checked before the first operation is enqueued, and Python
+            runs in callbacks alone (None: in none).  What a callback raises ends the call and is passed on.
+            ValueError: stops that fall, are more than there are operations, or as many as there are no callbacks for.
+            """
+
         def close(self) -> None:
             """Gives events and memory back; nothing of the program may be running any more.  Idempotent."""
 
     class host_side:  # noqa: N801 - a submodule
         """What kernels compute and how work is cut up, on the host; for tests."""
+
+        class Rehearsal(cuda.Recording):
+            """A recording whose runs enqueue nothing, but count and list what a :class:`Program` would enqueue."""
+
+            def __init__(self, lists: bool = True) -> None:
+                """``lists``: whether launches are kept; they are counted in any case."""
+
+            def run(self, first: int, last: int, streams: list[int], bases: list[int], timeout_s: float) -> None: ...
+            def play(
+                self,
+                stops: list[int],
+                callbacks: Sequence[Callable[[], object] | None],
+                streams: list[int],
+                bases: list[int],
+                timeout_s: float,
+            ) -> None: ...
+            @property
+            def launched(self) -> int:
+                """Launches of all runs so far: copies, kernels, recorded and awaited events."""
+
+            def take_launches(self) -> list[tuple[str, int, list[int], list[int]]]:
+                """(kind, stream, addresses, values) of each launch since the last time.
+
+                Addresses of words begin with the epoch's.  Values: of a copy row_bytes, rows, both pitches, over_link;
+                of waits and signals the words' values, then a wait's tag; of a reduction count and rows; of an event
+                its number.
+                """
+
+            def close(self) -> None: ...
 
         @staticmethod
         def word_of(epoch: int, value: int) -> int: ...

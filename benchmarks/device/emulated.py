@@ -29,6 +29,7 @@ from benchmarks.common.measure import EventTimer, median, take_turns
 from benchmarks.device import isolated, kernels
 from benchmarks.device import report as emulated_report
 from benchmarks.device.cases import DEFAULT_LINKS, WORLD, EmulatedCase, make_emulated_cases
+from benchmarks.device.predictions import predicted_seconds
 from benchmarks.device.workload import MODES, EmulatedWorkload, Emulation, emulate, fake_group
 from odysseus_kernels import _ext
 from odysseus_kernels.planner.scale import LINKS
@@ -222,6 +223,7 @@ class _Run:
             self.failed.append({"name": case.name, "failed": f"{type(error).__name__}: {error}"})
             print(f"{case.name}: {error}", file=sys.stderr, flush=True)
             return False
+        row["predicted_s"] = predicted_seconds(case, torch.cuda.get_device_name(self.device), row["pieces"])
         self.rows.append(emulated_report.summarize(row))
         with contextlib.suppress(RuntimeError):  # the device may be what failed; the next row will say so
             torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.common.measure import hidden_share, interquartile_spread, median
 from benchmarks.device.cases import JUDGED_ROWS, KERNEL_TARGETS, TARGETS, EmulatedTarget
+from benchmarks.device.predictions import PREDICTED
 from odysseus_kernels.testing.virtual_devices import link_of
 
 __all__ = ["draw", "judge", "judge_kernels", "markdown", "print_document", "summarize", "write"]
@@ -32,8 +33,10 @@ COLUMNS = (
     "fused/limit",
     "hidden",
     "host ms",
+    "host/fused",
     "error",
 )
+PREDICTIONS = "Predicted by the cost model beside measured (in parentheses: measured / predicted)"
 _LEAST_OF_NOMINAL = 0.9
 """Share of a paced link's nominal rate below which its rows are marked."""
 
@@ -46,7 +49,7 @@ FOOTER = (
     'mode="auto" chooses it. serial in the backward pass of all_gather_linear makes a product for each chunk. '
     "link GB/s: all bytes over the link's time; a paced link that reached less than 0.9 of its rate is marked, and its "
     "row is not judged. Within one GPU its multiprocessors copy, which a real link would leave to the product. host "
-    "ms: what the host takes to enqueue the fused call. "
+    "ms: what the host takes to enqueue the fused call; host/fused above 1 keeps the device idle. "
     "Medians of {repeats} rounds by CUDA events, caches cold, the host ahead of the device; "
     "± is the distance of the quartiles over the median. error: largest relative Frobenius error of any variant."
 )
@@ -58,7 +61,10 @@ def summarize(row: Row) -> Row:
     spreads = {name: interquartile_spread(values) for name, values in row["samples_s"].items()}
     gemm, link = (medians.get(name) for name in ("gemm", "link"))
     limit = max(gemm, link) if gemm is not None and link is not None else None
-    figures: dict[str, float | None] = {"fused / limit": None, "tiles / limit": None, "hidden": None}
+    figures: dict[str, float | None] = dict.fromkeys(("fused / limit", "tiles / limit", "hidden", "host / fused"))
+    host_s = row["host_s"].get(_variant(row, "fused"))
+    if host_s is not None and "fused" in medians:
+        figures["host / fused"] = host_s / medians["fused"]
     if limit is not None and gemm is not None and link is not None:
         for name in ("fused", "tiles"):
             if name in medians:
@@ -102,7 +108,7 @@ def _verdict(target: EmulatedTarget, rows: Sequence[Row]) -> Row:
     figures = [(row["figures"][target.figure], row) for row in rows]
     measured = [(figure, row) for figure, row in figures if figure is not None]
     missed = len(rows) - sum(target.reached(figure) for figure, _ in measured)
-    sign = 1 if target.figure == "fused / limit" else -1
+    sign = 1 if target.at_most else -1
     worst, row = max(measured, key=lambda pair: sign * pair[0], default=(None, rows[0]))
     return {
         "what": f"{target.operator} {target.phase}: {target.figure}",
@@ -164,8 +170,18 @@ def _cells(row: Row) -> list[str]:
         "" if ratio is None else f"{ratio:.3f}",
         "" if hidden is None else f"{hidden:.0%}",
         _host_ms(row["host_s"], _variant(row, "fused")),
+        "" if figures["host / fused"] is None else f"{figures['host / fused']:.2f}",
         _error(row),
     ]
+
+
+def _predicted_cells(row: Row) -> list[str]:
+    cells = [f"{row['operator']} {row['phase']}", f"{row['label']} {row['shape']}", row["link"]]
+    for name in PREDICTED:
+        predicted, measured = row["predicted_s"][name], row["medians_s"].get(name)
+        beside = f"{measured * 1e3:.3f} ({measured / predicted:.2f})" if measured is not None else _time(row, name)
+        cells += [f"{predicted * 1e3:.3f}", beside]
+    return cells
 
 
 def _time(row: Row, name: str) -> str:
@@ -208,6 +224,12 @@ def _tables(document: Row) -> Iterable[tuple[str, list[str], list[list[str]]]]:
     if document["rows"]:
         names = ["operator", "shape", "emulated link", *COLUMNS]
         yield "Operators over emulated links", names, [_cells(row) for row in document["rows"]]
+    predicted = [row for row in document["rows"] if row.get("predicted_s")]
+    if predicted:
+        names = ["operator", "shape", "emulated link"]
+        for name in PREDICTED:
+            names += [f"{name} predicted ms", "measured"]
+        yield PREDICTIONS, names, [_predicted_cells(row) for row in predicted]
     if document["kernels"]:
         names = ["kernel", "shape", "kernel's", "library's", "kernel/library", "host ms"]
         yield "Kernels", names, [_kernel_cells(row) for row in document["kernels"]]

@@ -12,6 +12,7 @@ from rich.table import Table
 from benchmarks.common.cases import CONTRACT, NEVER_SLOWER
 from benchmarks.common.measure import hidden_share, interquartile_spread, median, paired_ratio
 from benchmarks.operators.cases import TARGETS, Target
+from benchmarks.operators.torch_fused import TORCH_FUSED
 
 __all__ = ["MEMORY_LIMIT_CHUNKS", "judge", "judge_memory", "print_memory", "print_time", "summarize"]
 
@@ -26,7 +27,8 @@ Row = dict[str, Any]
 
 TIME_FOOTER = """\
 GEMM: the operator's matrix products alone, one torch.mm for each, on every rank at once. comm: the same bytes alone.
-torch: torch.distributed collectives and torch.mm. sym, coll: symmetric and collective transport.
+torch: torch.distributed collectives and torch.mm, NCCL with its own settings on GPUs. torch fused: torch.ops.symm_mem.
+sym, coll: symmetric and collective transport.
 Each time is the median over the rounds of the slowest rank's; ± is the distance of the quartiles over the median.
 Each ratio is the median of the ratios within rounds.
 hidden = (unfused - fused) / min(GEMM, comm), of medians, on one transport; ? where the quartiles of fused or unfused
@@ -128,12 +130,23 @@ def print_time(
     console: Console, rows: Sequence[Row], verdicts: Sequence[Row], *, note: str, judged: bool = True
 ) -> None:
     """Two tables, of times and of ratios, and the section of targets."""
-    columns = ("GEMM", "comm\nsym", "\ncoll", "unfused\nsym", "fused\nsym", "unfused\ncoll", "fused\ncoll", "torch")
+    columns = (
+        "GEMM",
+        "comm\nsym",
+        "\ncoll",
+        "unfused\nsym",
+        "fused\nsym",
+        "unfused\ncoll",
+        "fused\ncoll",
+        "torch",
+        "torch\nfused",
+    )
     names = (
         "gemm",
         *(f"communication {t}" for t in ("symmetric", "collective")),
         *(f"{mode} {t}" for t in ("symmetric", "collective") for mode in ("unfused", "fused")),
         "torch",
+        TORCH_FUSED,
     )
     times = _table("time, ms", columns)
     for row in _with_headings(times, rows):
@@ -146,6 +159,7 @@ def print_time(
             "fused/unfused\nsym",
             "\ncoll",
             "fused sym/\nunfused coll",
+            "\ntorch fused",
             "hidden\nsym",
             "\ncoll",
             "error",
@@ -157,6 +171,7 @@ def print_time(
         ("fused symmetric", "unfused symmetric"),
         ("fused collective", "unfused collective"),
         ("fused symmetric", "unfused collective"),
+        ("fused symmetric", TORCH_FUSED),
     )
     for row in _with_headings(ratios, rows):
         cells = [_ratio(row, f"{a} / {b}") for a, b in pairs]
@@ -164,6 +179,8 @@ def print_time(
         ratios.add_row(*_label(row), *cells, _error(row))
     console.print(times, ratios)
     console.print(TIME_FOOTER, style="dim", soft_wrap=True)
+    for reason in _no_torch_fused(rows):
+        console.print(reason, style="dim", soft_wrap=True, markup=False)
     _print_targets(console, verdicts, note, "{:.3f}", judged)
 
 
@@ -237,6 +254,11 @@ def _time(row: Row, name: str) -> str:
     if name not in row["medians_s"]:
         return ""
     return f"{row['medians_s'][name] * 1e3:.1f}±{row['spreads'][name]:.0%}"
+
+
+def _no_torch_fused(rows: Sequence[Row]) -> list[str]:
+    """Why rows have no time of torch's own fused operators, each reason once."""
+    return sorted({f"torch fused: {row['no_torch_fused']}" for row in rows if row.get("no_torch_fused")})
 
 
 def _ratio(row: Row, name: str) -> str:

@@ -75,6 +75,7 @@ def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[s
         "tolerance": work.tolerance,
         "errors": _worst_rank(errors),
         "wrong": wrong,
+        "no_torch_fused": work.no_torch_fused,
         "bytes": sent,
         # A time of a wrong result is no time.
         "samples_s": {name: values for name, values in samples.items() if name not in wrong},

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.operators.cases import Case
+from benchmarks.operators.torch_fused import TORCH_FUSED, torch_fused
 from odysseus_kernels import ops
 from odysseus_kernels.comm import functional
 from odysseus_kernels.config import OverlapConfig
@@ -73,7 +74,12 @@ class Workload:
         device: where they are.
         transports: of :data:`TRANSPORTS`.
         seed: of the inputs; equal on all ranks.
+
+    Attributes:
+        no_torch_fused: why torch's own fused operator is not among :meth:`calls`; empty where it is.
     """
+
+    no_torch_fused = ""
 
     def __init__(
         self, case: Case, *, dtype: torch.dtype, device: torch.device, transports: Sequence[str], seed: int
@@ -93,6 +99,10 @@ class Workload:
                 calls[f"{mode} {transport}"] = functools.partial(self.operate, mode, transport)
             calls[f"communication {transport}"] = functools.partial(self._communicate, transport)
         calls["torch"] = functools.partial(self.operate, "torch")
+        local = self._local
+        fused, self.no_torch_fused = torch_fused(self.case, local.x, local.weights, local.x.device)
+        if fused is not None:
+            calls[TORCH_FUSED] = fused
         return calls
 
     def operate(

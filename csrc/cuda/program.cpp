@@ -81,112 +81,78 @@ void Program::close() {
   clocks_.reset();
 }
 
-// Enqueues operations, of one call of run().
-class Enqueuer {
+// Enqueues operations of one run.
+class ProgramPass : public Pass {
  public:
-  Enqueuer(Program& program, const std::vector<std::uint64_t>& streams, const std::vector<std::uint64_t>& bases,
-           double timeout_s)
+  ProgramPass(Program& program, const std::vector<std::uint64_t>& streams, const std::vector<std::uint64_t>& bases,
+              double timeout_s)
       : program_(program),
-        streams_(streams),
-        bases_(bases),
-        timeout_ns_(nanoseconds(timeout_s)),
         control_(program.control_->device_block()),
-        batches_(streams.size(), kUnknown) {}
+        batches_(streams.size(), kUnknown),
+        enqueuer_(*this, streams, bases, timeout_s) {}
 
-  void enqueue(const Operation& operation) {
-    stream_index_ = operation.stream;
-    stream_ = reinterpret_cast<cudaStream_t>(streams_[static_cast<std::size_t>(stream_index_)]);
-    std::visit([this](const auto& what) { (*this)(what); }, operation.what);
+  void enqueue(std::int64_t first, std::int64_t last) override {
+    const std::lock_guard<std::mutex> lock(program_.mutex_);
+    ODY_CHECK_STATE(program_.closed_, ==, false, "the Program is closed");
+    const DeviceGuard guard(program_.device_);
+    enqueuer_.enqueue(program_.operations(), first, last);
   }
 
-  void operator()(const CopyOperation& operation) {
-    const std::uint64_t dst = at(operation.dst);
-    const std::uint64_t src = at(operation.src);
-    if (!operation.over_link || program_.link_ == 0) {
+  void set_stream(int index, std::uint64_t handle) {
+    stream_index_ = index;
+    stream_ = reinterpret_cast<cudaStream_t>(handle);
+  }
+
+  void copy(std::uint64_t dst, std::uint64_t src, const CopyShape& whole, bool over_link) {
+    if (!over_link || program_.link_ == 0) {
       // Within the device its multiprocessors copy fastest, and everybody waits for these copies.
-      copy_async(dst, src, operation.shape, stream_, operation.over_link && batches());
+      copy_async(dst, src, whole, stream_, over_link && batches());
       return;
     }
     auto* const clocks = static_cast<std::uint64_t*>(program_.clocks_.get());
     std::uint64_t* const over_at = clocks + 1 + stream_index_;
     bool any = false;
-    for (const CopyPart& part : link_pieces(operation.shape)) {
+    for (const CopyPart& part : link_pieces(whole)) {
       const double seconds = static_cast<double>(part.row_bytes * part.rows) / program_.link_;
       ODY_CUDA(launch_book(LinkTask{clocks, over_at, nanoseconds(seconds)}, stream_), "booking the emulated link");
-      const CopyShape shape =
-          simplify({part.row_bytes, part.rows, operation.shape.dst_pitch, operation.shape.src_pitch});
+      const CopyShape shape = simplify({part.row_bytes, part.rows, whole.dst_pitch, whole.src_pitch});
       copy_async(dst + part.dst_offset, src + part.src_offset, shape, stream_, batches());
       any = true;
     }
     if (any) ODY_CUDA(launch_release(over_at, stream_), "waiting for the emulated link");
   }
 
-  void operator()(const WaitOperation& operation) {
-    for (std::size_t first = 0; first < operation.words.words.size(); first += kWordsAtOnce) {
-      ODY_CUDA(launch_wait(wait_task(operation, first), stream_), "waiting for words (tag ", operation.tag, ")");
-    }
+  void wait(WaitTask task) {
+    complete(task);
+    ODY_CUDA(launch_wait(task, stream_), "waiting for words (tag ", task.tag, ")");
   }
 
-  void operator()(const SignalOperation& operation) {
-    const Words& words = operation.words;
-    for (std::size_t first = 0; first < words.words.size(); first += kWordsAtOnce) {
-      SignalTask task{};
-      task.epoch = word(words.epoch);
-      task.count = fill(words, first, task.words, task.values);
-      task.aborted = program_.control_->aborted();
-      ODY_CUDA(launch_signal(task, stream_), "signalling");
-    }
+  void signal(SignalTask task) {
+    task.aborted = program_.control_->aborted();
+    ODY_CUDA(launch_signal(task, stream_), "signalling");
   }
 
-  void operator()(const AdvanceOperation& operation) {
-    ODY_CUDA(launch_advance(word(operation.epoch), stream_), "advancing an epoch");
-  }
+  void advance(std::uint32_t* epoch) { ODY_CUDA(launch_advance(epoch, stream_), "advancing an epoch"); }
 
-  void operator()(const ReduceOperation& operation) {
-    // Without elements there is still something to wait for.
-    if ((operation.count == 0 || operation.rows == 0) && !operation.wait) return;
-    const ReduceTask task = reduce_task(operation, bases_);
-    WaitTask wait{};
-    if (operation.wait) wait = wait_task(*operation.wait, 0);
+  void reduce(const ReduceOperation& operation, const ReduceTask& task, WaitTask wait) {
+    if (operation.wait) complete(wait);
     const Grid grid =
         reduce_grid(accesses(task), operation.wait ? Share::kWaiting : Share::kQuarter, program_.multiprocessors_, 0);
     ODY_CUDA(launch_reduce(task, wait, operation.source_dtype, operation.out_dtype, grid, stream_), "adding ",
              task.sources, " sources of ", operation.rows, " rows of ", operation.count, " elements");
   }
 
-  void operator()(const RecordOperation& operation) {
-    ODY_CUDA(cudaEventRecord(program_.event(operation.event), stream_), "recording event ", operation.event);
-  }
+  void record(int event) { ODY_CUDA(cudaEventRecord(program_.event(event), stream_), "recording event ", event); }
 
-  void operator()(const DependOperation& operation) {
-    ODY_CUDA(cudaStreamWaitEvent(stream_, program_.event(operation.event), 0), "depending on event ", operation.event);
+  void depend(int event) {
+    ODY_CUDA(cudaStreamWaitEvent(stream_, program_.event(event), 0), "depending on event ", event);
   }
 
  private:
-  std::uint64_t at(const Address& address) const { return resolve(address, bases_); }
-  std::uint32_t* word(const Address& address) const { return reinterpret_cast<std::uint32_t*>(at(address)); }
-
-  // Words from `first` on, as many as one launch takes.
-  template <class Pointer>
-  int fill(const Words& words, std::size_t first, Pointer* pointers, std::int32_t* values) const {
-    const std::size_t count = std::min<std::size_t>(words.words.size() - first, kWordsAtOnce);
-    for (std::size_t i = 0; i < count; ++i) {
-      pointers[i] = word(words.words[first + i]);
-      values[i] = words.values[first + i];
-    }
-    return static_cast<int>(count);
-  }
-
-  WaitTask wait_task(const WaitOperation& operation, std::size_t first) const {
-    WaitTask task{};
-    task.epoch = word(operation.words.epoch);
-    task.count = fill(operation.words, first, task.words, task.values);
-    task.first_index = static_cast<std::uint32_t>(first);
-    task.tag = operation.tag;
+  // What ends a wait that cannot succeed.
+  void complete(WaitTask& task) const {
     task.aborted = program_.control_->aborted();
     task.control = control_;
-    task.timeout_ns = timeout_ns_;
-    return task;
   }
 
   // Asked once for each stream, and not at all for streams that copy nothing.
@@ -199,29 +165,24 @@ class Enqueuer {
   static constexpr signed char kUnknown = -1;
 
   Program& program_;
-  const std::vector<std::uint64_t>& streams_;
-  const std::vector<std::uint64_t>& bases_;
-  const std::uint64_t timeout_ns_;
   ControlBlock* const control_;
   std::vector<signed char> batches_;
+  Enqueuer<ProgramPass> enqueuer_;
   int stream_index_ = 0;
   cudaStream_t stream_ = nullptr;
 };
 
-void Program::run(std::int64_t first, std::int64_t last, const std::vector<std::uint64_t>& streams,
-                  const std::vector<std::uint64_t>& bases, double timeout_s) {
+std::unique_ptr<Pass> Program::begin(std::int64_t first, std::int64_t last, const std::vector<std::uint64_t>& streams,
+                                     const std::vector<std::uint64_t>& bases, double timeout_s) {
   const std::lock_guard<std::mutex> lock(mutex_);
   ODY_CHECK_STATE(closed_, ==, false, "the Program is closed");
   check_run_locked(first, last, streams.size(), bases, timeout_s);
-  const DeviceGuard guard(device_);
-  Enqueuer enqueuer(*this, streams, bases, timeout_s);
-  for (std::int64_t i = first; i < last; ++i) {
-    try {
-      enqueuer.enqueue(operations()[static_cast<std::size_t>(i)]);
-    } catch (const std::runtime_error& error) {
-      throw std::runtime_error(concat("operation ", i, ": ", error.what()));
-    }
-  }
+  return std::make_unique<ProgramPass>(*this, streams, bases, timeout_s);
+}
+
+void Program::run(std::int64_t first, std::int64_t last, const std::vector<std::uint64_t>& streams,
+                  const std::vector<std::uint64_t>& bases, double timeout_s) {
+  begin(first, last, streams, bases, timeout_s)->enqueue(first, last);
 }
 
 }  // namespace odysseus

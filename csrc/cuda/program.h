@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "control.h"
-#include "recording.h"
+#include "enqueuer.h"
 
 namespace odysseus {
 
@@ -28,6 +28,11 @@ class Program : public Recording {
   // `link` is the rate in bytes/s of copies over the emulated link, 0 for none.
   Program(std::shared_ptr<Control> control, int device, double link);
 
+  // Checks all arguments of operations [first, last), which the pass then enqueues, in ranges if need be.  It refers to
+  // the program and to both vectors.
+  std::unique_ptr<Pass> begin(std::int64_t first, std::int64_t last, const std::vector<std::uint64_t>& streams,
+                              const std::vector<std::uint64_t>& bases, double timeout_s);
+
   // Enqueues operations [first, last).  All arguments are checked before the first is enqueued.
   void run(std::int64_t first, std::int64_t last, const std::vector<std::uint64_t>& streams,
            const std::vector<std::uint64_t>& bases, double timeout_s);
@@ -36,7 +41,7 @@ class Program : public Recording {
   void close();
 
  private:
-  friend class Enqueuer;
+  friend class ProgramPass;
 
   cudaEvent_t event(int index);
 

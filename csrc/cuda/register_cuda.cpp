@@ -7,6 +7,7 @@
 #include "copy.h"
 #include "program.h"
 #include "register.h"
+#include "rehearsal.h"
 #include "runtime.h"
 #include "standalone.h"
 
@@ -50,6 +51,56 @@ void register_recording(py::module_& module) {
       .def("__len__", &Recording::size);
 }
 
+// Enqueues all operations, in order; where `stops[i]` of them are enqueued, callbacks[i] is called, unless it is None.
+// All arguments are checked before the first is enqueued, and the GIL is held for callbacks alone.
+template <class Runnable>
+void play(Runnable& self, const std::vector<std::int64_t>& stops, const std::vector<py::object>& callbacks,
+          const std::vector<std::uint64_t>& streams, const std::vector<std::uint64_t>& bases, double timeout_s) {
+  const auto end = static_cast<std::int64_t>(self.size());
+  ODY_CHECK_VALUE(stops.size(), ==, callbacks.size(), "each stop has one callback, or None");
+  std::int64_t first = 0;
+  for (const std::int64_t stop : stops) {
+    ODY_CHECK_VALUE(stop, >=, first, "a stop is not before the one ahead of it");
+    ODY_CHECK_VALUE(stop, <=, end, "a stop is a number of operations");
+    first = stop;
+  }
+  std::unique_ptr<Pass> pass;
+  {
+    const py::gil_scoped_release release;
+    pass = self.begin(0, end, streams, bases, timeout_s);
+  }
+  first = 0;
+  const auto enqueue_to = [&](std::int64_t stop) {
+    if (stop == first) return;
+    const py::gil_scoped_release release;
+    pass->enqueue(first, stop);
+    first = stop;
+  };
+  for (std::size_t i = 0; i < stops.size(); ++i) {
+    if (callbacks[i].is_none()) continue;  // what is before it goes together with what follows
+    enqueue_to(stops[i]);
+    callbacks[i]();
+  }
+  enqueue_to(end);
+}
+
+void register_rehearsal(py::module_& module) {
+  py::class_<Rehearsal, Recording>(module, "Rehearsal")
+      .def(py::init<bool>(), "lists"_a = true)
+      .def("run", &Rehearsal::run, "first"_a, "last"_a, "streams"_a, "bases"_a, "timeout_s"_a, Release())
+      .def("play", &play<Rehearsal>, "stops"_a, "callbacks"_a, "streams"_a, "bases"_a, "timeout_s"_a)
+      .def_property_readonly("launched", &Rehearsal::launched)
+      .def("take_launches",
+           [](Rehearsal& self) {
+             py::list launches;
+             for (const Launch& launch : self.take_launches()) {
+               launches.append(py::make_tuple(launch.kind, launch.stream, launch.addresses, launch.values));
+             }
+             return launches;
+           })
+      .def("close", [](Rehearsal&) {});
+}
+
 void register_program(py::module_& module) {
   py::class_<Control, std::shared_ptr<Control>>(module, "Control")
       .def(py::init<int, std::uint64_t>(), "device"_a, "aborted"_a)
@@ -67,6 +118,7 @@ void register_program(py::module_& module) {
   py::class_<Program, Recording>(module, "Program")
       .def(py::init<std::shared_ptr<Control>, int, double>(), "control"_a, "device"_a, "link"_a = 0.0)
       .def("run", &Program::run, "first"_a, "last"_a, "streams"_a, "bases"_a, "timeout_s"_a, Release())
+      .def("play", &play<Program>, "stops"_a, "callbacks"_a, "streams"_a, "bases"_a, "timeout_s"_a)
       .def("close", &Program::close, Release());
 }
 
@@ -140,6 +192,7 @@ void register_cuda(py::module_& module) {
   register_program(cuda);
   py::module_ host_side = cuda.def_submodule("host_side", "What kernels compute, on the host; for tests.");
   register_host_side(host_side);
+  register_rehearsal(host_side);
 }
 
 }  // namespace odysseus

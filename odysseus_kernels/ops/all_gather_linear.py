@@ -194,6 +194,8 @@ def _forward(
         flops=2 * x.numel() * world * features,
         gathered_bytes=x.nbytes,
         tiles=can_tile,
+        rows=x.numel() // x.shape[-1] if x.numel() else 0,
+        columns=features,
     )
     dispatch(group, config, x.device, run, phase)
     return [*outputs, gathered, recomputed_flag()]

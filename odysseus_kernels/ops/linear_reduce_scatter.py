@@ -149,6 +149,8 @@ def _forward(
         flops=2 * x.numel() * weight.shape[0],
         scattered_bytes=output.nbytes,
         tiles=can_tile,
+        rows=output.numel() // output.shape[-1] if output.numel() else 0,
+        columns=output.shape[-1],
     )
     dispatch(group, config, x.device, run, phase)
     return output

@@ -10,12 +10,14 @@ All terms are in seconds.  With N ranks, p pieces for each shard and
 ``parts``             collectives: 1 for a gather or a scatter, 2 for both, 0 in a group of one rank
 ``chunks``            N · p products into which the fused modes cut the work
 ``moved``             parts · (N − 1) · p pieces that travel
+``waves``             fill of the product of all chunks / fill of a piece's product (``planner/waves.py``), at least 1;
+                      1 where rows and columns of a chunk's product, or multiprocessors, are not known
 ====================  ==============================================================================================
 
 the modes take
 
 - **unfused**: product + link + memory(unfused local bytes) + launch + parts · (launch + (N − 1) · latency)
-- **fused**: overlap(product · (1 + :data:`CHUNK_LOSS` · (1 − 1/chunks)), link) + memory(fused local bytes)
+- **fused**: overlap(product · waves · (1 + :data:`CHUNK_LOSS` · (1 − 1/chunks)), link) + memory(fused local bytes)
   + chunks · launch + parts · (launch + 2 · latency) + moved · (launch + latency)
 - **tiles**: overlap(product · (1 + :data:`TILE_LOSS`), link) + memory(fused local bytes)
   + launch + parts · (launch + 2 · latency) + moved · latency
@@ -24,7 +26,7 @@ the modes take
 partial result has to exist before it can leave and the last shard has to arrive before it can be multiplied.  Where
 the hardware cannot copy and multiply at once it is a + b.  The two latencies for each part are the ranks telling one
 another that buffers may be written and that they have been read.  The kernel of ``tiles`` is launched once, and its
-copies are issued while it runs.
+copies are issued while it runs: its tiles are those of all pieces, so that pieces which fill no wave cost it nothing.
 
 Without flops and bytes the fused modes are never cheaper than unfused: small problems stay unfused.
 """
@@ -36,6 +38,7 @@ import math
 from collections.abc import Mapping
 
 from odysseus_kernels.planner.hardware import Hardware
+from odysseus_kernels.planner.waves import fill
 
 __all__ = [
     "MEASURED_MARGIN",
@@ -81,6 +84,7 @@ class Work:
         pieces: pieces into which a rank's shard is cut in the fused modes.
         unfused_local_bytes: read and written in local memory by the unfused mode only, such as the gathered tensor.
         fused_local_bytes: read and written in local memory by the fused modes only.
+        rows, columns: of the output of one chunk's product; 0 where that is not known.
     """
 
     flops: float
@@ -91,11 +95,16 @@ class Work:
     pieces: int = 1
     unfused_local_bytes: float = 0.0
     fused_local_bytes: float = 0.0
+    rows: int = 0
+    columns: int = 0
 
     def __post_init__(self) -> None:
         for name in ("world", "pieces"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
+        for name in ("rows", "columns"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)!r}")
         for name in ("flops", "gathered_bytes", "scattered_bytes", "unfused_local_bytes", "fused_local_bytes"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
@@ -126,6 +135,14 @@ def _memory_seconds(moved: float, hardware: Hardware) -> float:
     return moved / (hardware.memory_bytes_per_s * MEMORY_SHARE)
 
 
+def _wave_loss(work: Work, hardware: Hardware) -> float:
+    """By how much products of pieces take longer than one product of all, for waves that they leave unfilled."""
+    if not (work.rows and work.columns and hardware.multiprocessors):
+        return 1.0
+    whole = fill(work.rows * work.world, work.columns, hardware.multiprocessors)
+    return max(1.0, whole / fill(-(-work.rows // work.pieces), work.columns, hardware.multiprocessors))
+
+
 def _overlapped(product: float, link: float, chunks: int, hardware: Hardware) -> float:
     if not hardware.overlaps:
         return product + link
@@ -143,7 +160,7 @@ def _fused(work: Work, hardware: Hardware) -> float:
     launch, latency = hardware.launch_overhead_s, hardware.link_latency_s
     chunks = work.world * work.pieces
     moved = work.parts * (work.world - 1) * work.pieces
-    product = product_seconds(work, hardware) * (1 + CHUNK_LOSS * (1 - 1 / chunks))
+    product = product_seconds(work, hardware) * _wave_loss(work, hardware) * (1 + CHUNK_LOSS * (1 - 1 / chunks))
     busy = _overlapped(product, link_seconds(work, hardware), chunks, hardware)
     overhead = chunks * launch + work.parts * (launch + 2 * latency) + moved * (launch + latency)
     return busy + _memory_seconds(work.fused_local_bytes, hardware) + overhead

@@ -16,6 +16,9 @@ InfiniBand         DGX data sheets, one port for each GPU: A100 ConnectX-6, HDR,
                    ConnectX-7, NDR, 400 Gb/s; XDR, 800 Gb/s: ConnectX-8 SuperNIC data sheet
 =================  ===============================================================================================
 
+Numbers of multiprocessors: A100, H100 and L40S (18,176 cores, 128 each) of the white papers of the Ampere, Hopper and
+Ada architectures; an H200 is an H100 with other memory; of a B200 as its driver reports it (148).
+
 Sizes of memory are the same sheets', read as 10^9 bytes: drivers report somewhat more, which is left for contexts and
 for what allocators lose.  The B200's is an eighth of a DGX B200's (DGX B200 data sheet: 1,440 GB).
 
@@ -82,6 +85,7 @@ class Hardware:
         launch_overhead_s: host time of one kernel, copy or library call.
         overlaps: whether copies between ranks run beside products.  A CPU's cores do one or the other.
         memory_bytes: of the device's memory; infinite where it is not known.
+        multiprocessors: that take tiles of a product; 0 where that is not known, or not what a product is cut for.
     """
 
     name: str
@@ -92,6 +96,7 @@ class Hardware:
     launch_overhead_s: float
     overlaps: bool = True
     memory_bytes: float = math.inf
+    multiprocessors: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "flops", MappingProxyType(dict(self.flops)))
@@ -126,27 +131,40 @@ def _gpu(
     link: float,
     latency: float,
     gigabytes: float = math.inf,
+    multiprocessors: int = 0,
 ) -> Hardware:
     """Rates in TFLOP/s for 16-bit, fp32 and fp64 products, of memory and link in bytes/s; memory in 10^9 bytes."""
     flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12, "float64": double * 1e12}
-    return Hardware(name, flops, memory, link, latency, _GPU_LAUNCH_S, memory_bytes=gigabytes * 1e9)
+    return Hardware(
+        name,
+        flops,
+        memory,
+        link,
+        latency,
+        _GPU_LAUNCH_S,
+        memory_bytes=gigabytes * 1e9,
+        multiprocessors=multiprocessors,
+    )
 
 
 # Words of a device's name, the more specific ones first. Whole words: a GH200 is not an H200, a GB200 not a B200.
 _BY_WORDS: tuple[tuple[frozenset[str], Hardware], ...] = tuple(
     (frozenset(words.split()), hardware)
     for words, hardware in (
-        ("A100 PCIE 40GB", _gpu("A100 PCIe 40GB", 312, 19.5, 19.5, 1.555e12, PCIE4_BYTES_PER_S, _PCIE_LATENCY_S, 40)),
-        ("A100 PCIE", _gpu("A100 PCIe 80GB", 312, 19.5, 19.5, 1.935e12, PCIE4_BYTES_PER_S, _PCIE_LATENCY_S, 80)),
-        ("A100 SXM4 40GB", _gpu("A100 SXM 40GB", 312, 19.5, 19.5, 1.555e12, 300e9, _NVLINK_LATENCY_S, 40)),
-        ("A100 SXM4", _gpu("A100 SXM 80GB", 312, 19.5, 19.5, 2.039e12, 300e9, _NVLINK_LATENCY_S, 80)),
-        ("H100 PCIE", _gpu("H100 PCIe", 756, 51, 51, 2.0e12, PCIE5_BYTES_PER_S, _PCIE_LATENCY_S, 80)),
-        ("H100 NVL", _gpu("H100 NVL", 835, 60, 60, 3.9e12, PCIE5_BYTES_PER_S, _PCIE_LATENCY_S, 94)),
-        ("H100", _gpu("H100 SXM", 989, 67, 67, 3.35e12, 450e9, _NVLINK_LATENCY_S, 80)),
-        ("H200 NVL", _gpu("H200 NVL", 835, 60, 60, 4.8e12, PCIE5_BYTES_PER_S, _PCIE_LATENCY_S, 141)),
-        ("H200", _gpu("H200 SXM", 989, 67, 67, 4.8e12, 450e9, _NVLINK_LATENCY_S, 141)),
-        ("B200", _gpu("B200", 2250, 80, 40, 8.0e12, 900e9, _NVLINK_LATENCY_S, 180)),
-        ("L40S", _gpu("L40S", 362, 91.6, 1.43, 0.864e12, PCIE4_BYTES_PER_S, _PCIE_LATENCY_S, 48)),
+        (
+            "A100 PCIE 40GB",
+            _gpu("A100 PCIe 40GB", 312, 19.5, 19.5, 1.555e12, PCIE4_BYTES_PER_S, _PCIE_LATENCY_S, 40, 108),
+        ),
+        ("A100 PCIE", _gpu("A100 PCIe 80GB", 312, 19.5, 19.5, 1.935e12, PCIE4_BYTES_PER_S, _PCIE_LATENCY_S, 80, 108)),
+        ("A100 SXM4 40GB", _gpu("A100 SXM 40GB", 312, 19.5, 19.5, 1.555e12, 300e9, _NVLINK_LATENCY_S, 40, 108)),
+        ("A100 SXM4", _gpu("A100 SXM 80GB", 312, 19.5, 19.5, 2.039e12, 300e9, _NVLINK_LATENCY_S, 80, 108)),
+        ("H100 PCIE", _gpu("H100 PCIe", 756, 51, 51, 2.0e12, PCIE5_BYTES_PER_S, _PCIE_LATENCY_S, 80, 114)),
+        ("H100 NVL", _gpu("H100 NVL", 835, 60, 60, 3.9e12, PCIE5_BYTES_PER_S, _PCIE_LATENCY_S, 94, 132)),
+        ("H100", _gpu("H100 SXM", 989, 67, 67, 3.35e12, 450e9, _NVLINK_LATENCY_S, 80, 132)),
+        ("H200 NVL", _gpu("H200 NVL", 835, 60, 60, 4.8e12, PCIE5_BYTES_PER_S, _PCIE_LATENCY_S, 141, 132)),
+        ("H200", _gpu("H200 SXM", 989, 67, 67, 4.8e12, 450e9, _NVLINK_LATENCY_S, 141, 132)),
+        ("B200", _gpu("B200", 2250, 80, 40, 8.0e12, 900e9, _NVLINK_LATENCY_S, 180, 148)),
+        ("L40S", _gpu("L40S", 362, 91.6, 1.43, 0.864e12, PCIE4_BYTES_PER_S, _PCIE_LATENCY_S, 48, 142)),
     )
 )
 

@@ -166,6 +166,7 @@ class SimulatedDevice:
         self.aborted = torch.zeros(1, dtype=torch.int32)
         self.control = HostControl()  # of kernels that wait by themselves
         self.waits: list[str] = []
+        self.multiprocessors = 0
         self.error: tuple[int, int] | None = None  # tag and index of the first wait that gave up
         self._epochs = {kind: torch.zeros(WINDOWS, dtype=torch.int32) for kind in _KINDS}
         self._backed: dict[_Window, int] = {}

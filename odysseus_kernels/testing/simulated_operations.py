@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from odysseus_kernels import _ext
@@ -55,6 +55,22 @@ class SimulatedOperations:
         for make in self._made[first:last]:
             stream, item = make(bases)
             self._device.machine.enqueue(self._device.rank, streams[stream], item)
+
+    def play(
+        self,
+        stops: list[int],
+        callbacks: Sequence[Callable[[], object] | None],
+        streams: list[int],
+        bases: list[int],
+        timeout_s: float,
+    ) -> None:
+        first = 0
+        for stop, callback in zip(stops, callbacks, strict=True):
+            self.run(first, stop, streams, bases, timeout_s)
+            if callback is not None:
+                callback()
+            first = stop
+        self.run(first, len(self), streams, bases, timeout_s)
 
     def copy(
         self,

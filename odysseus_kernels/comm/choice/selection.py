@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -46,6 +46,7 @@ class Phase:
         flops: of this rank's products.
         gathered_bytes, scattered_bytes: of this rank's chunk.
         tiles: whether one kernel whose tiles wait and signal exists for it.
+        rows, columns: of the output of one chunk's product, where the phase is such products; else 0.
     """
 
     operator: str
@@ -57,6 +58,8 @@ class Phase:
     gathered_bytes: int = 0
     scattered_bytes: int = 0
     tiles: bool = False
+    rows: int = 0
+    columns: int = 0
 
 
 class Selection:
@@ -100,10 +103,10 @@ class Selection:
                 stand_in = Preparation(transport.rank, transport.world)
                 prepare["tiles"] = functools.partial(run, stand_in, _as(config, "tiles"))
             with not_recorded(), transport.trial():
-                flops, refused = phase.flops, dict[str, str]()
+                refused = dict[str, str]()
                 if not measure and not capturing:
-                    flops, refused = self._agreed(phase, refusals(prepare))
-                prior = self._prior(config, phase, transport.world, flops)
+                    phase, refused = self._agreed(phase, refusals(prepare))
+                prior = self._prior(config, phase, transport.world, variants)
                 found = self._choices.decide(key, candidates, prior, measure=measure, prepare=prepare, refused=refused)
         return _as(config, found.mode)
 
@@ -130,26 +133,35 @@ class Selection:
             phase.own,
         )
 
-    def _agreed(self, phase: Phase, refused: dict[str, str]) -> tuple[int, dict[str, str]]:
+    def _agreed(self, phase: Phase, refused: dict[str, str]) -> tuple[Phase, dict[str, str]]:
         """The largest product of any rank, and the modes for which any has no kernel: all ranks predict alike."""
-        own = json.dumps({"flops": phase.flops, "refused": refused})
+        own = json.dumps({"flops": phase.flops, "columns": phase.columns, "refused": refused})
         everyone = [json.loads(text) for text in self._exchange(own)]
-        return max(int(one["flops"]) for one in everyone), refusal_of_any([one["refused"] for one in everyone])
+        flops, columns = (max(int(one[name]) for one in everyone) for name in ("flops", "columns"))
+        agreed = dataclasses.replace(phase, flops=flops, columns=columns)
+        return agreed, refusal_of_any([one["refused"] for one in everyone])
 
-    def _prior(self, config: OverlapConfig, phase: Phase, world: int, flops: int) -> dict[str, float]:
-        """Predictions for products of ``flops``."""
-        work = Work(
-            flops=flops,
-            world=world,
-            pieces=1 if config.chunks_per_rank == "auto" else config.chunks_per_rank,
-            dtype=str(phase.dtype).removeprefix("torch."),
-            gathered_bytes=phase.gathered_bytes,
-            scattered_bytes=phase.scattered_bytes,
-            # The unfused mode writes and reads the whole operand that it gathers or scatters.
-            unfused_local_bytes=2.0 * world * (phase.gathered_bytes + phase.scattered_bytes),
-            fused_local_bytes=2.0 * (phase.gathered_bytes + phase.scattered_bytes),
-        )
-        return predict(work, hardware_for(self._name))
+    def _prior(self, config: OverlapConfig, phase: Phase, world: int, variants: Sequence[str]) -> dict[str, float]:
+        """Predictions for ``variants``."""
+        hardware, predicted = hardware_for(self._name), dict[str, float]()
+        for variant in variants:
+            pieces = _as(config, variant).chunks_per_rank
+            work = Work(
+                flops=phase.flops,
+                world=world,
+                pieces=1 if pieces == "auto" else pieces,
+                dtype=str(phase.dtype).removeprefix("torch."),
+                gathered_bytes=phase.gathered_bytes,
+                scattered_bytes=phase.scattered_bytes,
+                # The unfused mode writes and reads the whole operand that it gathers or scatters.
+                unfused_local_bytes=2.0 * world * (phase.gathered_bytes + phase.scattered_bytes),
+                fused_local_bytes=2.0 * (phase.gathered_bytes + phase.scattered_bytes),
+                rows=phase.rows,
+                columns=phase.columns,
+            )
+            mode = variant.partition("/")[0]
+            predicted[variant] = predict(work, hardware, (mode,))[mode]
+        return predicted
 
 
 def _as(config: OverlapConfig, variant: str) -> OverlapConfig:

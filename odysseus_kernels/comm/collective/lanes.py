@@ -16,7 +16,7 @@ import dataclasses
 import datetime
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +53,9 @@ class Lane(Protocol):
     @property
     def group(self) -> dist.ProcessGroup:
         """The group to pass to collectives."""
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """For collectives that are started within: nothing computes beside them."""
 
     def issue(self, start: Callable[[], dist.Work]) -> Any:
         """Starts an asynchronous collective; what it returns is for :meth:`finish`."""
@@ -96,6 +99,9 @@ class HostLane:
     @property
     def group(self) -> dist.ProcessGroup:
         return self._group()
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def issue(self, start: Callable[[], dist.Work]) -> dist.Work:
         work = start()
@@ -187,7 +193,8 @@ class StreamLane:
     """Collectives of NCCL, on a stream and a communicator of their own.
 
     The communicator has a stream of high priority and may take few thread blocks, so that a collective starts at once
-    beside a product and leaves it most of the GPU.  Where none can be made, the caller's is used.
+    beside a product and leaves it most of the GPU.  Where none can be made, the caller's is used; so it is for a
+    collective that is alone, with as many blocks as NCCL takes by default: there is no product to leave the GPU to.
     """
 
     between_hosts = False
@@ -198,10 +205,20 @@ class StreamLane:
         self._flights: deque[_Flight] = deque()
         self._given = group
         self._own = _communicator(group(), timeout_s)
+        self._alone = False
 
     @property
     def group(self) -> dist.ProcessGroup:
-        return self._own if self._own is not None else self._given()
+        return self._own if self._own is not None and not self._alone else self._given()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        # Both communicators are used on the lane's one stream, so that their kernels never wait for one another.
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
 
     def issue(self, start: Callable[[], dist.Work]) -> torch.cuda.Event:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -232,7 +232,9 @@ class CollectiveTransport(Transport):
         with self._lock, self._errors(call), timed_call(call.operator, call.phase, self.name, self.rank):
             lane = self._prepare(call)
             shard = gather.shard.contiguous()
-            self._wait_for(call, "all-gather", lane.all_gather(out.view(-1), shard.view(-1)))
+            with lane.alone():
+                work = lane.all_gather(out.view(-1), shard.view(-1))
+            self._wait_for(call, "all-gather", work)
         self._count(call)
 
     def reduce_scatter(self, call: Call, full: Tensor) -> None:
@@ -248,11 +250,9 @@ class CollectiveTransport(Transport):
         with self._lock, self._errors(call), timed_call(call.operator, call.phase, self.name, self.rank):
             lane = self._prepare(call)
             out = scatter.out.view(-1)
-            self._wait_for(
-                call,
-                "reduce-scatter",
-                lane.issue(lambda: reduce_scatter_single(out, full.view(-1), group=lane.group, async_op=True)),
-            )
+            with lane.alone():
+                work = lane.issue(lambda: reduce_scatter_single(out, full.view(-1), group=lane.group, async_op=True))
+            self._wait_for(call, "reduce-scatter", work)
         self._count(call)
 
     def all_to_all(self, call: Call, full: Tensor, out: Tensor) -> None:
@@ -262,7 +262,9 @@ class CollectiveTransport(Transport):
         call = self._sends_parts(call, full, out)
         with self._lock, self._errors(call), timed_call(call.operator, call.phase, self.name, self.rank):
             lane = self._prepare(call)
-            self._wait_for(call, "all-to-all", lane.all_to_all(as_bytes(out), as_bytes(full)))
+            with lane.alone():
+                work = lane.all_to_all(as_bytes(out), as_bytes(full))
+            self._wait_for(call, "all-to-all", work)
         self._count(call)
 
     # ---- ranks that differ, peers that are gone ----------------------------------------------------------------------

@@ -36,9 +36,11 @@ class Device(Places, Protocol):
 
     Attributes:
         waits: what each tag of a wait stands for, for errors; it grows.
+        multiprocessors: the fewest of any rank's device, so that ranks decide alike; 0 where that means nothing.
     """
 
     waits: list[str]
+    multiprocessors: int
 
     def operations(self) -> Operations:
         """New, empty operations."""
@@ -122,6 +124,7 @@ class Scratch:
         self.windows: dict[str, int] = {}
         self.tiles: Callable[[], None] | None = None
         self._memory: dict[str, Tensor] = {}
+        self._cells: dict[tuple[str, int, int], Tensor] = {}
 
     @property
     def blocks(self) -> tuple[Block | None, Block | None, Block | None]:
@@ -151,8 +154,12 @@ class Scratch:
         """All slots, as elements."""
         return self._memory[SLOT].view(dtype)
 
+    def skips(self, step: Step, rank: int) -> bool:
+        """Whether there is nothing to do in ``step``: the chunk is in its place already."""
+        return self.whole is not None and step.rank != rank and not step.inside
+
     def callback(self, step: Step, rank: int) -> Callable[[], None]:
-        """What the operator does in ``step``."""
+        """What the operator does in ``step``, which it does not skip."""
         if step.inside:
             assert self.tiles is not None
             return self.tiles
@@ -162,8 +169,6 @@ class Scratch:
             assert gather is not None and shard is not None
             if own:
                 return lambda: gather.consume(rank, 0, shard.rows, gather.shard)
-            if self.whole is not None:
-                return _nothing
             start, stop = shard.bounds(step.piece)
             block = self._cell(SLOT, shard, step.reads[0], stop - start)
             return lambda: gather.consume(step.rank, start, stop, block)
@@ -172,20 +177,18 @@ class Scratch:
         start, stop = out.bounds(step.piece)
         if own:
             return lambda: scatter.produce(rank, start, stop, scatter.out[:, start:stop])
-        if self.whole is not None:
-            return _nothing
         stage = self._cell(STAGE, out, step.writes[0], stop - start)
         return lambda: scatter.produce(step.rank, start, stop, stage)
 
     def _cell(self, name: str, block: Block, region: Region, rows: int) -> Tensor:
-        begin = region.part * block.cell_bytes
-        nbytes = block.batch * rows * block.row_bytes
-        cell = self._memory[name][begin : begin + nbytes]
-        return cell.view(block.dtype).view(block.batch, rows, block.width)
-
-
-def _nothing() -> None:
-    """The chunk is in its place already."""
+        key = (name, region.part, rows)
+        found = self._cells.get(key)
+        if found is None:  # there are few, which the pieces of a call use in turn
+            begin = region.part * block.cell_bytes
+            nbytes = block.batch * rows * block.row_bytes
+            cell = self._memory[name][begin : begin + nbytes]
+            found = self._cells[key] = cell.view(block.dtype).view(block.batch, rows, block.width)
+        return found
 
 
 def describe_wait(operator: str, step: Step, rank: int) -> str:

@@ -58,6 +58,7 @@ class CudaDevice:
         memory: of all ranks.
         ledger: what ranks call; None where they are in one process and call alike.
         link: bytes/s to which copies between ranks are paced (an emulated link), or 0.
+        multiprocessors: the fewest of any rank's GPU, or 0 for this one's.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class CudaDevice:
         memory: PeerMemory,
         ledger: Ledger | None = None,
         link: float = 0.0,
+        multiprocessors: int = 0,
     ) -> None:
         self.device, self._rank, self._world = device, rank, world
         self._memory, self._ledger, self._link = memory, ledger, link
@@ -78,6 +80,7 @@ class CudaDevice:
         self._control = self._native.Control(device.index, self._state[-1:].data_ptr())
         self._control_address = torch.tensor([self._control.block], dtype=torch.int64).to(device)
         self.waits: list[str] = []
+        self.multiprocessors = multiprocessors or torch.cuda.get_device_properties(device).multi_processor_count
         self._supervisor = Supervisor(self._control, ledger, self.waits)
         self._streams = [torch.cuda.Stream(device, _HIGH_PRIORITY) for name in STREAMS if name != COMPUTE]
         self._caller: torch.cuda.Stream | None = None
@@ -255,7 +258,7 @@ def connect(
     """
     rank, world = group.rank(), group.size()
     host: Any = None
-    answer: dict[str, str]
+    answer: dict[str, Any]
     try:
         reason = _ext.load().cuda.why_unavailable()
         if world > _MOST_RANKS:
@@ -266,7 +269,7 @@ def connect(
         if reason:
             raise OSError(reason)
         host = _ext.load().SymmetricHost(rank, world, shared_memory_directory(), 4096, nonce)
-        answer = {"path": host.path}
+        answer = {"path": host.path, "sms": torch.cuda.get_device_properties(device).multi_processor_count}
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         answer = {"error": short_text(error)}
     answers = [json.loads(text) for text in exchange(json.dumps(answer))]
@@ -285,5 +288,6 @@ def connect(
             raise OSError(f"rank {other}: {text}")
     assert memory is not None
     check_queues()
-    cuda = CudaDevice(device, rank, world, memory, Ledger(host, rank, world))
+    sms = min(int(other["sms"]) for other in answers)
+    cuda = CudaDevice(device, rank, world, memory, Ledger(host, rank, world), multiprocessors=sms)
     return SymmetricDeviceTransport(cuda, rank, world)

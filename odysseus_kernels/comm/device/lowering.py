@@ -7,6 +7,7 @@ shard, the output, scratch memory) is a *base* that is passed when it runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -79,7 +80,14 @@ class Operations(Protocol):
     ) -> None: ...
     def record(self, stream: int, event: int) -> None: ...
     def depend(self, stream: int, event: int) -> None: ...
-    def run(self, first: int, last: int, streams: list[int], bases: list[int], timeout_s: float) -> None: ...
+    def play(
+        self,
+        stops: list[int],
+        callbacks: Sequence[Callable[[], object] | None],
+        streams: list[int],
+        bases: list[int],
+        timeout_s: float,
+    ) -> None: ...
     def __len__(self) -> int: ...
     def close(self) -> None: ...
 
@@ -159,6 +167,11 @@ class Plan:
     slot_bytes: int
     stage_bytes: int
     inside_tag: int = 0  # number of the first wait that a kernel makes by itself
+
+    @functools.cached_property
+    def stops(self) -> list[int]:
+        """How many operations come before each action's callback."""
+        return [action.last for action in self.actions]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -50,6 +51,7 @@ from odysseus_kernels.comm.schedules.steps import SHARD, Schedule, Step, Task
 from odysseus_kernels.comm.sent_ahead import SentAhead
 from odysseus_kernels.comm.transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
 from odysseus_kernels.errors import CommunicationError, KernelUnavailableError
+from odysseus_kernels.planner.waves import wave_pieces
 
 __all__ = ["SymmetricDeviceTransport"]
 
@@ -199,12 +201,18 @@ class SymmetricDeviceTransport(Transport):
     def _enqueue(self, call: Call, plan: Plan, scratch: Scratch) -> None:
         device = self._device
         scratch.take(device, plan)
-        streams, bases, timeout_s = device.streams(), scratch.bases(), call.config.timeout_s
-        for action in plan.actions:
-            if action.last > action.first:
-                plan.operations.run(action.first, action.last, streams, bases, timeout_s)
-            if action.step is not None:
-                device.call(scratch.callback(action.step, self.rank))
+
+        def compute(step: Step) -> None:
+            device.call(scratch.callback(step, self.rank))
+
+        callbacks = [
+            None
+            if action.step is None or scratch.skips(action.step, self.rank)
+            else functools.partial(compute, action.step)
+            for action in plan.actions
+        ]
+        # One call of the compiled module for all copies, waits, signals and events; it comes back for products alone.
+        plan.operations.play(plan.stops, callbacks, device.streams(), scratch.bases(), call.config.timeout_s)
 
     def _prepare(self, call: Call, scratch: Scratch) -> tuple[Plan, list[tuple[str, Lease]]]:
         """Leases windows, lets ranks agree on the call, and finds or makes its plan."""
@@ -328,9 +336,16 @@ class SymmetricDeviceTransport(Transport):
         return row_pieces(call.config.chunks_per_rank, shard.shape[1], auto=auto)
 
     def _scatter_pieces(self, call: Call, scatter: Scatter) -> int:
-        """As many as there are ranks: then what is on its way, sent and received, stays within two chunks."""
-        batch, rows, _ = scatter.out.shape
+        """As many as there are ranks: then what is on its way, sent and received, stays within two chunks.
+
+        Or up to twice as many, where their products fill the device better; never fewer, for the memory's sake.
+        """
+        batch, rows, width = scatter.out.shape
         auto = max(1, min(self.world, batch * rows // _PIECE_ROWS))
+        sms = self._device.multiprocessors
+        if sms and auto > 1:
+            most = min(2 * auto, batch * rows // (_PIECE_ROWS // 2))
+            auto = wave_pieces(batch * rows, width, sms, least=auto, most=most)
         return row_pieces(call.config.chunks_per_rank, rows, auto=auto)
 
     # ---- a shard that was sent ahead ---------------------------------------------------------------------------------

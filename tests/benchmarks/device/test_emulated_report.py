@@ -17,6 +17,7 @@ from benchmarks.common import machine
 from benchmarks.device import emulated, kernels
 from benchmarks.device import report as emulated_report
 from benchmarks.device.cases import TARGETS, WORLD, EmulatedCase, make_emulated_cases
+from benchmarks.device.predictions import PREDICTED, predicted_seconds
 from odysseus_kernels.testing.virtual_devices import link_of
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -92,7 +93,8 @@ def test_figures() -> None:
     assert not emulated_report.summarize(_row({"gemm": 2.0, "link": 40.0}, link="pcie"))["link_slow"]
     assert emulated_report.summarize(_row({"gemm": 2.0}))["link_bytes_per_s"] is None
     wrong = emulated_report.summarize(_row({"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 1.0}, wrong=("fused",)))
-    assert wrong["figures"] == {"fused / limit": None, "tiles / limit": None, "hidden": None}
+    assert set(wrong["figures"].values()) == {None}
+    assert row["figures"]["host / fused"] == pytest.approx(7e-3 / 4.2)  # of the number of pieces that was chosen
 
 
 def test_verdicts_are_those_of_the_worst_judged_row() -> None:
@@ -110,6 +112,8 @@ def test_verdicts_are_those_of_the_worst_judged_row() -> None:
         ("all_gather_linear forward: fused / limit", False, 2, 1),
         ("all_gather_linear forward: hidden", False, 2, 1),
         ("linear_reduce_scatter backward: fused / limit", True, 1, 0),
+        ("all_gather_linear forward: host / fused", True, 2, 0),
+        ("linear_reduce_scatter backward: host / fused", True, 1, 0),
     ]
     assert verdicts[0]["measured"] == pytest.approx(1.1)
     assert verdicts[1]["measured"] == pytest.approx(0.8)
@@ -119,6 +123,28 @@ def test_verdicts_are_those_of_the_worst_judged_row() -> None:
         for operator in ("all_gather_linear", "linear_reduce_scatter")
         for phase in ("forward", "backward")
     }
+
+
+def test_a_host_that_is_slower_than_the_device_misses_its_target() -> None:
+    row = _row({"gemm": 2e-3, "link": 4e-3, "serial": 6e-3, "fused": 5e-3})  # the host takes 7 ms
+    verdicts = {v["what"]: v for v in emulated_report.judge([emulated_report.summarize(row)])}
+    missed = verdicts["all_gather_linear forward: host / fused"]
+    assert (missed["reached"], missed["relation"], missed["limit"]) == (False, "<=", 1.0)
+    assert missed["measured"] == pytest.approx(7 / 5)
+
+
+def test_every_row_has_a_prediction_of_what_it_measures() -> None:
+    for case in make_emulated_cases():
+        found = predicted_seconds(case, "NVIDIA H200", {"fused": "2", "tiles": "auto"})
+        assert tuple(found) == PREDICTED
+        assert found["gemm"] == pytest.approx(case.flops / 791.2e12)  # 0.8 of the data sheet's rate
+        rate = 51.2e9 if case.link == "pcie" else link_of(case.link)[1]
+        assert found["link"] == pytest.approx(case.link_bytes / rate)
+        assert found["serial"] > found["gemm"] + found["link"]
+        assert min(found["fused"], found["tiles"]) > max(found["gemm"], found["link"])
+        cut = predicted_seconds(case, "NVIDIA H200", {"fused": "8"})
+        assert {name for name in PREDICTED if cut[name] != found[name]} == {"fused"}
+        assert predicted_seconds(case, "NVIDIA A100-SXM4-80GB", {})["gemm"] > found["gemm"]
 
 
 def test_a_wrong_result_reaches_nothing() -> None:
@@ -165,7 +191,10 @@ def test_documents_label_links_as_emulated(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times = {"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 4.0}
-    document = _document(monkeypatch, _row(times), _row(times, wrong=("fused",), link="paced:450"))
+    rows = [_row(times), _row(times, wrong=("fused",), link="paced:450")]
+    for row in rows:
+        row["predicted_s"] = {"gemm": 1.6, "link": 4.0, "serial": 5.0, "fused": 3.2, "tiles": 3.5}
+    document = _document(monkeypatch, *rows)
     paths = emulated_report.write(document, tmp_path / "new")
     read = json.loads(paths[0].read_text())
     assert (read["kind"], read["schema"]) == ("emulated", 1)
@@ -186,11 +215,15 @@ def test_documents_label_links_as_emulated(
         "Not judged: 1 rows whose link was slower than it says.",
         "| 7.000 |",  # the host's milliseconds for the call with the pieces that were chosen
         "| 0.125 |",
+        "| fused predicted ms | measured |",
+        "| 1600.000 | 2000.000 (1.25) | 4000.000 | 4000.000 (1.00) | 5000.000 | 6000.000 (1.20) | 3200.000 | WRONG |",
+        "| 3200.000 | 4000.000 (1.25) | 3500.000 | - |",  # tiles are impossible
     ):
         assert part in text, text
     emulated_report.print_document(document)
     printed = capsys.readouterr().out
     assert "EMULATED" in printed
+    assert emulated_report.PREDICTIONS in printed and "2000.000 (1.25)" in printed
     assert "WRONG" in printed
     if len(paths) == 3:
         assert paths[2].stat().st_size > 1000
