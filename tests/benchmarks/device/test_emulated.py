@@ -127,7 +127,12 @@ def test_a_wrong_result_has_no_time(case: EmulatedCase, monkeypatch: pytest.Monk
         row = emulated.measure_case(case, emulation, rounds=2, timed=_wall, synchronize=lambda: None)
     assert row["wrong"] == ["fused"]
     assert set(row["samples_s"]) == {"gemm", "link", "serial"}
-    assert emulated_report.summarize(row)["figures"] == {"fused / limit": None, "tiles / limit": None, "hidden": None}
+    assert emulated_report.summarize(row)["figures"] == {
+        "fused / limit": None,
+        "tiles / limit": None,
+        "hidden": None,
+        "host / fused": None,
+    }
 
 
 def _pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
