@@ -115,7 +115,9 @@ def prepare_project(
         from odysseus_kernels.kernels.tuning import Signals
 
         signals, gathered = Signals(world, local.device), local.new_empty((world - 1, *local.shape))
-        found = TileGather(rank, world, local, gathered, 1, signals.words[: world - 1], signals.epoch, _satisfied(signals))
+        found = TileGather(
+            rank, world, local, gathered, 1, signals.words[: world - 1], signals.epoch, _satisfied(signals)
+        )
         return lambda config: _run_project(found, outs, weights, biases, config)
 
     problem, layout = _projection(local, world, weights, biases)
@@ -280,7 +282,9 @@ def prepare_weight_gradient(
         from odysseus_kernels.kernels.tuning import Signals
 
         signals, gathered = Signals(world, chunk.device), chunk.new_empty((world - 1, *chunk.shape))
-        found = TileGather(rank, world, chunk, gathered, 1, signals.words[: world - 1], signals.epoch, _satisfied(signals))
+        found = TileGather(
+            rank, world, chunk, gathered, 1, signals.words[: world - 1], signals.epoch, _satisfied(signals)
+        )
         return lambda config: _run_weight_gradient(found, out, local, config)
 
     problem = _gradient(chunk, world, local)
