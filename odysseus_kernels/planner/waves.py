@@ -10,8 +10,8 @@ from __future__ import annotations
 __all__ = ["LIBRARY_TILE", "fill", "tiles", "wave_pieces", "waves"]
 
 LIBRARY_TILE = (128, 256)
-"""Rows and columns of the output tile that is assumed of a library's large 16-bit product: what CUTLASS calls the best
-shape of one for Hopper, and cuBLAS uses from there on; for smaller products both have smaller tiles, too."""
+"""Rows and columns of the output tile that is assumed of a library's large 16-bit product on Hopper: an estimate, as
+libraries choose among several; for smaller products they have smaller tiles, too."""
 
 _WORTH = 0.05
 """Share of the fill by which another number of pieces has to be better: a launch costs about as much."""
