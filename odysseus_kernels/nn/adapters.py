@@ -79,16 +79,18 @@ class Adapter:
 
     def of_tokens(self, part: _Part, group: SequenceGroup) -> Tensor | None:
         """A parameter for this rank's own tokens."""
-        if part in self.values:
-            return self.values[part].tokens
-        return token_parameter(getattr(self, part), group)
+        if part not in self.values:
+            return token_parameter(getattr(self, part), group)
+        whole, over = self.values[part].tokens, group.token_group
+        # The same operations as in a layer that is computed again, which selective checkpointing counts.
+        return whole if over is None or over.size() == 1 else whole.view_as(whole)
 
     def of_heads(self, part: _Part, group: SequenceGroup, rows: Range | None, *, dim: int = 0) -> Tensor | None:
         """A parameter, or some rows of it, for this rank's own heads or features."""
         if part not in self.values:
             return head_parameter(getattr(self, part), group, rows, dim=dim)
         whole = self.values[part].heads
-        return whole if rows is None else whole.narrow(dim, *rows)
+        return whole.view_as(whole) if rows is None else whole.narrow(dim, *rows)
 
     @property
     def drops(self) -> bool:
