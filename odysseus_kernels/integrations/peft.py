@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -266,14 +267,16 @@ def take_in(model: nn.Module, projections: Iterable[Any], group: SequenceGroup, 
     for module in projections:
         if not isinstance(module, SequenceLora):
             swap_class(module, SequenceLora, keep_name=True)
-        known: dict[str, int] = vars(module).setdefault("sequence_adapters", {})
+        # By reference: the address of a parameter that is gone may be a new one's, on some ranks only.
+        known: dict[str, list[weakref.ref[torch.Tensor]]] = vars(module).setdefault("sequence_adapters", {})
         for kind in ("lora_A", "lora_B"):
             for adapter, layer in getattr(module, kind).items():
                 for which, parameter in layer.named_parameters(recurse=False):
-                    key = f"{kind}.{adapter}.{which}"
-                    if known.get(key) != id(parameter):
-                        known[key] = id(parameter)
+                    before = [one for one in known.get(f"{kind}.{adapter}.{which}", []) if one() is not None]
+                    if not any(one() is parameter for one in before):
+                        before.append(weakref.ref(parameter))
                         fresh.append(parameter)
+                    known[f"{kind}.{adapter}.{which}"] = before
     if not fresh or alike:
         return
     with torch.no_grad():

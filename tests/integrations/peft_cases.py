@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -368,3 +369,27 @@ def drops(rank: int, world: int, strategy: str) -> tuple[list[float], float]:
     batch = ody.shard_sequence(CASE.whole_batch(), model)
     losses = [step(model.train(), batch)[0] for _ in range(2)]
     return losses, step(model.eval(), batch)[0]
+
+
+def address_taken_again(rank: int, world: int) -> tuple[bool, float]:
+    """A parameter in the place of another: whether it has that one's address, on the last rank alone; its value later.
+
+    A value is the rank's number at first, and should become the first rank's.
+    """
+    model = Adapted().before("odysseus", make_mesh(world, 1))
+    layer = next(module.lora_A["default"] for module in model.modules() if hasattr(module, "lora_A"))
+    batch = ody.shard_sequence(CASE.whole_batch(), model)
+    model(**batch)
+    kept = layer.weight if rank == 0 else None  # while it lives, nothing has its address
+    shape, address = layer.weight.shape, id(layer.weight)
+    del layer.weight
+    gc.collect()
+    tried = []
+    for _ in range(10_000):
+        tried.append(torch.nn.Parameter(torch.full(shape, float(rank))))
+        if id(tried[-1]) == address:
+            break
+    layer.weight = tried[-1]
+    model(**batch)
+    assert rank or kept is not layer.weight
+    return id(layer.weight) == address, layer.weight.max().item()

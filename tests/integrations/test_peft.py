@@ -20,6 +20,7 @@ from peft_cases import (
     RANK,
     UNSERVED,
     Adapted,
+    address_taken_again,
     changes,
     drops,
     recomputed,
@@ -144,6 +145,14 @@ def test_dropout_draws_in_training_alone(ranks):
         assert losses[0] != losses[1]
         assert all(abs(loss - truth) < 0.2 * truth for loss in losses), "dropout keeps expectations"
         assert abs(evaluated - truth) <= LOSS * truth
+
+
+def test_an_address_that_is_taken_again_is_no_known_parameter(ranks):
+    (first, mine), (second, other) = ranks(2).run(address_taken_again)
+    assert not first
+    if not second:
+        pytest.skip("no parameter was given the address of the one that went")
+    assert mine == other == 0.0
 
 
 def test_the_cases_adapters_have_an_effect():
