@@ -75,6 +75,11 @@ def data(dataset: list[dict[str, list[int]]], mesh: DeviceMesh) -> None:
     loader.load_state_dict(assert_type(loader.state_dict(), dict[str, Any]))
 
 
+def shared_prompt(prompt: Tensor, completions: list[Tensor], values: Tensor) -> None:
+    batch = assert_type(ody.pack_shared_prefix([prompt], [completions]), dict[str, Tensor])
+    assert_type(ody.unpack_shared_prefix(values, batch), list[list[Tensor]])
+
+
 def planning() -> str:
     found = ody.plan("llama-3.1-8b", 8, 131072)
     return "nothing fits" if found.best is None else found.why
