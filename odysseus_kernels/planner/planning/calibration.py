@@ -83,22 +83,15 @@ def layer_rates(rows: Sequence[Row], machine: Machine, element_size: int) -> Lay
             shapes.add((row["tokens"], model))
     if not terms:
         return None
-    rates = _fit(np.array(terms), np.array(seconds), machine, len(shapes))
-    return dataclasses.replace(rates, shapes=len(shapes))
+    return _fit(np.array(terms), np.array(seconds), machine, len(shapes))
 
 
 def _fit(terms: Any, seconds: Any, machine: Machine, shapes: int) -> LayerRates:
-    if shapes > 1:
-        columns = list(range(min(shapes, 3)))
-        while columns:
-            relative = terms[:, columns] / seconds[:, None]
-            found, *_ = np.linalg.lstsq(relative, np.ones(len(seconds)), rcond=None)
-            if (found > 0).all() and {0, 1} <= set(columns):
-                costs = dict(zip(columns, found.tolist(), strict=True))
-                return LayerRates(1 / costs[0], 1 / costs[1], costs.get(2, 0.0), shapes)
-            columns.pop()  # the overhead first; without it both rates, else one for all
-            if len(columns) < 2:
-                break
+    for count in range(min(shapes, 3), 1, -1):  # the overhead is left out first; without both rates, one for all
+        found, *_ = np.linalg.lstsq(terms[:, :count] / seconds[:, None], np.ones(len(seconds)), rcond=None)
+        if (found > 0).all():
+            product, attention, *overhead = found.tolist()
+            return LayerRates(1 / product, 1 / attention, sum(overhead), shapes)
     # Attention at its usual part of what products reach.
     part = machine.attention_share / PRODUCT_SHARE
     rate = statistics.median((terms[:, 0] + terms[:, 1] / part) / seconds)
