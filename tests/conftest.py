@@ -8,11 +8,23 @@ import hypothesis
 import pytest
 import torch
 
-from odysseus_kernels.testing.spawn import RankPools
+from odysseus_kernels.testing.spawn import RankPools, preload
 
 # No example is timed: machines differ, and others work on them.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+# Seconds in each rank otherwise, and again whenever ranks start anew after a failure.
+preload(
+    "odysseus_kernels.integrations.huggingface",
+    "transformers.trainer",
+    "peft",
+    *(
+        f"transformers.models.{family}.modeling_{family}"
+        for family in ("llama", "mistral", "qwen2", "qwen3", "starcoder2", "mixtral", "qwen3_moe")
+    ),
+)
 
 
 @pytest.fixture(scope="session")

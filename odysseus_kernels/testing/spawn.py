@@ -30,8 +30,9 @@ import torch
 
 from odysseus_kernels.testing.rank_process import START_JOB, Reference, Setup, result_path, serve, stack_path
 
-__all__ = ["Outcome", "RankPool", "RankPools", "RanksFailedError", "run_ranks"]
+__all__ = ["Outcome", "RankPool", "RankPools", "RanksFailedError", "preload", "run_ranks"]
 
+_PRELOADED = [serve.__module__]  # what the server that ranks are forked from imports
 _START_LIMIT_S = 120.0
 _STOP_LIMIT_S = 5.0
 
@@ -187,7 +188,7 @@ class RankPool:
         loopback = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
         method = "spawn" if self.environment or self.backend != "gloo" else "forkserver"
         context: Any = multiprocessing.get_context(method)  # the common base of contexts names no Process
-        context.set_forkserver_preload([serve.__module__])
+        context.set_forkserver_preload(_PRELOADED)
         with _environment({**loopback, **threads, **self.environment}):
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
@@ -275,6 +276,15 @@ class RankPool:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+
+def preload(*modules: str) -> None:
+    """Has ranks start with ``modules`` already imported: once in the server they are forked from, not in each rank.
+
+    For libraries that take seconds to import.  Works before the first rank of this process starts; a module that does
+    not exist is left out.
+    """
+    _PRELOADED.extend(module for module in modules if module not in _PRELOADED)
 
 
 class RankPools:
