@@ -366,8 +366,11 @@ class LocalTransport(Transport):
         if call.pipeline is not None:
             pipeline = call.pipeline
             for index in range(len(pipeline.spans)):
-                pipeline.consume(index, 0, pipeline.own(index))
+                own = pipeline.own(index)
+                pipeline.consume(index, 0, own[: pipeline.early])
                 pipeline.compute(index)
+                if pipeline.conclude is not None:
+                    pipeline.conclude(index, 0, own[pipeline.early :])
                 if pipeline.produce is not None:
                     pipeline.produce(index, 0, pipeline.own_out(index))
 

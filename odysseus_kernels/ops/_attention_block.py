@@ -145,8 +145,6 @@ class Block:
         def consume(index: int, source: int, blocks: tuple[Tensor, ...]) -> None:
             if not ring:
                 work.consume_gradient(source, *spans[index], blocks[0])
-            if regather:
-                work.consume_input(source, blocks[-1])
 
         pipeline = Pipeline(
             (() if ring else (grad,)) + ((x,) if regather else ()),
@@ -157,7 +155,11 @@ class Block:
             produce=(lambda index, target, block: work.produce(piece_of(index), target, block))
             if input_needed
             else None,
-            holds=regather,
+            # Gradients of the projections' weights are all that x is gathered for.
+            late=int(regather),
+            conclude=(lambda index, source, blocks: work.conclude(piece_of(index), source, blocks[0]))
+            if regather
+            else None,
         )
 
         def run(transport: Transport, settled: OverlapConfig) -> None:
@@ -273,8 +275,13 @@ class Block:
         results = None if out is None else out.new_empty((self._world, *out.shape))
         for index, (start, stop) in enumerate(pipeline.spans):
             for source in range(self._world):
-                pipeline.consume(index, source, tuple(whole[source][:, start:stop] for whole in everyone))
+                early = everyone[: pipeline.early]
+                pipeline.consume(index, source, tuple(whole[source][:, start:stop] for whole in early))
             pipeline.compute(index)
+            if pipeline.conclude is not None:
+                for source in range(self._world):
+                    late = everyone[pipeline.early :]
+                    pipeline.conclude(index, source, tuple(whole[source][:, start:stop] for whole in late))
             if results is not None and pipeline.produce is not None:
                 for target in range(self._world):
                     pipeline.produce(index, target, results[target][:, start:stop])

@@ -260,7 +260,6 @@ class BackwardPieces:
             for t in (self.k, self.v)
         )
         self._attention = PrefixAttention(pieces.settings.visits(documents), pieces.where(length))
-        self._blocks: dict[int, Tensor] = {}  # each rank's rows of x, of the piece at hand
 
     def restart(
         self, weights_needed: Sequence[bool], biases_needed: Sequence[bool], output_needed: Sequence[bool]
@@ -292,10 +291,6 @@ class BackwardPieces:
         if self._output_bias is not None:
             self._output_bias.add(source, start, stop, block)
 
-    def consume_input(self, source: int, block: Tensor) -> None:
-        """``source``'s rows of x, of the piece that is computed next."""
-        self._blocks[source] = block
-
     def compute(self, piece: int) -> None:
         """Attention's, norms' and projections' gradients of a piece: all that see its keys have added theirs."""
         pieces = self._pieces
@@ -316,12 +311,15 @@ class BackwardPieces:
             if number < 2 and self._norms:
                 heads = self._norms[number].backward(heads, pieces.split(self._raw[number][:, rows]))
             into[:, :count] = heads.flatten(2)
-        for total, made in zip(self._sums, self._projected, strict=True):
-            if not self._regather:
+        if not self._regather:
+            for total, made in zip(self._sums, self._projected, strict=True):
                 total.add(made[:, :count], None if self._kept is None else self._kept[:, rows])
-                continue
-            for source in range(pieces.world):
-                total.add(made[:, pieces.part(piece, source)], self._blocks[source])
+
+    def conclude(self, piece: int, source: int, block: Tensor) -> None:
+        """What ``source``'s rows of x, of the piece that was computed last, contribute to the weights' gradients."""
+        part = self._pieces.part(piece, source)
+        for total, made in zip(self._sums, self._projected, strict=True):
+            total.add(made[:, part], block)
 
     def produce(self, piece: int, target: int, block: Tensor) -> None:
         """This rank's heads' share of ``target``'s rows of dx of a piece."""

@@ -40,23 +40,29 @@ def pipelined_seconds(
     before: float,
     attention: float,
     after: float,
+    late: float | None = None,
+    concluding: float = 0.0,
     pairs: Callable[[float, float], float] = lambda start, stop: stop**2 - start**2,
     backward: bool = False,
 ) -> float:
     """Seconds of a block whose pieces are gathered, computed and scattered, one link carrying out what it is given.
 
     What ``comm/schedules/collective.py`` does, step by step: two pieces are under way ahead of the one that is
-    computed; the results of the last one leave meanwhile, in the order of their issue.
+    computed, and the results of the last one leave meanwhile, in the order of their issue.
 
     Args:
         pieces: how many; backward begins with the last.
         ranks: of the group; a rank's own rows need not arrive, and its own results need not leave.
-        gathered, scattered: seconds for which the link carries all that is gathered, and all that is scattered.
+        gathered, scattered: seconds for which the link carries all that is gathered before a piece is computed, and
+            all that is scattered.
         before, after: seconds of products before and after attention, which have as many rows as a piece.
         attention: seconds of attention.
+        late: seconds for which the link carries all that need not have arrived before a piece's results have left;
+            None: there is nothing of the kind.
+        concluding: seconds of products with it.
         pairs: part of all pairs of query and key whose queries lie from one part of the sequence to another; causal
             attention without a window by default.
-        backward: a gathered piece is read until its attention is done.
+        backward: the last piece is the first.
 
     Example:
         >>> pipelined_seconds(1, 2, gathered=1, scattered=1, before=1, attention=1, after=1)
@@ -71,22 +77,27 @@ def pipelined_seconds(
         parts.reverse()
     others = 1 - 1 / ranks
     now = free = left = 0.0  # when the host goes on, the link is free, and the last results have left
-    arrived: list[float] = []
+    arrivals: tuple[list[float], list[float]] = ([], [])
+    queues = list(zip(arrivals, (gathered, late), strict=True))
 
-    def gather(ahead: int) -> None:
+    def gather(arrived: list[float], seconds: float | None) -> None:
         nonlocal free
-        for part, _ in parts[len(arrived) : ahead]:
-            free = max(now, free) + part * gathered
+        if seconds is not None and len(arrived) < len(parts):
+            free = max(now, free) + parts[len(arrived)][0] * seconds
             arrived.append(free)
 
-    gather(_IN_FLIGHT)
+    for _ in range(_IN_FLIGHT):
+        for queue in queues:
+            gather(*queue)
     for index, (part, attended) in enumerate(parts):
-        now = max(now + part * before / ranks, arrived[index]) + part * before * others
-        if not backward:
-            gather(index + 1 + _IN_FLIGHT)
-        now += attended * attention
-        gather(index + 1 + _IN_FLIGHT)
-        now = max(now, left) + part * after * others
-        free = left = max(now, free) + part * scattered
+        now = max(now + part * before / ranks, arrivals[0][index]) + part * before * others
+        gather(*queues[0])
+        now += attended * attention + part * after * others
+        last, free = left, max(now, free) + part * scattered
+        left = free
         now += part * after / ranks
+        if late is not None:
+            now = max(now, arrivals[1][index]) + part * concluding
+            gather(*queues[1])
+        now = max(now, last)
     return max(now, left)

@@ -29,23 +29,25 @@ __all__ = ["PipelineRun"]
 class PipelineRun:
     """The buffers and handles of one pipeline.
 
-    At any time two pieces of what is gathered are held beside the caller's tensors, and two of what is scattered, each
-    way.
+    At any time two pieces of each shard that is gathered are held beside the caller's tensors, and two of what is
+    scattered, each way.
     """
 
     def __init__(self, call: Call, pipeline: Pipeline, lane: Lane, rank: int, world: int) -> None:
         self._call, self._pipeline, self._lane = call, pipeline, lane
         self._rank, self._world = rank, world
         self._program = call.program
-        self._bundles = [
-            Bundle.of(tuple((tuple(part.shape), part.dtype) for part in pipeline.own(index)))
-            for index in range(len(pipeline.spans))
-        ]
-        self._most = max(bundle.nbytes for bundle in self._bundles)
+        self._bundles = {
+            task: [
+                Bundle.of(tuple((tuple(part.shape), part.dtype) for part in self._own(task, index)))
+                for index in range(len(pipeline.spans))
+            ]
+            for task in (Task.ALL_GATHER, Task.LATE_GATHER)
+        }
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._work: dict[tuple[Task, int], Any] = {}
         # Kept until the collective has finished: the backend reads them.
-        self._sent: dict[int, Tensor] = {}
+        self._sent: dict[tuple[Task, int], Tensor] = {}
         self._sums: PieceSum | None = None
         if pipeline.out is not None:
             dtype = call.config.reduce_dtype
@@ -66,7 +68,8 @@ class PipelineRun:
             self._rank,
             gather_pieces=pieces,
             scatter_pieces=pieces,
-            holds=self._pipeline.holds,
+            early=self._pipeline.early > 0,
+            late=self._pipeline.late > 0,
         )
         sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
         steps = timed(schedule.steps, self._call.operator, self._call.phase, "collective", self._rank)
@@ -79,16 +82,15 @@ class PipelineRun:
                     ahead = send_ahead(self._call, prefetch, spans, self._lane, self._rank, self._world)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop((step.task, step.piece)))
-                if step.task is Task.ALL_GATHER:
-                    del self._sent[step.piece]
+                self._sent.pop((step.task, step.piece), None)
             else:
                 self._compute(step)
         return ahead
 
     def _issue(self, task: Task, index: int) -> None:
-        if task is Task.ALL_GATHER:
-            own, everyone = self._packed(index), self._gathered(index)
-            self._sent[index] = own
+        if task is not Task.ALL_TO_ALL:
+            own, everyone = self._packed(task, index), self._gathered(task, index)
+            self._sent[task, index] = own
             self._work[task, index] = self._lane.all_gather(everyone.view(-1), own)
             return
         sent, received = self._partial("sent", index), self._partial("received", index)
@@ -98,9 +100,10 @@ class PipelineRun:
     def _compute(self, step: Step) -> None:
         pipeline, index, rank = self._pipeline, step.piece, step.rank
         if step.task is Task.CONSUME:
-            own = rank == self._rank
-            blocks = pipeline.own(index) if own else self._bundles[index].tensors(self._gathered(index)[rank])
-            pipeline.consume(index, rank, blocks)
+            pipeline.consume(index, rank, self._blocks(Task.ALL_GATHER, index, rank))
+        elif step.task is Task.CONCLUDE:
+            assert pipeline.conclude is not None
+            pipeline.conclude(index, rank, self._blocks(Task.LATE_GATHER, index, rank))
         elif step.task is Task.PROCESS:
             pipeline.compute(index)
         elif step.task is Task.ADD:
@@ -112,19 +115,32 @@ class PipelineRun:
             block = pipeline.own_out(index) if own else self._partial("sent", index)[self._slot(rank)]
             pipeline.produce(index, rank, block)
 
-    def _packed(self, index: int) -> Tensor:
-        """This rank's rows of all shards, as bytes; a single contiguous one is sent from where it lies."""
-        own = self._pipeline.own(index)
+    def _own(self, task: Task, index: int) -> tuple[Tensor, ...]:
+        """This rank's rows of what ``task`` gathers."""
+        early = self._pipeline.early
+        return self._pipeline.own(index)[slice(early) if task is Task.ALL_GATHER else slice(early, None)]
+
+    def _blocks(self, task: Task, index: int, rank: int) -> tuple[Tensor, ...]:
+        """``rank``'s rows of it."""
+        if rank == self._rank:
+            return self._own(task, index)
+        return self._bundles[task][index].tensors(self._gathered(task, index)[rank])
+
+    def _packed(self, task: Task, index: int) -> Tensor:
+        """This rank's rows of what ``task`` gathers, as bytes; a single contiguous one is sent from where it lies."""
+        own, bundle = self._own(task, index), self._bundles[task][index]
         if len(own) == 1 and own[0].is_contiguous():
             return as_bytes(own[0])
-        raw = self._bytes(self._bundles[index].nbytes)
-        for place, part in zip(self._bundles[index].tensors(raw), own, strict=True):
+        raw = self._bytes(bundle.nbytes)
+        for place, part in zip(bundle.tensors(raw), own, strict=True):
             place.copy_(part.detach())
         return raw
 
-    def _gathered(self, index: int) -> Tensor:
+    def _gathered(self, task: Task, index: int) -> Tensor:
         """[world, bytes of a rank's rows]."""
-        return self._slotted("gathered", index, self._world * self._most, self._bundles[index].nbytes)
+        bundles = self._bundles[task]
+        most = self._world * max(bundle.nbytes for bundle in bundles)
+        return self._slotted(task.value, index, most, bundles[index].nbytes)
 
     def _partial(self, name: str, index: int) -> Tensor:
         """[world - 1, batch, rows of the span, width] of what leaves or arrives."""

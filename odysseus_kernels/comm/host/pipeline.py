@@ -64,9 +64,15 @@ class HostPipeline:
         pipeline, index = self._pipeline, step.piece
         if step.task is Task.CONSUME:
             own = step.rank == self._rank
-            pipeline.consume(index, step.rank, pipeline.own(index) if own else self._published(step.rank, index))
+            blocks = pipeline.own(index) if own else self._published(step.rank, index)
+            pipeline.consume(index, step.rank, blocks[: pipeline.early])
         elif step.task is Task.PROCESS:
             pipeline.compute(index)
+            if pipeline.conclude is not None:
+                # All of a piece is published at once: nothing arrives late here.
+                for rank in range(self._world):
+                    blocks = pipeline.own(index) if rank == self._rank else self._published(rank, index)
+                    pipeline.conclude(index, rank, blocks[pipeline.early :])
         elif step.task is Task.ADD:
             assert self.made is not None and pipeline.out is not None
             if self._sums is None:

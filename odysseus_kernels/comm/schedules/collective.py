@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from typing import get_args
@@ -23,8 +24,10 @@ from odysseus_kernels.comm.schedules.steps import (
 
 __all__ = ["IN_FLIGHT", "collective_schedule", "sends_ahead_after", "tapered_spans"]
 
+_LATE = "late"
 _RECEIVED = "received"
 _GIVING = "giving"
+_GATHERS = (Task.ALL_GATHER, Task.LATE_GATHER, Task.GIVEN)
 # Two sets of collective buffers: one travels while the other is multiplied.
 IN_FLIGHT = 2
 # Relative sizes of a gather's pieces; a scatter's are the other way round.  What is multiplied after the last piece has
@@ -54,14 +57,19 @@ def collective_schedule(
     order: ChunkOrder = "ring",
     gather_pieces: int = 1,
     scatter_pieces: int = 1,
-    holds: bool = False,
+    early: bool = True,
+    late: bool = False,
     cuts_own: bool = False,
 ) -> Schedule:
     """Steps of ``rank`` for ``program`` over asynchronous collectives of a process group.
 
     Piece k travels while piece k - 1 multiplies; at most two pieces are in flight.  Ranks issue the same collectives
-    in the same order, which is what a process group asks for.  With ``holds`` a pipeline's gathered piece is read until
-    it has been processed, else until it has been consumed.
+    in the same order, which is what a process group asks for.
+
+    A pipeline gathers what is consumed before a piece is processed (``early``), what it concludes on after its results
+    have left (``late``), or both, in transfers of their own: while a large piece is processed the link carries what the
+    next but one consumes, and nothing but what is concluded on is held that long.  What has been scattered is added
+    when the next piece's results are on their way.
 
     A gather consumes this rank's own shard first, while the first piece travels.  ``cuts_own`` is for a link that shall
     not idle behind a host that issues nothing while it multiplies:
@@ -81,9 +89,9 @@ def collective_schedule(
         return Schedule(tuple(_pairwise(world, rank, given=given, made=made)), {}, {})
     others = [peer for peer in chunk_order(world, rank, order) if peer != rank]
 
-    def gather_step(kind: Kind, piece: int) -> Step:
-        region = (Region(rank, SHARD, piece % IN_FLIGHT),)
-        return Step(kind, Task.ALL_GATHER, rank, piece, writes=region if kind is Kind.ISSUE else ())
+    def gather_step(kind: Kind, piece: int, task: Task = Task.ALL_GATHER) -> Step:
+        region = (Region(rank, SHARD if task is Task.ALL_GATHER else _LATE, piece % IN_FLIGHT),)
+        return Step(kind, task, rank, piece, writes=region if kind is Kind.ISSUE else ())
 
     def scatter_step(kind: Kind, piece: int) -> Step:
         sent, received = Region(rank, PARTIAL, piece % IN_FLIGHT), Region(rank, _RECEIVED, piece % IN_FLIGHT)
@@ -150,25 +158,34 @@ def collective_schedule(
             received = (Region(rank, _RECEIVED, piece % IN_FLIGHT),)
             yield from (Step(Kind.COMPUTE, Task.ADD, peer, piece, reads=received) for peer in reversed(others))
 
+        def next_but_one(piece: int, task: Task) -> Iterator[Step]:
+            if piece + IN_FLIGHT < gather_pieces:
+                yield gather_step(Kind.ISSUE, piece + IN_FLIGHT, task)
+
         for piece in range(gather_pieces):
-            held = (Region(rank, SHARD, piece % IN_FLIGHT),)
-            upcoming = [gather_step(Kind.ISSUE, piece + IN_FLIGHT)] if piece + IN_FLIGHT < gather_pieces else []
-            yield Step(Kind.COMPUTE, Task.CONSUME, rank, piece)
-            yield gather_step(Kind.FINISH, piece)
-            yield from (Step(Kind.COMPUTE, Task.CONSUME, peer, piece, reads=held) for peer in others)
-            if not holds:
-                yield from upcoming
-            yield Step(Kind.COMPUTE, Task.PROCESS, rank, piece, reads=held if holds else ())
-            if holds:
-                yield from upcoming
-            if given:
-                continue
-            if piece:
+            if early:
+                yield Step(Kind.COMPUTE, Task.CONSUME, rank, piece)
+                yield gather_step(Kind.FINISH, piece)
+                region = (Region(rank, SHARD, piece % IN_FLIGHT),)
+                yield from (Step(Kind.COMPUTE, Task.CONSUME, peer, piece, reads=region) for peer in others)
+                yield from next_but_one(piece, Task.ALL_GATHER)
+            yield Step(Kind.COMPUTE, Task.PROCESS, rank, piece)
+            if not given:
+                sent = (Region(rank, PARTIAL, piece % IN_FLIGHT),)
+                yield from (Step(Kind.COMPUTE, Task.PRODUCE, peer, piece, writes=sent) for peer in others)
+                yield scatter_step(Kind.ISSUE, piece)
+                yield Step(Kind.COMPUTE, Task.PRODUCE, rank, piece)
+            if late:
+                yield gather_step(Kind.FINISH, piece, Task.LATE_GATHER)
+                held = (Region(rank, _LATE, piece % IN_FLIGHT),)
+                # In the order of the ranks on every one of them: sums of weights that several have are equal bits.
+                yield from (
+                    Step(Kind.COMPUTE, Task.CONCLUDE, peer, piece, reads=held if peer != rank else ())
+                    for peer in range(world)
+                )
+                yield from next_but_one(piece, Task.LATE_GATHER)
+            if piece and not given:
                 yield from add(piece - 1)
-            sent = (Region(rank, PARTIAL, piece % IN_FLIGHT),)
-            yield from (Step(Kind.COMPUTE, Task.PRODUCE, peer, piece, writes=sent) for peer in others)
-            yield scatter_step(Kind.ISSUE, piece)
-            yield Step(Kind.COMPUTE, Task.PRODUCE, rank, piece)
         if not given:
             yield from add(gather_pieces - 1)
 
@@ -176,7 +193,11 @@ def collective_schedule(
     if program.startswith("pipeline"):
         if program == "pipeline" and gather_pieces != scatter_pieces:
             raise ValueError(f"schedule: expected one number of pieces, got {gather_pieces} and {scatter_pieces}")
-        steps.extend(gather_step(Kind.ISSUE, piece) for piece in range(min(IN_FLIGHT, gather_pieces)))
+        if not (early or late):
+            raise ValueError("schedule: expected a pipeline that gathers something, got early=False and late=False")
+        tasks = (Task.ALL_GATHER,) * early + (Task.LATE_GATHER,) * late
+        first = itertools.product(range(min(IN_FLIGHT, gather_pieces)), tasks)
+        steps.extend(gather_step(Kind.ISSUE, piece, task) for piece, task in first)
         steps.extend(pipeline(given=program == "pipeline:given"))
         return Schedule(tuple(steps), {}, {})
     if program == "gather+scatter" and cuts_own:
@@ -198,7 +219,7 @@ def sends_ahead_after(schedule: Schedule) -> int:
     group carries out collectives in the order of their issue.
     """
     issued = [index for index, step in enumerate(schedule.steps) if step.kind is Kind.ISSUE]
-    given = [index for index in issued if schedule.steps[index].task in (Task.ALL_GATHER, Task.GIVEN)]
+    given = [index for index in issued if schedule.steps[index].task in _GATHERS]
     return (given or issued)[-1]
 
 

@@ -299,16 +299,20 @@ def _pipelined_block(
     """Seconds of a pipelined attention block; ``seconds``: of its projections, its output product, and attention."""
     projections, output = (one * (1 + CHUNK_LOSS) for one in seconds[:2])
     everything = _pairs(model, length, length)
+    gathers = [one for one in sent if one[1] == "all_gather"]
+    # Backward gathers x again, for the gradients of the projections' weights alone.
+    late = [one for one in gathers if phase and one[0] == "all_gather_linear"]
     taken = pipelined_seconds(
         pieces,
         times.split.seq,
-        gathered=times.transfer([one for one in sent if one[1] == "all_gather"]),
+        gathered=times.transfer([one for one in gathers if one not in late]),
         scattered=times.transfer([one for one in sent if one[1] == "reduce_scatter"]),
-        # In backward the output's two products come first; of the projections' two, that for the weights comes with
-        # attention, and like it before a piece is let go.
-        before=output + projections / 2 if phase else projections,
+        # In backward the output's two products come first.
+        before=output if phase else projections,
         attention=seconds[2],
         after=projections / 2 if phase else output,
+        late=times.transfer(late) if late else None,
+        concluding=projections / 2,
         pairs=lambda start, stop: (
             (_pairs(model, length, stop * length) - _pairs(model, length, start * length)) / everything
         ),
