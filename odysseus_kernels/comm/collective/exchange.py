@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
-from odysseus_kernels.comm.collective.ahead import Ahead, send_ahead
+from odysseus_kernels.comm.collective.ahead import Ahead, Sender, Sending
 from odysseus_kernels.comm.collective.lanes import Lane
-from odysseus_kernels.comm.collective.run import spans_ahead
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.prefetch import Prefetch
-from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule, sends_ahead_after
+from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule
 from odysseus_kernels.comm.schedules.steps import Kind, Step, Task
 from odysseus_kernels.comm.trace import timed
 from odysseus_kernels.comm.transport import Call
@@ -43,7 +42,7 @@ class ExchangeRun:
         addressed = [(tuple(tensor.shape[1:]), tensor.dtype) for tensor in exchange.addressed]
         self._given, self._rest = Bundle.of((*shared, *addressed)), Bundle.of(tuple(addressed))
         # What the first visit's rank shares, if that was sent ahead and it gives more.
-        self._first: tuple[Tensor, ...] | None = None
+        self._first: Sending | None = None
         self._made = made_bundle(exchange)
         held = held_bundle(exchange, world, call.config.reduce_dtype)
         self._intake = Intake(exchange, world, call.config.reduce_dtype, self._empty(held.nbytes))
@@ -53,24 +52,22 @@ class ExchangeRun:
         self._sent: dict[tuple[Task, int], Tensor] = {}
 
     def adopt(self, ahead: Ahead | None) -> bool:
-        """Takes over what the first hop shares if it was sent ahead, and has arrived; says whether it was."""
+        """Takes over what the first hop shares, under way or not, if it was sent ahead; says whether it was."""
         if ahead is None or not ahead.sent.serves(self._call):
             return False
+        (first,) = ahead.transfers
         if self._exchange.addressed:
-            shared = self._exchange.shared
-            specs = tuple((tuple(tensor.shape), tensor.dtype) for tensor in shared)
-            self._first = Bundle.of(specs).tensors(ahead.arrived)
+            self._first = first
             return True
         key = (Task.GIVEN, 0)
-        self._slots["given", 0], self._slots["giving", 0] = ahead.arrived, ahead.own
-        self._work[key], self._sent[key] = ahead.work, ahead.own
+        self._slots["given", 0], self._slots["giving", 0] = first.arrived, first.own
+        self._work[key], self._sent[key] = first.work, first.own
         return True
 
     def steps(self, wait: Callable[[Any], None], prefetch: Prefetch | None) -> Ahead | None:
         """Runs the schedule; ``wait`` finishes what the lane has issued.  Returns ``prefetch``, sent meanwhile."""
-        ahead = None
         schedule = collective_schedule(self._program, self._world, self._rank)
-        sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
+        sender = Sender(self._call, prefetch, schedule, self._lane, self._rank, self._world)
         operator, phase, copies = self._call.operator, self._call.phase, self._call.copies
         steps = timed(schedule.steps, operator, phase, "collective", self._rank, copies=copies)
         for index, step in enumerate(steps):
@@ -79,17 +76,17 @@ class ExchangeRun:
             if step.kind is Kind.ISSUE:
                 if key not in self._work:  # a first hop that was sent ahead is under way already
                     self._issue(step, *key)
-                if index == sends_after and prefetch is not None:
-                    spans = spans_ahead(self._call, self._lane, prefetch)
-                    ahead = send_ahead(self._call, prefetch, spans, self._lane, self._rank, self._world)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop(key))
                 del self._sent[key]
+                if self._first is not None and step.piece == 0:
+                    wait(self._first.work)
             elif step.task is Task.TAKE:
                 self._intake.take(step.rank, self._made.tensors(self._slot("taken", step.piece, self._made)))
             else:
                 self._visit(step)
-        return ahead
+            sender.after(index)
+        return sender.ahead
 
     def _visit(self, step: Step) -> None:
         exchange, rank = self._exchange, self._rank
@@ -99,7 +96,8 @@ class ExchangeRun:
         given: tuple[Tensor, ...] = ()
         made: tuple[Tensor, ...] = ()
         if self._first is not None and step.piece == 0:
-            given = (*self._first, *self._rest.tensors(self._slot("given", 0, self._given)))
+            shared = Bundle.of(tuple((tuple(tensor.shape), tensor.dtype) for tensor in exchange.shared))
+            given = (*shared.tensors(self._first.arrived), *self._rest.tensors(self._slot("given", 0, self._given)))
         elif exchange.gives:
             given = self._given.tensors(self._slot("given", step.piece, self._given))
         if exchange.makes:

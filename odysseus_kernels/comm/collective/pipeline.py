@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, as_bytes
-from odysseus_kernels.comm.collective.ahead import Ahead, send_ahead
+from odysseus_kernels.comm.collective.ahead import Ahead, Sender
 from odysseus_kernels.comm.collective.lanes import Lane
-from odysseus_kernels.comm.collective.run import spans_ahead
 from odysseus_kernels.comm.pipeline import Pipeline
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
-from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule, sends_ahead_after
+from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule
 from odysseus_kernels.comm.schedules.steps import Kind, Step, Task
 from odysseus_kernels.comm.trace import timed
 from odysseus_kernels.comm.transport import Call
@@ -60,7 +59,6 @@ class PipelineRun:
 
     def steps(self, wait: Callable[[Any], None], prefetch: Prefetch | None) -> Ahead | None:
         """Runs the schedule; ``wait`` finishes what the lane has issued.  Returns ``prefetch``, sent meanwhile."""
-        ahead = None
         pieces = len(self._pipeline.spans)
         schedule = collective_schedule(
             self._program,
@@ -71,21 +69,19 @@ class PipelineRun:
             early=self._pipeline.early > 0,
             late=self._pipeline.late > 0,
         )
-        sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
+        sender = Sender(self._call, prefetch, schedule, self._lane, self._rank, self._world)
         steps = timed(schedule.steps, self._call.operator, self._call.phase, "collective", self._rank)
         for index, step in enumerate(steps):
             assert step.task is not None
             if step.kind is Kind.ISSUE:
                 self._issue(step.task, step.piece)
-                if index == sends_after and prefetch is not None:
-                    spans = spans_ahead(self._call, self._lane, prefetch)
-                    ahead = send_ahead(self._call, prefetch, spans, self._lane, self._rank, self._world)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop((step.task, step.piece)))
                 self._sent.pop((step.task, step.piece), None)
             else:
                 self._compute(step)
-        return ahead
+            sender.after(index)
+        return sender.ahead
 
     def _issue(self, task: Task, index: int) -> None:
         if task is not Task.ALL_TO_ALL:

@@ -11,25 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odysseus_kernels.comm.collective.ahead import Ahead, Spans, most_rows, send_ahead
+from odysseus_kernels.comm.collective.ahead import Ahead, Sender
 from odysseus_kernels.comm.collective.lanes import Lane
+from odysseus_kernels.comm.collective.spans import cut_into_spans, most_rows
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
-from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule, sends_ahead_after, tapered_spans
-from odysseus_kernels.comm.schedules.steps import Kind, Step, Task, piece_bounds
+from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule
+from odysseus_kernels.comm.schedules.steps import Kind, Step, Task
 from odysseus_kernels.comm.trace import timed
-from odysseus_kernels.comm.transport import Call, Scatter, row_pieces
+from odysseus_kernels.comm.transport import Call, Scatter
 
-__all__ = ["CollectiveRun", "spans_ahead"]
-
-# Pieces of a shard: enough that the first product starts early, few and large enough that issuing them and multiplying
-# narrow blocks does not cost more than it hides (on two cores, 4 MB pieces did best from 4 MB to 32 MB).
-_PIECES = 4
-_PIECE_BYTES = 4 << 20
-# Between hosts, where a link is the narrow place: rows of a shard, over all batches, from which it is cut into as many
-# tapered pieces.  A product of few rows reads the whole other matrix: in fp32 it takes as long as with 40 rows more.
-_PIECES_OF_LINK = ((2048, 6), (512, 4), (128, 2))
-_LEAST_BYTES_OF_LINK = 256 << 10  # a smaller shard takes no longer than its latencies
+__all__ = ["CollectiveRun"]
 
 
 class CollectiveRun:
@@ -40,8 +32,10 @@ class CollectiveRun:
         self._lane = lane
         self._rank, self._world = rank, world
         self._spans = {
-            Task.ALL_GATHER: _spans(call, lane, call.gather.shard) if call.gather else ((0, 0),),
-            Task.ALL_TO_ALL: _spans(call, lane, call.scatter.out, scattered=True) if call.scatter else ((0, 0),),
+            Task.ALL_GATHER: cut_into_spans(call, lane, call.gather.shard) if call.gather else ((0, 0),),
+            Task.ALL_TO_ALL: (
+                cut_into_spans(call, lane, call.scatter.out, scattered=True) if call.scatter else ((0, 0),)
+            ),
         }
         self._work: dict[tuple[Task, int], Any] = {}
         self._buffers: dict[tuple[str, int], Tensor] = {}
@@ -55,17 +49,17 @@ class CollectiveRun:
             self._sums = PieceSum(out, self._world, dtype, held)
 
     def adopt(self, ahead: Ahead | None) -> bool:
-        """Takes over the first piece if it was sent ahead; says whether it was."""
+        """Takes over the first pieces, under way or not, if they were sent ahead; says whether they were."""
         if ahead is None or not ahead.sent.serves(self._call, len(self._spans[Task.ALL_GATHER])):
             return False
-        self._buffers["gathered", 0] = ahead.arrived
-        self._sent[Task.ALL_GATHER, 0] = ahead.own
-        self._work[Task.ALL_GATHER, 0] = ahead.work
+        for piece, one in enumerate(ahead.transfers):
+            self._buffers["gathered", piece] = one.arrived
+            self._sent[Task.ALL_GATHER, piece] = one.own
+            self._work[Task.ALL_GATHER, piece] = one.work
         return True
 
     def steps(self, wait: Callable[[Any], None], prefetch: Prefetch | None) -> Ahead | None:
         """Runs the schedule; ``wait`` waits for a handle.  Returns ``prefetch``, sent meanwhile for the next call."""
-        ahead = None
         schedule = collective_schedule(
             self._call.program,
             self._world,
@@ -75,18 +69,16 @@ class CollectiveRun:
             # On a GPU the host runs ahead, and one product of the whole own shard is faster.
             cuts_own=self._call.device.type == "cpu",
         )
-        sends_after = sends_ahead_after(schedule) if prefetch is not None else -1
+        sender = Sender(self._call, prefetch, schedule, self._lane, self._rank, self._world)
         first = -1
         operator, phase, copies = self._call.operator, self._call.phase, self._call.copies
         steps = timed(schedule.steps, operator, phase, "collective", self._rank, copies=copies)
         for index, step in enumerate(steps):
             assert step.task is not None
             if step.kind is Kind.ISSUE:
-                # A first piece that was sent ahead is under way already.
+                # What was sent ahead is under way already.
                 if (step.task, step.piece) not in self._work:
                     self._issue(step.task, step.piece)
-                if index == sends_after and prefetch is not None:
-                    ahead = self._send_ahead(prefetch)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop((step.task, step.piece)))
                 self._sent.pop((step.task, step.piece), None)
@@ -96,18 +88,14 @@ class CollectiveRun:
                     continue
                 self._compute(step, first)
                 first = -1
-        return ahead
+            sender.after(index)
+        return sender.ahead
 
     def _goes_on(self, step: Step, following: tuple[Step, ...]) -> bool:
         """Whether the next step is the own shard's next piece: one product of both costs less than two."""
         return any(
             step.rank == one.rank == self._rank and step.task is one.task and one.piece == step.piece + 1
             for one in following
-        )
-
-    def _send_ahead(self, prefetch: Prefetch) -> Ahead:
-        return send_ahead(
-            self._call, prefetch, spans_ahead(self._call, self._lane, prefetch), self._lane, self._rank, self._world
         )
 
     def _block(self, name: str, piece: int, like: Tensor, rows: int, slots: int, most: int) -> Tensor:
@@ -175,20 +163,3 @@ class CollectiveRun:
         own = step.rank == self._rank
         block = scatter.out[:, start:stop] if own else sent[self._slot(step.rank)]
         scatter.produce(step.rank, start, stop, block)
-
-
-def _spans(call: Call, lane: Lane, chunk: Tensor, *, scattered: bool = False) -> Spans:
-    """First and last-plus-one row of each piece of one rank's shard, or sum, [batch, rows, width]."""
-    batch, rows, _ = chunk.shape
-    size = chunk.numel() * chunk.element_size()
-    chunks = call.config.chunks_per_rank
-    if chunks == "auto" and lane.between_hosts:
-        wanted = next((pieces for least, pieces in _PIECES_OF_LINK if batch * rows >= least), 1)
-        return tapered_spans(rows, wanted if size >= _LEAST_BYTES_OF_LINK else 1, scattered=scattered)
-    pieces = row_pieces(chunks, rows, auto=max(1, min(_PIECES, size // _PIECE_BYTES)))
-    return tuple(piece_bounds(rows, pieces, piece) for piece in range(pieces))
-
-
-def spans_ahead(call: Call, lane: Lane, prefetch: Prefetch) -> Spans:
-    """Pieces into which the call that ``call`` sends ahead for will cut its gather."""
-    return _spans(call, lane, prefetch.shard) if prefetch.kind == "gather" else ()

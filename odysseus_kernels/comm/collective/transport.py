@@ -194,9 +194,16 @@ class CollectiveTransport(Transport):
                 run = CollectiveRun(call, lane, self.rank, self.world)
             ahead = self._take_ahead(call)
             served = run.adopt(ahead)
+            if not served:
+                self._finish_ahead(call, ahead)
             if not call.keeps_ahead:
                 self._note_ahead(call, served=served, dropped=ahead is not None and not served)
-            self._handshake(call, ", prefetched" if served else "")
+            try:
+                self._handshake(call, ", prefetched" if served else "")
+            except RankMismatchError:
+                # No call takes it over, and the group can be used on.
+                self._finish_ahead(call, ahead)
+                raise
             # Unfused, a whole is gathered by one collective, which has no first piece.
             sends = not (self._capturing or self.stands_in or call.keeps_ahead or call.config.mode == "unfused")
             ahead = run.steps(lambda work: self._wait(call, work), call.prefetch if sends else None)
@@ -206,7 +213,9 @@ class CollectiveTransport(Transport):
     def _prepare(self, call: Call) -> Lane:
         """For a call that uses nothing that was sent ahead."""
         lane = self._begin(call)
-        dropped = self._take_ahead(call) is not None
+        ahead = self._take_ahead(call)
+        self._finish_ahead(call, ahead)
+        dropped = ahead is not None
         if not call.keeps_ahead:
             self._note_ahead(call, served=False, dropped=dropped)
         self._handshake(call)
@@ -218,12 +227,16 @@ class CollectiveTransport(Transport):
         return self._handshakes is not None and torch.cuda.is_current_stream_capturing()
 
     def _take_ahead(self, call: Call) -> Ahead | None:
-        """What was sent ahead for this call; it has arrived then, even if this call will not use it."""
+        """What was sent ahead for this call, under way or not."""
         if self._ahead is None or call.keeps_ahead or self._capturing:
             return None
         ahead, self._ahead = self._ahead, None
-        self._wait(call, ahead.work)
         return ahead
+
+    def _finish_ahead(self, call: Call, ahead: Ahead | None) -> None:
+        """Waits for what nobody will use: until it has arrived, its buffers belong to it."""
+        for transfer in () if ahead is None else ahead.transfers:
+            self._wait(call, transfer.work)
 
     def all_gather(self, call: Call, out: Tensor) -> None:
         gather = call.gather

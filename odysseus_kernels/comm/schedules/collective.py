@@ -212,15 +212,22 @@ def collective_schedule(
     return Schedule(tuple(steps), {}, {})
 
 
-def sends_ahead_after(schedule: Schedule) -> int:
-    """Index of the step after which a call of ``schedule`` issues the first transfer of what it sends ahead.
+def sends_ahead_after(schedule: Schedule) -> tuple[int, int]:
+    """Indices of the steps after which a call of ``schedule`` issues the first and the second transfer ahead.
 
-    Behind all that it gathers or is given itself, which it needs sooner, or else behind all that it sends: a process
-    group carries out collectives in the order of their issue.
+    A process group carries out collectives in the order of their issue.  So the first comes behind all that the call
+    gathers or is given itself, which it needs sooner, or else behind all that it sends; the second when all of the
+    call's own has arrived: it delays nothing, and the link is never idle before the next call has begun.
     """
-    issued = [index for index, step in enumerate(schedule.steps) if step.kind is Kind.ISSUE]
-    given = [index for index in issued if schedule.steps[index].task in _GATHERS]
-    return (given or issued)[-1]
+    issued: list[int] = []
+    given: list[int] = []
+    finished: list[int] = []
+    for index, step in enumerate(schedule.steps):
+        if step.kind is Kind.ISSUE:
+            (given if step.task in _GATHERS else issued).append(index)
+        elif step.kind is Kind.FINISH:
+            finished.append(index)
+    return (given or issued)[-1], finished[-1]
 
 
 def _pairwise(world: int, rank: int, *, given: bool, made: bool) -> Iterator[Step]:

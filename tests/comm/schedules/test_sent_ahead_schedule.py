@@ -117,6 +117,9 @@ def test_what_is_sent_ahead_holds_up_nothing() -> None:
         published = [step for step in schedule.steps if step.task is Task.PUBLISH]
         assert [step for step in before if step.task is Task.PUBLISH] == published
         steps = collective_schedule(program, 4, 1, gather_pieces=5, scatter_pieces=5)
-        behind = steps.steps[sends_ahead_after(steps) + 1 :]
-        tasks = {step.task for step in behind if step.kind is Kind.ISSUE}
-        assert not tasks & {Task.ALL_GATHER, Task.GIVEN}
+        first, second = sends_ahead_after(steps)
+        tasks = {step.task for step in steps.steps[first + 1 :] if step.kind is Kind.ISSUE}
+        assert not tasks & {Task.ALL_GATHER, Task.LATE_GATHER, Task.GIVEN}
+        # The second delays nothing at all.
+        assert first < second
+        assert not [step for step in steps.steps[second + 1 :] if step.kind in (Kind.ISSUE, Kind.FINISH)]
