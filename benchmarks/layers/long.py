@@ -168,6 +168,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tile-rows", type=int, default=1024)
     parser.add_argument("--folder", help="on a disk with room for the layer inputs of all ranks")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for each variant")
+    names = ("checkpointing", "offload", "tiles")
+    parser.add_argument(
+        "--variants", nargs="+", choices=names, default=names, help="each with what the others before do"
+    )
     parser.add_argument("--no-trace", action="store_true", help="resident memory only: a step less")
     given = parser.parse_args(arguments)
     folder = str(Path(given.folder or tempfile.gettempdir()).resolve())
@@ -181,10 +185,12 @@ def main(arguments: list[str] | None = None) -> None:
         given.strategy,
         traced=not given.no_trace,
     )
+    changes: dict[str, dict[str, Any]] = {"checkpointing": {}, "offload": {"folder": folder}}
+    changes["tiles"] = {"folder": folder, "tile_rows": given.tile_rows}
     rows = []
     with RankPool(given.ranks, threads=1, timeout=given.timeout) as pool:
-        for changes in ({}, {"folder": folder}, {"folder": folder, "tile_rows": given.tile_rows}):
-            case = dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+        for name in (name for name in names if name in given.variants):
+            case = dataclasses.replace(base, **changes[name])
             rows.append((case, pool.run(measure, case)[0]))
     _print(rows, given.ranks)
 
