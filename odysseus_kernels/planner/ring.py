@@ -8,7 +8,18 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-__all__ = ["Pairs", "RingPeers", "block_count", "blocks", "pairs_in_sight", "ring_peers"]
+from odysseus_kernels.planner.ledger import Ledger
+
+__all__ = [
+    "Pairs",
+    "RingPeers",
+    "add_ring_attention",
+    "block_count",
+    "blocks",
+    "busiest_peers",
+    "pairs_in_sight",
+    "ring_peers",
+]
 
 Pairs = tuple[tuple[bool, ...], ...]
 """``pairs[r][s]``: whether a query of rank r sees a key of rank s."""
@@ -61,3 +72,21 @@ def pairs_in_sight(world: int, rows: int, layout: str, *, causal: bool, window: 
 def ring_peers(pairs: Pairs, rank: int) -> RingPeers:
     """How many others rank ``rank`` sends to under ``pairs``."""
     return RingPeers(sum(row[rank] for row in pairs) - 1, sum(pairs[rank]) - 1)
+
+
+def busiest_peers(world: int, length: int, window: int | None) -> RingPeers:
+    """The most that any rank sends to where sequences of ``length`` tokens are cut in zigzag order.
+
+    Reversed, the order is the same: who sees a rank is then seen by it, and one rank is the busiest in both.
+    """
+    pairs = pairs_in_sight(world, length // world, "zigzag", causal=True, window=window)
+    return max(ring_peers(pairs, rank) for rank in range(world))
+
+
+def add_ring_attention(ledger: Ledger, peers: RingPeers, keys_and_values: int) -> None:
+    """Ring attention of a rank with ``keys_and_values`` elements, which it sends to ``peers``."""
+    for phase in ("forward", "backward"):
+        ledger.shard(phase, "ring_attention", "send_recv", peers.served + 1, keys_and_values)
+    gradients = Ledger(max(4, ledger.size))  # shares of its queries, in the accumulator's type
+    gradients.shard("backward", "ring_attention", "send_recv", peers.visited + 1, keys_and_values)
+    ledger.bytes.update(gradients.bytes)
