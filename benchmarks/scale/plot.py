@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.scale.report import describe
 
-__all__ = ["Measured", "Panel", "Point", "draw", "over_rate", "over_tokens"]
+__all__ = ["Measured", "Panel", "Point", "draw", "measured_rows", "over_rate", "over_tokens"]
 
 _WIDTH = 9.0
 _LINE_HEIGHT = 5.0
@@ -87,7 +87,7 @@ def draw(document: dict[str, Any], path: Path, *others: dict[str, Any], bars: bo
         ValueError: if a document is of another kind, or there is nothing to draw.
     """
     documents = (document, *others)
-    found = [one for each in documents for one in _measured(each)]
+    found = [one for each in documents for one in measured_rows(each)]
     panels = [*over_tokens(found), *over_rate(found)]
     pairs = [(one.part, one.row) for one in found] if bars else []
     if not pairs and not panels:
@@ -134,7 +134,12 @@ def _draw_bars(axis: Any, part: dict[str, Any], row: dict[str, Any]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _measured(document: dict[str, Any]) -> list[Measured]:
+def measured_rows(document: dict[str, Any]) -> list[Measured]:
+    """Rows of one result.
+
+    Raises:
+        ValueError: if the result is of another kind, or has none.
+    """
     if document.get("kind") != "scale" or not any(part["rows"] for part in document.get("parts", ())):
         raise ValueError(f'expected a result of kind "scale" with rows, got kind {document.get("kind")!r}')
     machine = document["machine"]

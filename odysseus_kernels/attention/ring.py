@@ -160,13 +160,16 @@ def _shapes(visits: Visits, q: Tensor) -> str:
     return ", ".join(parts)
 
 
-def _phase(phase: Literal["forward", "backward"], q: Tensor, k: Tensor, v: Tensor, world: int, causal: bool) -> Phase:
+def _phase(phase: Literal["forward", "backward"], q: Tensor, k: Tensor, v: Tensor, world: int, visits: Visits) -> Phase:
+    causal = visits.causal
+    # With a window less travels, and another mode may be the faster one.
+    window = "" if visits.window is None else f", window={visits.window}"
     nbytes = k.nbytes + v.nbytes
     products = 2 if phase == "forward" else 5
     return Phase(
         operator=_NAME,
         phase=phase,
-        shapes=f"q {list(q.shape)}, k {list(k.shape)}, causal={causal}",
+        shapes=f"q {list(q.shape)}, k {list(k.shape)}, causal={causal}{window}",
         own="",
         dtype=q.dtype,
         flops=2 * products * q.numel() * k.shape[2] * world // (2 if causal else 1),
@@ -263,7 +266,7 @@ def _forward(
             if exchange.visits(transport.rank, rank):
                 visit(rank, tuple(x[rank] for x in whole), ())
 
-    dispatch(group, config, q.device, run, _phase("forward", q, k, v, group.size(), causal))
+    dispatch(group, config, q.device, run, _phase("forward", q, k, v, group.size(), visits))
     return out.to(q.dtype), lse
 
 
@@ -343,7 +346,7 @@ def _backward(
             one = Call(_NAME, "backward", settled, scatter=scatter, shapes=shapes, collective=_COLLECTIVE)
             transport.reduce_scatter(one, parts.view(transport.world, *_rows(total).shape))
 
-    dispatch(group, config, q.device, run, _phase("backward", q, k, v, group.size(), causal))
+    dispatch(group, config, q.device, run, _phase("backward", q, k, v, group.size(), visits))
     return dq.to(q.dtype), sums[0].to(k.dtype), sums[1].to(v.dtype)
 
 

@@ -89,7 +89,7 @@ def test_lines_are_the_stored_numbers(tmp_path: Path, drawn: list[Any]) -> None:
 
 def test_every_variant_has_its_line() -> None:
     document = stored(TESTED)
-    (panel, *_) = plot.over_rate(plot._measured(document))
+    (panel, *_) = plot.over_rate(plot.measured_rows(document))
     names = {entry["name"] for entry in document["parts"][0]["rows"][0]["entries"]}
     assert {name for _, name in panel.measured} == {name for name in names if not name.endswith("alone")}
     assert {name for _, name in panel.limits} == {"tp", "tp_sp", "ulysses", "odysseus", "tsp"}
