@@ -63,9 +63,10 @@ def test_bytes_and_saved_memory_are_the_formulas(arguments) -> None:
         tokens = found.batch // split.dp * split.padded(found.seq_len)
         sizes = {"ring": split.ring, "element_size": size}
         ring = split.everyone if split.strategy == "tsp" else split.ring
+        peers = busiest_peers(ring, split.padded(found.seq_len), model.window)
         layer = traffic(
             shape, split.strategy, split.seq, tokens=tokens, checkpointing=found.checkpointing,
-            pipelined=one.pieces > 1, ring_peers=busiest_peers(ring, split.padded(found.seq_len), model.window), **sizes,
+            pipelined=one.pieces > 1, ring_peers=peers, **sizes,
         )  # fmt: skip
         ends = [replicated_traffic(shape.hidden, split.strategy, split.seq, **sizes)] * (2 if shape.norm_bias else 1)
         ends.append(replicated_traffic(model.vocabulary * shape.hidden, split.strategy, split.seq, **sizes))
