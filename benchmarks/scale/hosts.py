@@ -52,7 +52,7 @@ _LEAST_BURST = 72 << 10
 _BURST_S, _QUEUE_S = 0.004, 0.05
 _LEAST_QUEUE = 256 << 10
 # Bytes of a frame, as networks of machines that compute have them; of 1,500, headers would take 4 % of the link.
-_FRAME = 9000
+FRAME_BYTES = 9000
 
 
 class HostsError(RuntimeError):
@@ -230,7 +230,7 @@ class Hosts:
             _call([*inside, "ip", "link", "set", "lo", "up"])
             _call([*inside, "ip", "address", "add", f"{_address(rank)}/24", "dev", INTERFACE])
             _call([*inside, "tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit])
-            _call([*inside, "ip", "link", "set", INTERFACE, "mtu", str(_FRAME), "up"])
+            _call([*inside, "ip", "link", "set", INTERFACE, "mtu", str(FRAME_BYTES), "up"])
 
     def _await_namespace(self, process: subprocess.Popen[bytes]) -> None:
         own = os.readlink("/proc/self/ns/net")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.scale.hosts import HOSTS, INTERFACE, HostsError, ask_hosts, check_machine, parse_rate
+from benchmarks.scale.hosts import FRAME_BYTES, HOSTS, INTERFACE, HostsError, ask_hosts, check_machine, parse_rate
 from odysseus_kernels.planner.scale import LINKS, parse_link, scaled_rate
 
 if TYPE_CHECKING:
@@ -183,7 +183,8 @@ def run(arguments: argparse.Namespace, program: Path, common: dict[str, Any]) ->
     parts = []
     for link in links:
         found: Rows = ask_ranks(link, program, arguments.command_line)
-        parts.append({**link, "rows": [report.summarize(row, link["bits_per_s"]) for row in found]})
+        rows = [report.summarize(row, link["bits_per_s"]) for row in found]
+        parts.append({**link, "frame_bytes": FRAME_BYTES, "rows": rows})
     names = ("level", "strategies", "pipeline", "shapes", "link")
     given = {**common["arguments"], **{name: getattr(arguments, name) for name in names}}
     document = {**common, "kind": "scale", "arguments": given, "thread_flops": flops, "parts": parts}

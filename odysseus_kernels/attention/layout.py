@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.planner.pipeline import piece_shares
+from odysseus_kernels.planner.ring import Pairs, block_count, blocks, pairs_in_sight
 
 __all__ = [
     "Layout",
@@ -33,6 +34,7 @@ __all__ = [
     "pieces",
     "positions",
     "prefix_pieces",
+    "seen_pairs",
     "sides",
     "striped_positions",
     "visible",
@@ -68,16 +70,6 @@ def check_layout(layout: str) -> None:
     """Raises ValueError unless ``layout`` is one of :data:`Layout`."""
     if layout not in get_args(Layout):
         raise ValueError(f"layout: expected one of {get_args(Layout)}, got {layout!r}")
-
-
-def block_count(world: int, layout: str) -> int:
-    """Blocks into which the sequence is cut."""
-    return 2 * world if layout == "zigzag" and world > 1 else world
-
-
-def blocks(rank: int, world: int, layout: str) -> tuple[int, ...]:
-    """The blocks that ``rank`` holds, in its order."""
-    return (rank, 2 * world - 1 - rank) if block_count(world, layout) > world else (rank,)
 
 
 def padding_multiple(world: int, layout: str) -> int:
@@ -188,6 +180,31 @@ def pieces(
         for first, last, state in _runs(row, bounds):
             found.append(Piece(slice(start, stop), slice(first, last), "full" if state == _FULL else "masked"))
     return found
+
+
+def seen_pairs(
+    world: int, rows: int, layout: str, *, causal: bool, window: int | None = None, documents: Tensor | None = None
+) -> Pairs:
+    """Whose keys each of ``world`` ranks looks at; arguments as those of :func:`pieces`.
+
+    Where it says False, :func:`pieces` has none.  It follows from what all ranks are given alike, so that all come to
+    the same.  Of documents the smallest and largest id of each tile are compared.  A rank always visits itself.
+    """
+    near = pairs_in_sight(world, rows, layout, causal=causal, window=window)
+    if documents is None:
+        return near
+    bounds = _tile_bounds(rows, len(blocks(0, world, layout)))
+    query_ids, key_ids = sides(documents)
+    where = [positions(rank, world, rows * world, layout) for rank in range(world)]
+    queries = [_Tiles.of(bounds, at, query_ids) for at in where]
+    keys = queries if key_ids is query_ids else [_Tiles.of(bounds, at, key_ids) for at in where]
+    return tuple(
+        tuple(
+            seen and (rank == other or bool((_tile_states(queries[rank], keys[other], causal, window) != _EMPTY).any()))
+            for other, seen in enumerate(row)
+        )
+        for rank, row in enumerate(near)
+    )
 
 
 def prefix_pieces(

@@ -1,5 +1,9 @@
 """Ring attention: each rank holds a part of the sequence, and keys and values of one rank after another come by.
 
+Those of ranks of which a rank sees nothing do not come: all ranks decide it alike before anything is sent
+(:func:`~odysseus_kernels.attention.layout.seen_pairs`).  They come from their owner, not from the rank before, so that
+what one rank needs does not depend on others'.
+
 While queries meet one rank's keys and values, the next rank's travel; in backward the gradients of the keys and values
 just used travel back meanwhile.  One :class:`~odysseus_kernels.comm.exchange.Exchange` each way.  Beside inputs,
 outputs and gradients a rank holds the output, or dq, dk and dv, in fp32, and what the transport has in flight: nothing
@@ -11,6 +15,7 @@ transport's memory, read within the visit only.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from typing import Any, Literal, cast
@@ -30,6 +35,7 @@ from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.planner.ring import Pairs
 
 __all__ = ["ring_attention"]
 
@@ -65,10 +71,11 @@ def ring_attention(
     key gradient:    dk [B, Hkv, S, D], made by every rank for its own queries and added here in fp32
     value gradient:  dv [B, Hkv, S, Dv], the same
 
-    Elements sent by each rank (``send_recv``): (R-1) * B*Hkv*S*(D+Dv) forward, and in backward that again for k and v
-    and once more for dk and dv.  These go straight to their owner, in fp32 (fp64 for fp64): rounded to 16 bits each,
-    the shares of R ranks would add up to less than an unsharded run gives.  A ring's accumulator would make one hop
-    more.
+    Elements sent by each rank (``send_recv``): B*Hkv*S*(D+Dv) to each rank that sees one of its keys, forward and
+    again in backward, and there once more, for dk and dv, to each whose keys it sees.  These are R-1 ranks each, or
+    fewer where a window, documents or a contiguous causal layout hide all of a rank's keys from another.  dk and dv go
+    straight to their owner, in fp32 (fp64 for fp64): rounded to 16 bits each, the shares of R ranks would add up to
+    less than an unsharded run gives.  A ring's accumulator would make one hop more.
 
     Args:
         q: [B, Hq, S, D], this rank's tokens in ``layout``'s order.
@@ -153,13 +160,16 @@ def _shapes(visits: Visits, q: Tensor) -> str:
     return ", ".join(parts)
 
 
-def _phase(phase: Literal["forward", "backward"], q: Tensor, k: Tensor, v: Tensor, world: int, causal: bool) -> Phase:
+def _phase(phase: Literal["forward", "backward"], q: Tensor, k: Tensor, v: Tensor, world: int, visits: Visits) -> Phase:
+    causal = visits.causal
+    # With a window less travels, and another mode may be the faster one.
+    window = "" if visits.window is None else f", window={visits.window}"
     nbytes = k.nbytes + v.nbytes
     products = 2 if phase == "forward" else 5
     return Phase(
         operator=_NAME,
         phase=phase,
-        shapes=f"q {list(q.shape)}, k {list(k.shape)}, causal={causal}",
+        shapes=f"q {list(q.shape)}, k {list(k.shape)}, causal={causal}{window}",
         own="",
         dtype=q.dtype,
         flops=2 * products * q.numel() * k.shape[2] * world // (2 if causal else 1),
@@ -173,9 +183,18 @@ def _rows(x: Tensor) -> Tensor:
     return x.view(-1, *x.shape[2:])
 
 
-def _gathered(transport: Transport, call: Call, shared: tuple[Tensor, ...]) -> list[Tensor]:
-    """All ranks' tensors [R, ...], by one collective each."""
+def _gathered(transport: Transport, call: Call, shared: tuple[Tensor, ...], pairs: Pairs | None) -> list[Tensor]:
+    """All ranks' tensors [R, ...], by one collective each; where not all visit all, those that are wanted."""
     found = []
+    if pairs is not None:
+        wanted = [tensor.new_empty((transport.world, *tensor.shape)) for tensor in shared]
+
+        def keep(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+            for whole, part in zip(wanted, given, strict=True):
+                whole[rank].copy_(part)
+
+        transport.execute(dataclasses.replace(call, exchange=Exchange(keep, shared, pairs=pairs), copies=True))
+        return wanted
     for tensor in shared:
         whole = tensor.new_empty((transport.world, *tensor.shape))
         one = Call(
@@ -185,6 +204,16 @@ def _gathered(transport: Transport, call: Call, shared: tuple[Tensor, ...]) -> l
         transport.all_gather(one, whole.view(transport.world, *_rows(tensor).shape))
         found.append(whole)
     return found
+
+
+def _added_up(transport: Transport, call: Call, made: list[Tensor], sums: tuple[Tensor, ...], pairs: Pairs) -> None:
+    """``made`` [R, ...], a part for each rank that this one visits, added up at their owners' in ``sums``."""
+
+    def hand_over(rank: int, given: tuple[Tensor, ...], blocks: tuple[Tensor, ...]) -> None:
+        for block, whole in zip(blocks, made, strict=True):
+            block.copy_(whole[rank])
+
+    transport.execute(dataclasses.replace(call, exchange=Exchange(hand_over, sums=sums, pairs=pairs), copies=True))
 
 
 def _unused(*_: object) -> None:
@@ -216,6 +245,7 @@ def _forward(
     wide = accumulator_dtype(q.dtype)
     out = _output(q, v, wide)
     lse = q.new_empty(q.shape[:-1], dtype=wide)
+    pairs = visits.pairs(group.size(), q.shape[2])
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         out.zero_()
@@ -225,18 +255,18 @@ def _forward(
             keys, values = given
             visits.forward(transport.rank, rank, transport.world, q, keys, values, out, lse)
 
-        call = Call(
-            _NAME, "forward", settled, shapes=shapes, collective=_COLLECTIVE, exchange=Exchange(visit, shared)
-        )  # fmt: skip
+        exchange = Exchange(visit, shared, pairs=pairs)
+        call = Call(_NAME, "forward", settled, shapes=shapes, collective=_COLLECTIVE, exchange=exchange)
         if settled.mode != "unfused":
             transport.execute(call)
             return
-        whole = _gathered(transport, call, shared)
+        whole = _gathered(transport, call, shared, pairs)
         for hop in range(transport.world):
             rank = (transport.rank + hop) % transport.world
-            visit(rank, tuple(x[rank] for x in whole), ())
+            if exchange.visits(transport.rank, rank):
+                visit(rank, tuple(x[rank] for x in whole), ())
 
-    dispatch(group, config, q.device, run, _phase("forward", q, k, v, group.size(), causal))
+    dispatch(group, config, q.device, run, _phase("forward", q, k, v, group.size(), visits))
     return out.to(q.dtype), lse
 
 
@@ -288,6 +318,7 @@ def _backward(
     wide = accumulator_dtype(q.dtype)
     sums = (torch.empty_like(shared[0], dtype=wide), torch.empty_like(shared[1], dtype=wide))
     dq = q.new_empty(q.shape, dtype=wide)
+    pairs = visits.pairs(group.size(), q.shape[2])
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         dq.zero_()
@@ -296,22 +327,26 @@ def _backward(
             (keys, values), (dk, dv) = given, made
             visits.backward(transport.rank, rank, transport.world, grad, q, keys, values, out, lse, dq, dk, dv)
 
-        exchange = Exchange(visit, shared, sums=sums)
+        exchange = Exchange(visit, shared, sums=sums, pairs=pairs)
         call = Call(_NAME, "backward", settled, shapes=shapes, collective=_COLLECTIVE, exchange=exchange)
         if settled.mode != "unfused":
             transport.execute(call)
             return
-        whole = _gathered(transport, call, shared)
+        whole = _gathered(transport, call, shared, pairs)
         made = [torch.empty_like(x, dtype=wide) for x in whole]
         for hop in range(transport.world):
             rank = (transport.rank + 1 + hop) % transport.world
-            visit(rank, tuple(x[rank] for x in whole), tuple(x[rank] for x in made))
+            if exchange.visits(transport.rank, rank):
+                visit(rank, tuple(x[rank] for x in whole), tuple(x[rank] for x in made))
+        if pairs is not None:
+            _added_up(transport, call, made, sums, pairs)
+            return
         for parts, total in zip(made, sums, strict=True):
             scatter = Scatter(_rows(total), _unused)
             one = Call(_NAME, "backward", settled, scatter=scatter, shapes=shapes, collective=_COLLECTIVE)
             transport.reduce_scatter(one, parts.view(transport.world, *_rows(total).shape))
 
-    dispatch(group, config, q.device, run, _phase("backward", q, k, v, group.size(), causal))
+    dispatch(group, config, q.device, run, _phase("backward", q, k, v, group.size(), visits))
     return dq.to(q.dtype), sums[0].to(k.dtype), sums[1].to(v.dtype)
 
 

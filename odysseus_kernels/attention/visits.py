@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.attention.dropout import Dropout
-from odysseus_kernels.attention.layout import Piece, pieces, positions, sides, visible
+from odysseus_kernels.attention.layout import Piece, pieces, positions, seen_pairs, sides, visible
 from odysseus_kernels.attention.local import attend, attend_backward
+from odysseus_kernels.planner.ring import Pairs
 
 __all__ = ["Visits", "Where", "merge_parts"]
 
@@ -47,6 +48,16 @@ class Visits:
     def host_documents(self) -> Tensor | None:
         """The documents' ids where pieces are planned."""
         return None if self.documents is None else self.documents.cpu()
+
+    def pairs(self, world: int, rows: int) -> Pairs | None:
+        """Whose keys each rank looks at, equal on all ranks; None if all look at all.
+
+        With documents the same that plans the pieces of each visit, and on a GPU it has the host wait likewise.
+        """
+        found = seen_pairs(
+            world, rows, self.layout, causal=self.causal, window=self.window, documents=self.host_documents
+        )
+        return None if all(all(row) for row in found) else found
 
     def forward(
         self, rank: int, visited: int, world: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor

@@ -89,6 +89,11 @@ class Intake:
             for index, out in enumerate(exchange.sums)
         ]
 
+    def skip(self) -> None:
+        """In place of :meth:`take` for a rank that made nothing for this one."""
+        for total in self._sums:
+            total.add(0, 1, None)
+
     def take(self, source: int, blocks: Sequence[Tensor]) -> None:
         """``blocks`` are what rank ``source`` made; before the last rank's, the own part lies in the sums."""
         for total, block in zip(self._sums, blocks, strict=False):

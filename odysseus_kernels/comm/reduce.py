@@ -70,6 +70,7 @@ class PieceSum:
         self._dtype = accumulator_dtype(out.dtype, reduce_dtype)
         self._held = held
         self._received = 0
+        self._begun = False
 
     @staticmethod
     def held_bytes(out: Tensor, world: int, reduce_dtype: torch.dtype, rows: int) -> int:
@@ -78,26 +79,32 @@ class PieceSum:
             return 0
         return out.shape[0] * rows * out.shape[2] * accumulator_dtype(out.dtype, reduce_dtype).itemsize
 
-    def add(self, start: int, stop: int, block: Tensor) -> None:
+    def add(self, start: int, stop: int, block: Tensor | None) -> None:
         """Adds what one peer sent for rows ``start`` to ``stop``; the last one completes those rows of ``out``.
 
-        ``block`` is [batch, stop - start, width], contiguous.  Before the last call the own part lies in ``out``.
+        ``block`` is [batch, stop - start, width], contiguous; None from a peer that has nothing to add.  Before the
+        last call the own part lies in ``out``.
         """
         self._received += 1
         held = None
-        if self._expected > 1:
+        if self._expected > 1 and (self._begun or block is not None):
             assert self._held is not None
-            held = self._held.view(self._dtype)[: block.numel()].view(block.shape)
+            piece = self._out[:, start:stop]
+            held = self._held.view(self._dtype)[: piece.numel()].view(piece.shape)
         if self._received < self._expected:
-            assert held is not None
-            add_into(held, [block] if self._received == 1 else [held, block])
+            if block is not None:
+                assert held is not None
+                add_into(held, [held, block] if self._begun else [block])
+                self._begun = True
             return
+        held = held if self._begun else None
         for index in range(self._out.shape[0]):
             own = self._out[index, start:stop]
+            last = [] if block is None else [block[index]]
             if held is not None:
-                add_into(own, [held[index], own, block[index]])
-            else:
-                # Two ranks: only a wider reduce_dtype than the sources' own makes a copy.
+                add_into(own, [held[index], own, *last])
+            elif last:
+                # One other part: only a wider reduce_dtype than the sources' own makes a copy.
                 wide = own.to(self._dtype) if self._dtype == torch.float64 else own
-                add_into(own, [wide, block[index]])
-        self._received = 0
+                add_into(own, [wide, *last])
+        self._received, self._begun = 0, False

@@ -111,7 +111,8 @@ def gathered_shards(call: Call) -> Prefetch | None:
     """What of ``call`` could have been sent ahead."""
     if call.gather is not None:
         return Prefetch("gather", (call.gather.shard,))
-    if call.exchange is not None and call.exchange.shared:
+    # Where not all visit all, what is sent ahead would go to ranks that do not want it.
+    if call.exchange is not None and call.exchange.shared and call.exchange.pairs is None:
         return Prefetch("shared", call.exchange.shared)
     return None
 

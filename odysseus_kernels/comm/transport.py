@@ -155,6 +155,7 @@ class Call:
         if self.exchange is not None:
             for name in ("shared", "addressed", "sums", "received"):
                 parts += [f"{name} {_describe(tensor)}" for tensor in getattr(self.exchange, name)]
+            parts.append(self.exchange.described_pairs)
         if self.pipeline is not None:
             parts += [f"gathers {_describe(shard)}" for shard in self.pipeline.shards]
             if self.pipeline.out is not None:
@@ -334,17 +335,21 @@ class Transport(abc.ABC):
             calls = 0 if call.collective else calls
 
     def _count_exchange(self, call: Call, exchange: Exchange) -> None:
-        """Each peer is sent all of what is shared and summed, and its part of what is addressed and received."""
+        """Each peer is sent all of what is shared and summed, and its part of what is addressed and received.
+
+        Under ``pairs`` what is shared goes to those that visit this rank, and sums to those it visits.
+        """
+        served, visited = exchange.peers(self.rank, self.world)
         kinds = (
-            ("all_gather", exchange.shared, 1),
-            ("reduce_scatter", exchange.sums, 1),
-            ("all_to_all", (*exchange.addressed, *exchange.received), self.world),
+            ("all_gather", exchange.shared, served, 1),
+            ("reduce_scatter", exchange.sums, visited, 1),
+            ("all_to_all", (*exchange.addressed, *exchange.received), self.world - 1, self.world),
         )
-        for collective, tensors, parts in kinds:
+        for collective, tensors, peers, parts in kinds:
             if tensors:
                 traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
                 nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-                record(traffic, (self.world - 1) * nbytes // parts)
+                record(traffic, peers * nbytes // parts)
 
 
 class LocalTransport(Transport):

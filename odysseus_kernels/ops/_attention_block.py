@@ -113,7 +113,7 @@ class Block:
                 self._visits.forward(me, rank, ranks, q, given[0], given[1], out, work.lse)
 
         shared = (heads(work.k).contiguous(), heads(work.v).contiguous())
-        self._exchange("forward", Exchange(visit, shared), work.q, 2)
+        self._exchange("forward", Exchange(visit, shared, pairs=self._visits.pairs(ranks, q.shape[2])), work.q, 2)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -194,7 +194,8 @@ class Block:
                 self._visits.backward(me, rank, ranks, grad, q, given[0], given[1], out, work.lse, dq, made[0], made[1])
 
         shared = (heads(work.k).contiguous(), heads(work.v).contiguous())
-        self._exchange("backward", Exchange(visit, shared, sums=(work.dk, work.dv)), work.q, 5)
+        pairs = self._visits.pairs(ranks, q.shape[2])
+        self._exchange("backward", Exchange(visit, shared, sums=(work.dk, work.dv), pairs=pairs), work.q, 5)
 
     # ---- both --------------------------------------------------------------------------------------------------------
 

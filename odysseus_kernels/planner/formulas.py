@@ -31,8 +31,9 @@ tsp           send_recv of [L, 2k] over all W;             send_recv of [L, 2k],
 ZeRO-3 weights are cut over all W ranks.  Weights that are cut over seq have copies on the ring, whose gradients are
 all-reduced over it; those of norms, over the ranks that hold different tokens.  Ring attention sends k and v to R - 1
 peers forward, and again in backward, where their partial gradients return in the accumulator's type (fp32, or fp64);
-under tsp all W ranks are its ring.  For an attention function that takes all keys at once (eager) tsp gathers them in
-forward, where they are kept: all_gather of [L, 2k] forward, reduce_scatter backward.
+to fewer where a window or documents hide all of a rank's keys from another (ring.py).  Under tsp all W ranks are its
+ring.  For an attention function that takes all keys at once (eager) tsp gathers them in forward, where they are kept:
+all_gather of [L, 2k] forward, reduce_scatter backward.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import dataclasses
 from typing import Literal
 
 from odysseus_kernels.planner.ledger import Ledger, Traffic, part_of
+from odysseus_kernels.planner.ring import RingPeers, add_ring_attention
 
 __all__ = [
     "PIPELINED",
@@ -141,6 +143,7 @@ def traffic(
     pipelined: bool = False,
     keys_at_once: bool = False,
     tile_rows: int | None = None,
+    ring_peers: RingPeers | None = None,
 ) -> Traffic:
     """Bytes that each rank sends for forward and backward of one decoder layer, all gradients included.
 
@@ -158,6 +161,8 @@ def traffic(
         keys_at_once: under ``"tsp"``, whether the attention function takes all keys at once, as eager attention does.
         tile_rows: as in :class:`~odysseus_kernels.OverlapConfig`, or None.  With ``checkpointing``
             the layer is then recomputed up to its feed-forward network, which recomputes itself.
+        ring_peers: how many others of the attention's ring one rank sends to, where a window or documents hide some;
+            None: all of them.
 
     Returns:
         Only what is not zero.
@@ -169,8 +174,13 @@ def traffic(
     ledger = Ledger(element_size)
     if strategy == "tsp":
         _folded_attention(ledger, shape, ring * world, tokens, keys_at_once)
+        attending, width = 1 if keys_at_once else ring * world, shape.key_value
     else:
         _attention(ledger, shape, strategy, world, ring, tokens, gathered)
+        attending, width = ring, shape.used_key_value(world) // world
+    if attending > 1:
+        peers = RingPeers(attending - 1, attending - 1) if ring_peers is None else ring_peers
+        add_ring_attention(ledger, peers, 2 * tokens // attending * width)
     if pipelined:
         if strategy not in PIPELINED:
             raise ValueError(f"pipelined: expected one of the strategies {PIPELINED}, got {strategy!r}")
@@ -230,7 +240,6 @@ def _attention(
         ledger.replicated(ring, shape.query * d // world)
         if shape.out_bias:
             ledger.replicated(ring, d)
-    _ring_attention(ledger, ring, 2 * (tokens // ring) * used // world)
 
 
 def _folded_attention(ledger: Ledger, shape: LayerShape, everyone: int, tokens: int, at_once: bool) -> None:
@@ -242,22 +251,12 @@ def _folded_attention(ledger: Ledger, shape: LayerShape, everyone: int, tokens: 
     ledger.zero3("zero3_linear", everyone, shape.query * d)
     if shape.out_bias:
         ledger.zero3_bias("zero3_linear", everyone, d)
-    keys_and_values = 2 * tokens // everyone * shape.key_value
     if not at_once:
-        _ring_attention(ledger, everyone, keys_and_values)
         return
+    keys_and_values = 2 * tokens // everyone * shape.key_value
     ledger.shard("forward", "gathered_key_value", "all_gather", everyone, keys_and_values)
     gradients = Ledger(max(4, ledger.size))
     gradients.shard("backward", "gathered_key_value", "reduce_scatter", everyone, keys_and_values)
-    ledger.bytes.update(gradients.bytes)
-
-
-def _ring_attention(ledger: Ledger, ring: int, keys_and_values: int) -> None:
-    """``keys_and_values`` elements of one rank, which all of the ring attend to."""
-    for phase in ("forward", "backward"):
-        ledger.shard(phase, "ring_attention", "send_recv", ring, keys_and_values)
-    gradients = Ledger(max(4, ledger.size))  # shares of every rank's queries, in the accumulator's type
-    gradients.shard("backward", "ring_attention", "send_recv", ring, keys_and_values)
     ledger.bytes.update(gradients.bytes)
 
 

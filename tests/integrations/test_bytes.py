@@ -9,6 +9,7 @@ import torch
 from family_cases import Case, traffic_of_a_layer
 
 from odysseus_kernels.planner.formulas import LayerShape, traffic
+from odysseus_kernels.planner.ring import RingPeers
 from odysseus_kernels.strategies import STRATEGIES
 
 MODES = [(mode, transport) for mode in ("fused", "unfused") for transport in ("symmetric", "collective")]
@@ -73,3 +74,25 @@ def test_recorder_equals_formula(ranks, strategy, world_size, ring):
                 keys_at_once=case.attention == "eager",
             )
             assert counts == expected, f"{case}, {settings}"
+
+
+@pytest.mark.parametrize(("strategy", "ring"), [("tsp", 1), ("tsp", 2), ("odysseus", 4), ("tp", 4)])
+def test_a_window_within_the_next_block_is_sent_to_neighbours_only(ranks, strategy, ring):
+    # Blocks of 3 tokens: a query sees its own and the one before, which in zigzag order lie on neighbouring ranks.
+    case = Case(family="mistral", changes=(("sliding_window", 3),))
+    runs: list[tuple[Case, dict]] = [(case, {}), (case, {"mode": "unfused"})]
+    if strategy == "odysseus":
+        runs.append((case, {"pipeline": 2}))
+    for rank, found in enumerate(ranks(4).run(traffic_of_a_layer, runs, strategy, ring)):
+        neighbours = sum(0 <= other < 4 for other in (rank - 1, rank + 1))
+        for (_, settings), counts in zip(runs, found, strict=True):
+            expected = traffic(
+                shape(case),
+                strategy,
+                4 // ring,
+                tokens=case.batch * case.length,
+                ring=ring,
+                pipelined="pipeline" in settings,
+                ring_peers=RingPeers(neighbours, neighbours),
+            )
+            assert counts == expected, f"rank {rank}, {settings}"

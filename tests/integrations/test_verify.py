@@ -43,6 +43,20 @@ def test_what_is_right_passes(ranks, strategy):
         assert ("dropout (8 seeds)" in outcomes) == (case.changes == DROPOUT)
 
 
+@pytest.mark.parametrize(
+    "case",
+    (
+        Case(family="qwen2_sliding", kv_heads=4, length=23, packed=True, changes=(("sliding_window", 3),)),
+        Case(family="mistral", kv_heads=4, padding_mask=True, changes=(("sliding_window", 3),)),
+    ),
+    ids=("documents, and a window in one of two layers", "padding and a window"),
+)
+def test_bytes_of_a_ring_whose_ranks_do_not_all_see_each_other(ranks, case):
+    report = Report.from_json(ranks(4).run(sound, case, "tsp", 1, {})[0])
+    assert report.passed, report.table()
+    assert {finding.check: finding.outcome for finding in report.findings}["bytes"] == "passed"
+
+
 @pytest.mark.parametrize(("ring", "strategy"), ((1, "odysseus"), (2, "tp_sp")))
 def test_pipelined_attention_passes(ranks, ring, strategy):
     case, config = Case(kv_heads=4, packed=True, length=23), OverlapConfig(pipeline=4, timeout_s=60)

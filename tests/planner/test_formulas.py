@@ -15,6 +15,7 @@ from odysseus_kernels.planner.formulas import (
     traffic,
 )
 from odysseus_kernels.planner.memory import head_saved, saved
+from odysseus_kernels.planner.ring import RingPeers, busiest_peers, pairs_in_sight, ring_peers
 
 # d = 64, q = 64, dk = 64, i = 96: Ld = 4096 at L = 64; Pf = 3 * 64 * 96 = 18432; Pa = 4 * 64 * 64 = 16384.
 MHA = LayerShape(hidden=64, intermediate=96, heads=8, kv_heads=8, head_dim=8)
@@ -85,6 +86,38 @@ def test_ring_with_zero3_weights() -> None:
     assert not any(collective == "all_to_all" for _, _, collective in sent)
     assert elements(sent, "forward") == 1536 + (10240 + 18432) * 3 // 4
     assert elements(sent, "backward") == 5 * 1536 + 2 * (10240 + 18432) * 3 // 4
+
+
+def test_ring_under_a_window() -> None:
+    # R = 4: blocks of 8 tokens, in zigzag order 0 and 7, 1 and 6, 2 and 5, 3 and 4.
+    ranks = range(4)
+
+    def peers(window: int | None) -> list[tuple[int, int]]:
+        pairs = pairs_in_sight(4, 16, "zigzag", causal=True, window=window)
+        return [ring_peers(pairs, rank) for rank in ranks]
+
+    assert peers(1) == [(0, 0)] * 4  # every query sees itself only
+    # A query sees its own block and the one before: rank 0 is seen by, and sees, rank 1; rank 3's two are neighbours.
+    assert peers(2) == peers(9) == [(1, 1), (2, 2), (2, 2), (1, 1)]
+    assert peers(10) == [(2, 2), (3, 3), (3, 3), (2, 2)]  # and the first token of it the last of the one before that
+    assert peers(64) == peers(None) == [(3, 3)] * 4
+    assert busiest_peers(4, 64, 9) == (2, 2) and busiest_peers(4, 64, None) == (3, 3)
+    assert busiest_peers(1, 64, 9) == (0, 0)
+    # In one block each, a rank sees those before it; with a window of at most a block the one before.
+    pairs = pairs_in_sight(4, 16, "contiguous", causal=True, window=None)
+    assert [ring_peers(pairs, rank) for rank in ranks] == [(3, 0), (2, 1), (1, 2), (0, 3)]
+    pairs = pairs_in_sight(4, 16, "contiguous", causal=True, window=17)
+    assert [ring_peers(pairs, rank) for rank in ranks] == [(1, 0), (1, 1), (1, 1), (0, 1)]
+    # 16 tokens of k and v of width 16 to each of two ranks that see them, and gradients in fp32 to one.
+    for strategy, world, ring in (("ulysses", 1, 4), ("tsp", 2, 2)):
+        sent = traffic(GQA, strategy, world, tokens=L, ring=ring, element_size=2, ring_peers=RingPeers(2, 1))
+        assert sent["forward", "ring_attention", "send_recv"] == 2 * 512 * 2
+        assert sent["backward", "ring_attention", "send_recv"] == 2 * 512 * 2 + 512 * 4
+        alone = traffic(GQA, strategy, world, tokens=L, ring=ring, ring_peers=RingPeers(0, 0))
+        assert not any(operator == "ring_attention" for _, operator, _ in alone)
+    # Keys and values that are gathered at once do not go round.
+    eager = {"tokens": L, "keys_at_once": True}
+    assert traffic(GQA, "tsp", 4, **eager, ring_peers=RingPeers(1, 1)) == traffic(GQA, "tsp", 4, **eager)
 
 
 def test_tsp_is_one_ring_of_all_ranks() -> None:

@@ -23,6 +23,7 @@ from odysseus_kernels.planner.planning.models import ModelSizes, bundled_models,
 from odysseus_kernels.planner.planning.plan import Plan, SplitPlan, plan
 from odysseus_kernels.planner.planning.split_seconds import split_seconds
 from odysseus_kernels.planner.planning.splits import Split, divisors, possible_splits, why_not
+from odysseus_kernels.planner.ring import busiest_peers
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 OVERLAP = RESULTS / "cpu-2cores" / "overlap-20261128-112325.json"
@@ -61,9 +62,11 @@ def test_bytes_and_saved_memory_are_the_formulas(arguments) -> None:
         split = one.split
         tokens = found.batch // split.dp * split.padded(found.seq_len)
         sizes = {"ring": split.ring, "element_size": size}
+        ring = split.everyone if split.strategy == "tsp" else split.ring
+        peers = busiest_peers(ring, split.padded(found.seq_len), model.window)
         layer = traffic(
             shape, split.strategy, split.seq, tokens=tokens, checkpointing=found.checkpointing,
-            pipelined=one.pieces > 1, **sizes,
+            pipelined=one.pieces > 1, ring_peers=peers, **sizes,
         )  # fmt: skip
         ends = [replicated_traffic(shape.hidden, split.strategy, split.seq, **sizes)] * (2 if shape.norm_bias else 1)
         ends.append(replicated_traffic(model.vocabulary * shape.hidden, split.strategy, split.seq, **sizes))

@@ -82,16 +82,24 @@ class ExchangeRun:
                 if self._first is not None and step.piece == 0:
                     wait(self._first.work)
             elif step.task is Task.TAKE:
-                self._intake.take(step.rank, self._made.tensors(self._slot("taken", step.piece, self._made)))
+                self._take(step)
             else:
                 self._visit(step)
             sender.after(index)
         return sender.ahead
 
+    def _take(self, step: Step) -> None:
+        if self._exchange.visits(step.rank, self._rank):
+            self._intake.take(step.rank, self._made.tensors(self._slot("taken", step.piece, self._made)))
+        else:
+            self._intake.skip()
+
     def _visit(self, step: Step) -> None:
         exchange, rank = self._exchange, self._rank
         if step.rank == rank:
             exchange.visit(rank, exchange.own_given(rank), exchange.own_made(rank))
+            return
+        if not exchange.visits(rank, step.rank):
             return
         given: tuple[Tensor, ...] = ()
         made: tuple[Tensor, ...] = ()
@@ -108,7 +116,9 @@ class ExchangeRun:
         """What comes from rank ``step.rank`` in this hop, and what goes to the rank opposite in the ring."""
         source = step.rank
         target = (2 * self._rank - source) % self._world
-        if task is Task.GIVEN:
+        if self._exchange.pairs is not None:
+            sent, received = self._between(task, hop, source, target)
+        elif task is Task.GIVEN:
             received = self._slot("given", hop, self._given)
             if self._first is not None and hop == 0:
                 sent, received = self._giving_rest(target), received[: self._rest.nbytes]
@@ -120,6 +130,19 @@ class ExchangeRun:
         leaving[target], arriving[source] = sent.numel(), received.numel()
         self._sent[task, hop] = sent
         self._work[task, hop] = self._lane.all_to_all(received, sent, arriving, leaving)
+
+    def _between(self, task: Task, hop: int, source: int, target: int) -> tuple[Tensor, Tensor]:
+        """What is sent to ``target`` and received from ``source`` where not all visit all; empty where nothing is.
+
+        The transfer is issued even so: it is a collective, and other ranks may have something in this hop.
+        """
+        exchange, rank = self._exchange, self._rank
+        nothing = self._empty(0)
+        if task is Task.GIVEN:
+            sent = self._giving(hop, target) if exchange.visits(target, rank) else nothing
+            return sent, self._slot("given", hop, self._given) if exchange.visits(rank, source) else nothing
+        sent = self._slot("made", hop, self._made) if exchange.visits(rank, target) else nothing
+        return sent, self._slot("taken", hop, self._made) if exchange.visits(source, rank) else nothing
 
     def _giving(self, hop: int, target: int) -> Tensor:
         """What ``target`` is given.  A single tensor leaves from where it is; others are packed, shared ones once."""

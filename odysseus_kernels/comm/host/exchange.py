@@ -62,6 +62,8 @@ class HostExchange:
     @torch.no_grad()  # windows are memory, not part of anybody's graph
     def publish(self) -> None:
         assert self.given is not None
+        if self._exchange.peers(self._rank, self._world).served == 0:
+            return  # nobody reads it
         rank, shared = self._rank, self._published
         published = self._windows.cell(rank, self.given, 0)
         for target, tensor in zip(published, shared, strict=False):
@@ -74,6 +76,8 @@ class HostExchange:
         exchange, rank, peer = self._exchange, self._rank, step.rank
         if peer == rank:
             exchange.visit(rank, exchange.own_given(rank), exchange.own_made(rank))
+            return
+        if not exchange.visits(rank, peer):
             return
         given: tuple[Tensor, ...] = ()
         made: tuple[Tensor, ...] = ()
@@ -93,4 +97,7 @@ class HostExchange:
         if self._intake is None:
             held = self._windows.held(self._rank, self.made)
             self._intake = Intake(self._exchange, self._world, self._reduce_dtype, held)
+        if not self._exchange.visits(step.rank, self._rank):
+            self._intake.skip()
+            return
         self._intake.take(step.rank, self._windows.cell(step.rank, self.made, step.reads[0].part))

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
+from odysseus_kernels.attention.layout import seen_pairs, with_key_mask
 from odysseus_kernels.attention.local import RING_KERNELS
 from odysseus_kernels.integrations.families import FAMILIES
 from odysseus_kernels.integrations.verify.trial import Trial
+from odysseus_kernels.nn.cut import KEY, RING_LAYOUT, SequenceCut
 from odysseus_kernels.planner import formulas
+from odysseus_kernels.planner.ring import RingPeers, ring_peers
 
 __all__ = ["expected_traffic", "is_beside"]
 
@@ -52,20 +58,24 @@ def expected_traffic(trial: Trial) -> tuple[formulas.Traffic | None, str]:
     rows, local = trial.part["input_ids"].shape
     tokens = rows * local * (group.every_size if group.tokens == "sharded" else group.ring_size)
     sizes: dict[str, Any] = {"ring": group.ring_size, "element_size": trial.dtype.itemsize}
-    layer = formulas.traffic(
-        shape,
-        trial.strategy,
-        group.size,
-        tokens=tokens,
-        gathered=group.config.gathered,
-        checkpointing=bool(recomputed),
-        pipelined=trial.pieces > 1,
-        keys_at_once=config._attn_implementation not in RING_KERNELS,
-        tile_rows=group.config.tile_rows,
-        **sizes,
-    )
+    layers = [
+        formulas.traffic(
+            shape,
+            trial.strategy,
+            group.size,
+            tokens=tokens,
+            gathered=group.config.gathered,
+            checkpointing=bool(recomputed),
+            pipelined=trial.pieces > 1,
+            keys_at_once=config._attn_implementation not in RING_KERNELS,
+            tile_rows=group.config.tile_rows,
+            ring_peers=peers,
+            **sizes,
+        )
+        for peers in _ring_peers(trial)
+    ]
     vocabulary, hidden = model.get_input_embeddings().weight.shape
-    parts = [layer] * len(getattr(model.base_model, family.layers))
+    parts = [*layers]
     parts += [formulas.replicated_traffic(hidden, trial.strategy, group.size, **sizes)] * (2 if shape.norm_bias else 1)
     parts.append(formulas.replicated_traffic(vocabulary * hidden, trial.strategy, group.size, **sizes))
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
@@ -76,3 +86,33 @@ def expected_traffic(trial: Trial) -> tuple[formulas.Traffic | None, str]:
         for key, count in part.items():
             total[key] = total.get(key, 0) + count
     return total, ""
+
+
+def _ring_peers(trial: Trial) -> list[RingPeers | None]:
+    """To how many ranks of the ring this one sends in each layer, by its window and the batch's documents."""
+    model: Any = trial.subject
+    group, attentions = trial.group, model.base_model._attentions()
+    if group.zigzag_size == 1:
+        return [None] * len(attentions)
+    mask, positions = trial.whole.get("attention_mask"), trial.whole.get("position_ids")
+    rows = trial.whole["input_ids"].shape[0]
+    length = SequenceCut.read(trial.part[KEY]).padded if KEY in trial.part else trial.length
+    padding = length - trial.length
+    if positions is not None and padding:
+        further = torch.arange(1, padding + 1, device=positions.device)
+        positions = torch.cat((positions, positions[:, -1:] + further), dim=1)
+    found = model.base_model._ring_mask(rows, positions, None if mask is None else F.pad(mask, (0, padding)))
+    documents = with_key_mask(found.documents, found.keys)
+    documents = None if documents is None else documents.cpu()
+    peers = {}
+    for window in {attention.window for attention in attentions}:
+        pairs = seen_pairs(
+            group.zigzag_size,
+            length // group.zigzag_size,
+            RING_LAYOUT,
+            causal=True,
+            window=window,
+            documents=documents,
+        )
+        peers[window] = ring_peers(pairs, group.zigzag_rank)
+    return [peers[attention.window] for attention in attentions]

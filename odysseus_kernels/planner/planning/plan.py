@@ -258,7 +258,13 @@ def evaluate_split(
     size, padded, pieces = _ELEMENT_SIZES[dtype], split.padded(seq_len), split.pieces(seq_len)
     tokens = padded * (batch // split.dp)
     sent = step_traffic(
-        model, split, elements_of(model, split), tokens=tokens, element_size=size, checkpointing=checkpointing
+        model,
+        split,
+        elements_of(model, split),
+        tokens=tokens,
+        element_size=size,
+        checkpointing=checkpointing,
+        length=padded,
     )
     kept = layer_saved(model, split, tokens=tokens, element_size=size)
     memory = split_memory(model, split, tokens=tokens, element_size=size, checkpointing=checkpointing, offload=offload)

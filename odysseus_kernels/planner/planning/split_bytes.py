@@ -13,6 +13,7 @@ from odysseus_kernels.planner.formulas import Traffic, head_traffic, replicated_
 from odysseus_kernels.planner.planning.models import ModelSizes
 from odysseus_kernels.planner.planning.split_memory import LayerElements
 from odysseus_kernels.planner.planning.splits import Split
+from odysseus_kernels.planner.ring import busiest_peers
 
 __all__ = ["StepTraffic", "step_traffic"]
 
@@ -65,8 +66,12 @@ def step_traffic(
     tokens: int,
     element_size: int,
     checkpointing: bool,
+    length: int | None = None,
 ) -> StepTraffic:
     """Bytes of a step in which the ranks that share them take ``tokens`` of batch and sequence.
+
+    With ``length``, of one sequence with its padding, ring ranks do not send what the model's window hides: bytes are
+    then those of the rank that sends most.
 
     A pipelined attention block sends the same bytes as its two projections, under whose names they stand here.
     """
@@ -76,6 +81,8 @@ def step_traffic(
         # Experts are ZeRO-3 under every strategy, together a feed-forward network of all their widths.
         shape = dataclasses.replace(shape, intermediate=shape.intermediate * model.experts)
         strategy = "odysseus" if strategy == "tp_sp" else strategy
+    zigzag = split.everyone if strategy == "tsp" else ring
+    peers = None if length is None else busiest_peers(zigzag, length, model.window)
     layer = dict(
         traffic(
             shape,
@@ -85,6 +92,7 @@ def step_traffic(
             ring=ring,
             element_size=element_size,
             checkpointing=checkpointing,
+            ring_peers=peers,
         )
     )
     sizes = {"ring": ring, "element_size": element_size}

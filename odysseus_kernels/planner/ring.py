@@ -1,0 +1,92 @@
+"""Which ranks of a ring look at which ranks' keys, as far as sizes alone tell: a causal mask, a window, the layout.
+
+What documents hide besides is known with the batch only (``attention/layout.py``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from odysseus_kernels.planner.ledger import Ledger
+
+__all__ = [
+    "Pairs",
+    "RingPeers",
+    "add_ring_attention",
+    "block_count",
+    "blocks",
+    "busiest_peers",
+    "pairs_in_sight",
+    "ring_peers",
+]
+
+Pairs = tuple[tuple[bool, ...], ...]
+"""``pairs[r][s]``: whether a query of rank r sees a key of rank s."""
+
+
+class RingPeers(NamedTuple):
+    """How many others a rank sends to.
+
+    Attributes:
+        served: ranks that get its keys and values.
+        visited: ranks whose keys and values it gets, and to which it sends their gradients.
+    """
+
+    served: int
+    visited: int
+
+
+def block_count(world: int, layout: str) -> int:
+    """Blocks into which the sequence is cut."""
+    return 2 * world if layout == "zigzag" and world > 1 else world
+
+
+def blocks(rank: int, world: int, layout: str) -> tuple[int, ...]:
+    """The blocks that ``rank`` holds, in its order."""
+    return (rank, 2 * world - 1 - rank) if block_count(world, layout) > world else (rank,)
+
+
+def pairs_in_sight(world: int, rows: int, layout: str, *, causal: bool, window: int | None) -> Pairs:
+    """What ``world`` ranks of ``rows`` tokens each see of each other.
+
+    Between two blocks of n tokens all distances from (a-b-1)n+1 to (a-b+1)n-1 occur, so that this is exact.
+    """
+    size = rows * world // block_count(world, layout)
+    held = [blocks(rank, world, layout) for rank in range(world)]
+
+    def sees(query_block: int, key_block: int) -> bool:
+        nearest = (query_block - key_block - 1) * size + 1
+        farthest = (query_block - key_block + 1) * size - 1
+        return (not causal or farthest >= 0) and (window is None or nearest < window)
+
+    return tuple(
+        tuple(
+            rank == other or any(itertools.starmap(sees, itertools.product(own, keys)))
+            for other, keys in enumerate(held)
+        )
+        for rank, own in enumerate(held)
+    )
+
+
+def ring_peers(pairs: Pairs, rank: int) -> RingPeers:
+    """How many others rank ``rank`` sends to under ``pairs``."""
+    return RingPeers(sum(row[rank] for row in pairs) - 1, sum(pairs[rank]) - 1)
+
+
+def busiest_peers(world: int, length: int, window: int | None) -> RingPeers:
+    """The most that any rank sends to where sequences of ``length`` tokens are cut in zigzag order.
+
+    Reversed, the order is the same: who sees a rank is then seen by it, and one rank is the busiest in both.
+    """
+    pairs = pairs_in_sight(world, length // world, "zigzag", causal=True, window=window)
+    return max(ring_peers(pairs, rank) for rank in range(world))
+
+
+def add_ring_attention(ledger: Ledger, peers: RingPeers, keys_and_values: int) -> None:
+    """Ring attention of a rank with ``keys_and_values`` elements, which it sends to ``peers``."""
+    for phase in ("forward", "backward"):
+        ledger.shard(phase, "ring_attention", "send_recv", peers.served + 1, keys_and_values)
+    gradients = Ledger(max(4, ledger.size))  # shares of its queries, in the accumulator's type
+    gradients.shard("backward", "ring_attention", "send_recv", peers.visited + 1, keys_and_values)
+    ledger.bytes.update(gradients.bytes)
