@@ -42,7 +42,7 @@ import dataclasses
 from typing import Literal
 
 from odysseus_kernels.planner.ledger import Ledger, Traffic, part_of
-from odysseus_kernels.planner.ring import RingPeers, add_ring_attention
+from odysseus_kernels.planner.ring import RingPeers, add_gathered_keys, add_ring_attention
 
 __all__ = [
     "PIPELINED",
@@ -251,13 +251,8 @@ def _folded_attention(ledger: Ledger, shape: LayerShape, everyone: int, tokens: 
     ledger.zero3("zero3_linear", everyone, shape.query * d)
     if shape.out_bias:
         ledger.zero3_bias("zero3_linear", everyone, d)
-    if not at_once:
-        return
-    keys_and_values = 2 * tokens // everyone * shape.key_value
-    ledger.shard("forward", "gathered_key_value", "all_gather", everyone, keys_and_values)
-    gradients = Ledger(max(4, ledger.size))
-    gradients.shard("backward", "gathered_key_value", "reduce_scatter", everyone, keys_and_values)
-    ledger.bytes.update(gradients.bytes)
+    if at_once:
+        add_gathered_keys(ledger, everyone, 2 * tokens // everyone * shape.key_value)
 
 
 def _gathered(ledger: Ledger, strategy: str, world: int, shard: int, gathered: str) -> None:

@@ -13,6 +13,7 @@ from odysseus_kernels.planner.ledger import Ledger
 __all__ = [
     "Pairs",
     "RingPeers",
+    "add_gathered_keys",
     "add_ring_attention",
     "block_count",
     "blocks",
@@ -89,4 +90,12 @@ def add_ring_attention(ledger: Ledger, peers: RingPeers, keys_and_values: int) -
         ledger.shard(phase, "ring_attention", "send_recv", peers.served + 1, keys_and_values)
     gradients = Ledger(max(4, ledger.size))  # shares of its queries, in the accumulator's type
     gradients.shard("backward", "ring_attention", "send_recv", peers.visited + 1, keys_and_values)
+    ledger.bytes.update(gradients.bytes)
+
+
+def add_gathered_keys(ledger: Ledger, ranks: int, keys_and_values: int) -> None:
+    """Attention that takes the keys of all ``ranks`` at once: each has ``keys_and_values`` elements of them."""
+    ledger.shard("forward", "gathered_key_value", "all_gather", ranks, keys_and_values)
+    gradients = Ledger(max(4, ledger.size))
+    gradients.shard("backward", "gathered_key_value", "reduce_scatter", ranks, keys_and_values)
     ledger.bytes.update(gradients.bytes)
