@@ -27,7 +27,7 @@ from odysseus_kernels.planner.ring import busiest_peers
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 OVERLAP = RESULTS / "cpu-2cores" / "overlap-20261128-112325.json"
-SCALE = RESULTS / "cpu-2cores" / "scale-20261128-205703.json"
+SCALE = RESULTS / "cpu-2cores" / "scale-20261129-021024.json"
 LAYER = RESULTS / "cpu-2cores" / "layer-20261128-114201.json"
 EMULATED = next((RESULTS / "1x-nvidia-h100-80gb-hbm3").glob("emulated-*.json"))
 DENSE = tuple(name for name in bundled_models() if name != "mixtral-8x7b")
