@@ -8,7 +8,7 @@ from torch import Tensor
 
 import odysseus_kernels as ody
 from odysseus_kernels.comm import functional
-from odysseus_kernels.comm.collective import run
+from odysseus_kernels.comm.collective import spans
 from odysseus_kernels.comm.groups import group_transports
 
 _PIECES = ((64, 6), (24, 4), (6, 2))
@@ -20,8 +20,8 @@ def operators(rank: int, world: int, dtype: torch.dtype, seed: int) -> None:
     functional.all_gather(torch.ones(1), config=config)
     collective = group_transports(dist.group.WORLD)._collective
     assert collective is not None and collective._lane is not None
-    kept = run._PIECES_OF_LINK, run._LEAST_BYTES_OF_LINK
-    run._PIECES_OF_LINK, run._LEAST_BYTES_OF_LINK = _PIECES, 0
+    kept = spans._PIECES_OF_LINK, spans._LEAST_BYTES_OF_LINK
+    spans._PIECES_OF_LINK, spans._LEAST_BYTES_OF_LINK = _PIECES, 0
     collective._lane.between_hosts = True
     try:
         draw = torch.Generator().manual_seed(seed)
@@ -31,7 +31,7 @@ def operators(rank: int, world: int, dtype: torch.dtype, seed: int) -> None:
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     finally:
         collective._lane.between_hosts = False
-        run._PIECES_OF_LINK, run._LEAST_BYTES_OF_LINK = kept
+        spans._PIECES_OF_LINK, spans._LEAST_BYTES_OF_LINK = kept
 
 
 def _results(rank: int, world: int, dtype: torch.dtype, rows: int, batch: int, draw: torch.Generator) -> list[Tensor]:
