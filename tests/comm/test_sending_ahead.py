@@ -64,10 +64,11 @@ def test_pieces_are_sent_in_their_order_behind_the_calls_own(program: Any, phase
 
 
 def test_one_piece_is_all_there_is() -> None:
-    shard, lane = torch.randn(1, 8, 4), Recording()
+    shard = torch.randn(1, 8, 4)
+    lane: Any = Recording()
     call = Call("test", "forward", ody.OverlapConfig(mode="fused"))
     schedule = collective_schedule("gather", WORLD, RANK)
-    sender = Sender(call, Prefetch("gather", (shard,)), schedule, lane, RANK, WORLD)  # type: ignore[arg-type]
+    sender = Sender(call, Prefetch("gather", (shard,)), schedule, lane, RANK, WORLD)
     for index, _ in enumerate(schedule.steps):
         sender.after(index)
     assert sender.ahead is not None

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
+from odysseus_kernels.comm.pipeline import Pipeline
 from odysseus_kernels.comm.schedules.collective import collective_schedule
 from odysseus_kernels.comm.schedules.steps import PARTIAL, SHARD, Kind, Schedule, Step, Task, symmetric_schedule
 from odysseus_kernels.testing.happens_before import CallSpec, ScheduleError, bind, interleave, prove
@@ -217,3 +219,8 @@ def test_bad_arguments() -> None:
     for make in (symmetric_schedule, collective_schedule):
         with pytest.raises(ValueError, match="one number of pieces, got 2 and 3"):
             make("pipeline", 2, 0, gather_pieces=2, scatter_pieces=3)
+    with pytest.raises(ValueError, match="a pipeline that gathers something"):
+        collective_schedule("pipeline", 2, 0, early=False)
+    x = torch.zeros(1, 2, 3)
+    with pytest.raises(ValueError, match="conclude if there are any, got 1 without it"):
+        Pipeline((x,), ((0, 2),), lambda *_: None, lambda _: None, late=1).check("test")
