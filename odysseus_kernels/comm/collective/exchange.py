@@ -79,7 +79,7 @@ class ExchangeRun:
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop(key))
                 del self._sent[key]
-                if self._first is not None and step.piece == 0:
+                if self._first is not None and key == (Task.GIVEN, 0):
                     wait(self._first.work)
             elif step.task is Task.TAKE:
                 self._take(step)
