@@ -5,6 +5,7 @@ What documents hide besides is known with the batch only (``attention/layout.py`
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ def blocks(rank: int, world: int, layout: str) -> tuple[int, ...]:
     return (rank, 2 * world - 1 - rank) if block_count(world, layout) > world else (rank,)
 
 
+@functools.lru_cache(maxsize=256)  # asked for again in every call
 def pairs_in_sight(world: int, rows: int, layout: str, *, causal: bool, window: int | None) -> Pairs:
     """What ``world`` ranks of ``rows`` tokens each see of each other.
 
@@ -78,10 +80,16 @@ def ring_peers(pairs: Pairs, rank: int) -> RingPeers:
 def busiest_peers(world: int, length: int, window: int | None) -> RingPeers:
     """The most that any rank sends to where sequences of ``length`` tokens are cut in zigzag order.
 
-    Reversed, the order is the same: who sees a rank is then seen by it, and one rank is the busiest in both.
+    A block of n tokens sees itself and as many blocks before it as the window reaches into.  So rank r sees the ranks
+    up to that many beside it, on both sides, for its late block goes through theirs in the other direction; and is
+    seen by them.  Without a window everybody sees all.  (The pairs of :func:`pairs_in_sight`, counted without making
+    them: of ten thousand ranks they are too many.)
     """
-    pairs = pairs_in_sight(world, length // world, "zigzag", causal=True, window=window)
-    return max(ring_peers(pairs, rank) for rank in range(world))
+    size = length // world * world // block_count(world, "zigzag")
+    if window is None or size == 0:
+        return RingPeers(world - 1, world - 1)
+    most = min(world - 1, 2 * ((window - 2) // size + 1))
+    return RingPeers(most, most)
 
 
 def add_ring_attention(ledger: Ledger, peers: RingPeers, keys_and_values: int) -> None:

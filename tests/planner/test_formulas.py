@@ -275,3 +275,12 @@ def test_a_head_keeps_no_logits():
     assert head_saved(64, "odysseus", 4, tokens=L) == head_saved(64, "ulysses", 2, tokens=L, ring=2) == 16 * (256 + 20)
     assert head_saved(64, "tp", 4, tokens=L, element_size=2) == 64 * (128 + 20)
     assert head_saved(64, "tp_sp", 4, tokens=L) == 16 * (256 + 20) + 8 * 64
+
+
+@pytest.mark.parametrize("world", (1, 2, 3, 4, 5, 8))
+def test_the_busiest_rank_of_a_ring_is_that_of_its_pairs(world: int) -> None:
+    for rows in (2, 6):
+        for window in (None, *range(1, 2 * rows * world + 2)):
+            pairs = pairs_in_sight(world, rows, "zigzag", causal=True, window=window)
+            counted = max(ring_peers(pairs, rank) for rank in range(world))
+            assert busiest_peers(world, rows * world, window) == counted, (rows, window)
