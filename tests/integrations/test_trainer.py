@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import Run, accelerated, in_one_process, on_ranks, refusals
+from trainer_cases import Run, accelerated, in_one_process, on_ranks, over_replicas, refusals
 
 from odysseus_kernels.errors import FallbackWarning
 from odysseus_kernels.integrations.trainer import Trainer
@@ -162,6 +162,21 @@ def test_accelerate_loop(ranks, replicas: int):
     for result in results:
         for found, expected in zip(result, true, strict=True):
             assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_accelerate_counts_each_replica_once(ranks, replicas: int):
+    """Objects and tensors of unequal sizes come in the dataset's order, and none twice; sums are those of replicas."""
+    last = replicas - 1
+    for found in ranks(2 * replicas).run(over_replicas, replicas):
+        assert found["rows"] == [f"row {index}" for index in range(7)]
+        assert found["sizes"] == list(range(7))
+        assert found["triggered"] == [False, True, False]
+        assert found["reduced"] == {
+            "sum": {"tokens": 5 * replicas + last, "loss": float(last)},
+            "max": {"tokens": 5 + last, "loss": float(last)},
+            "mean": {"loss": last / 2},
+        }
 
 
 def test_adapters_under_the_trainer(ranks, tmp_path):

@@ -343,3 +343,31 @@ def accelerated(rank: int | None, world_size: int, replicas: int) -> list[tuple[
             optimizer.zero_grad()
             history.append((accelerator.gather(loss.detach()).mean().item(), norm.item(), scheduler.get_last_lr()[0]))
         return history
+
+
+def over_replicas(rank: int, world_size: int, replicas: int) -> dict[str, Any]:
+    """What accelerate gathers of seven rows, and reduces, whatever the number of ranks of each replica."""
+    with as_torchrun(rank, world_size):
+        accelerator = SequenceAccelerator(trainer_mesh((replicas, 1, world_size // replicas)), cpu=True)
+        texts = [f"row {index}" for index in range(7)]
+        loader = accelerator.prepare(torch.utils.data.DataLoader(texts, 4 // replicas, collate_fn=list))
+        rows, sizes = [], []
+        for batch in loader:
+            rows += accelerator.gather_for_metrics(batch)
+            unequal = [torch.full((int(text[-1]),), 1) for text in batch]
+            sizes += [len(one) for one in accelerator.gather_for_metrics(unequal, use_gather_object=True)]
+        own = {"tokens": torch.tensor([5 + accelerator.replica]), "loss": torch.tensor(float(accelerator.replica))}
+        reduced = {name: accelerator.reduce(own, name) for name in ("sum", "max")}
+        reduced["mean"] = {"loss": accelerator.reduce(own["loss"], "mean")}
+        with pytest.raises(ValueError, match="reduction: expected one of sum, mean, max, none, got 'median'"):
+            accelerator.reduce(own, "median")
+        triggered = [accelerator.check_trigger()]
+        if rank == world_size - 1:  # one rank of a replica alone
+            accelerator.set_trigger()
+        triggered += [accelerator.check_trigger(), accelerator.check_trigger()]
+        return {
+            "rows": rows,
+            "sizes": sizes,
+            "triggered": triggered,
+            "reduced": {how: {name: one.item() for name, one in found.items()} for how, found in reduced.items()},
+        }
