@@ -93,6 +93,12 @@ class SequenceAccelerator(Accelerator):
                 "dispatch_batches: expected False or nothing, got True: the first process would send other batches to "
                 "ranks that share a sequence; let every rank read"
             )
+        if self.use_stateful_dataloader:
+            raise ValueError(
+                "use_stateful_dataloader: expected False, got True: accelerate would set its position back by a batch "
+                "for each process but one, as if all had batches of their own; odysseus_kernels.SequenceDataLoader "
+                "resumes at the exact sample"
+            )
         SequenceGroup.of(mesh)
         self.mesh = mesh
         several = DATA_DIMENSION in (mesh.mesh_dim_names or ())

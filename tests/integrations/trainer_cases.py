@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.accelerator import SequenceAccelerator
 from odysseus_kernels.integrations.huggingface import parallelize
-from odysseus_kernels.integrations.trainer import Trainer
+from odysseus_kernels.integrations.trainer import Trainer, sequence_trainer
 from odysseus_kernels.nn.items import num_items_in_batch
 from odysseus_kernels.nn.sequence import shard_sequence
 
@@ -212,6 +212,28 @@ def in_one_process(run: Run, folder: str, batch_factor: int = 1) -> dict[str, An
     return {**found, "weights": {name: p.detach() for name, p in trainer.model.named_parameters()}}
 
 
+class FocalTrainer(transformers.Trainer):
+    """A user's trainer, which takes loss and logits out of what the model returns for a batch with its labels."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = outputs.loss + own_loss(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+def own_compute_loss(rank: int | None, world_size: int, folder: str) -> dict[str, Any]:
+    """What it logs; rank None: in one process."""
+    run = Run(settings=(("eval_strategy", "steps"), ("eval_steps", 2)))
+    with as_torchrun(rank, world_size):
+        if rank is None:
+            found = trained(run, folder, FocalTrainer)
+        else:
+            found = trained(run, folder, sequence_trainer(FocalTrainer), parallel_model(run))
+    return {"history": found["history"]}
+
+
 def whole_model(run: Run) -> Any:
     """Before anything is parallelized; adapters begin with values that count."""
     model = run.case.model()
@@ -343,31 +365,3 @@ def accelerated(rank: int | None, world_size: int, replicas: int) -> list[tuple[
             optimizer.zero_grad()
             history.append((accelerator.gather(loss.detach()).mean().item(), norm.item(), scheduler.get_last_lr()[0]))
         return history
-
-
-def over_replicas(rank: int, world_size: int, replicas: int) -> dict[str, Any]:
-    """What accelerate gathers of seven rows, and reduces, whatever the number of ranks of each replica."""
-    with as_torchrun(rank, world_size):
-        accelerator = SequenceAccelerator(trainer_mesh((replicas, 1, world_size // replicas)), cpu=True)
-        texts = [f"row {index}" for index in range(7)]
-        loader = accelerator.prepare(torch.utils.data.DataLoader(texts, 4 // replicas, collate_fn=list))
-        rows, sizes = [], []
-        for batch in loader:
-            rows += accelerator.gather_for_metrics(batch)
-            unequal = [torch.full((int(text[-1]),), 1) for text in batch]
-            sizes += [len(one) for one in accelerator.gather_for_metrics(unequal, use_gather_object=True)]
-        own = {"tokens": torch.tensor([5 + accelerator.replica]), "loss": torch.tensor(float(accelerator.replica))}
-        reduced = {name: accelerator.reduce(own, name) for name in ("sum", "max")}
-        reduced["mean"] = {"loss": accelerator.reduce(own["loss"], "mean")}
-        with pytest.raises(ValueError, match="reduction: expected one of sum, mean, max, none, got 'median'"):
-            accelerator.reduce(own, "median")
-        triggered = [accelerator.check_trigger()]
-        if rank == world_size - 1:  # one rank of a replica alone
-            accelerator.set_trigger()
-        triggered += [accelerator.check_trigger(), accelerator.check_trigger()]
-        return {
-            "rows": rows,
-            "sizes": sizes,
-            "triggered": triggered,
-            "reduced": {how: {name: one.item() for name, one in found.items()} for how, found in reduced.items()},
-        }
