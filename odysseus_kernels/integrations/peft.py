@@ -7,6 +7,7 @@ they are multiplied; their gradients are complete, as all are.  What PEFT can wr
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import weakref
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 _WEIGHTS = "adapter_model.safetensors"
+# PEFT's ways to begin an adapter with parts of the weight, most of which are taken out of it.
+_FROM_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 _UNMERGED = "merge it into the stock model (merge_and_unload), and parallelize that"
 
 
@@ -120,7 +123,8 @@ def _finite(parameter: torch.Tensor, added: torch.Tensor) -> bool:
 def give_whole_sizes() -> None:
     """From now on PEFT makes adapters for the whole features of a distributed layer, not for this rank's part of them.
 
-    It takes a DTensor for a layer that computes with its part of the weight.  Does nothing until peft is imported.
+    It takes a DTensor for a layer that computes with its part of the weight.  Adapters that begin with parts of the
+    weight are refused for such layers.  Does nothing until peft is imported.
     """
     layer = sys.modules.get("peft.tuners.lora.layer")
     if layer is None or hasattr(layer.LoraLayer, "_sizes_of_parts"):
@@ -135,6 +139,28 @@ def give_whole_sizes() -> None:
 
     layer.LoraLayer._sizes_of_parts = stock
     layer.LoraLayer._get_in_out_features = sizes
+    for kind in _FROM_WEIGHT:
+        begin = getattr(layer.LoraLayer, f"{kind}_init", None)
+        if begin is not None:
+            setattr(layer.LoraLayer, f"{kind}_init", _of_stock_layers(kind, begin))
+
+
+def _of_stock_layers(kind: str, begin: Any) -> Any:
+    """``begin``, a way in which adapters of ``kind`` begin, refused for a distributed layer.
+
+    PEFT would assign what is left of the weight to ``weight.data``, which leaves a distributed weight as it is.
+    """
+
+    @functools.wraps(begin)
+    def checked(self: Any, *given: Any, **named: Any) -> Any:
+        if "sequence_placements" in vars(self.get_base_layer()):
+            raise ValueError(
+                f"init_lora_weights: expected values that do not come from the weight for a model that is parallelized "
+                f"already, got {kind}: put the adapters on the stock model, and parallelize it then"
+            )
+        return begin(self, *given, **named)
+
+    return checked
 
 
 def _lora_class() -> type | None:

@@ -11,6 +11,7 @@ pytest.importorskip("peft", reason="PEFT is optional: pip install odysseus_kerne
 
 import torch
 from peft import PeftModel
+from peft_beginnings_cases import BEGINNINGS, adapted, begun_after, begun_before
 from peft_cases import (
     CASE,
     CASES,
@@ -137,6 +138,17 @@ def test_what_is_not_served_is_refused_by_name(ranks):
         truth = stock_step(Adapted())[0]
         assert abs(float(said["dropout at evaluation"]) - truth) <= LOSS * truth
         assert "expected a PEFT model, whose adapters are saved" in said["saving"]
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+@pytest.mark.parametrize("strategy", ["odysseus", "tp"])
+def test_adapters_that_begin_with_parts_of_the_weights(ranks, strategy, beginning):
+    """As in one process where they are put on before; afterwards the weights would keep what the adapters took."""
+    truth = step(adapted(CASE.model(), beginning), CASE.whole_batch())
+    for found in ranks(2).run(begun_before, strategy, beginning):
+        check(beginning, found, truth)
+    for said in ranks(2).run(begun_after, strategy, beginning):
+        assert said.count(f"already, got {beginning}: put the adapters on the stock model") == 2, said
 
 
 def test_dropout_draws_in_training_alone(ranks):
