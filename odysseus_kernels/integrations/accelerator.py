@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
 from collections.abc import Iterable
 from typing import Any, NoReturn, Self
@@ -174,8 +175,11 @@ class SequenceAccelerator(Accelerator):
         """As accelerate's, of each replica once, without rows that fill up the last batch.
 
         Args:
-            input_data: tensors, or other objects that pickle can carry: of several replicas a list of rows each.
-            use_gather_object: whether tensors are such objects, too, because their sizes differ.
+            input_data: tensors; or a list of rows, each of tensors, numbers and text in lists, tuples and dictionaries.
+            use_gather_object: whether tensors are such rows, too, because their sizes differ.
+
+        Raises:
+            ValueError: for rows of other objects, from several replicas: what ranks send is not unpickled.
         """
         if not use_gather_object and _only_tensors(input_data):
             return super().gather_for_metrics(input_data)
@@ -189,14 +193,22 @@ class SequenceAccelerator(Accelerator):
         """The rows of all replicas, in their order; of one replica what was given, as accelerate's of one process."""
         if self._replica_group is None or self.replicas == 1:
             return own
-        packed = torch.frombuffer(bytearray(pickle.dumps(own)), dtype=torch.uint8).to(self.device)
+        buffer = io.BytesIO()
+        torch.save(own, buffer)
+        packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8).to(self.device)
         own_size = torch.tensor([len(packed)], device=self.device)
         sizes = all_gather(own_size, self._replica_group, operator="gather_for_metrics").tolist()
         padded = packed.new_zeros(1, max(sizes))
         padded[0, : len(packed)] = packed
         everyone = all_gather(padded, self._replica_group, operator="gather_for_metrics").cpu()
-        # From ranks of the same program, as accelerate unpickles what its processes send.
-        found = [pickle.loads(one[:size].numpy().tobytes()) for one, size in zip(everyone, sizes, strict=True)]
+        files = [io.BytesIO(one[:size].numpy().tobytes()) for one, size in zip(everyone, sizes, strict=True)]
+        try:
+            found = [torch.load(file, map_location=self.device, weights_only=True) for file in files]
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                "input_data: expected tensors, numbers and text, or lists, tuples and dictionaries of such, got "
+                "something else, which would have to be unpickled: make it one of these (of an array, its tolist())"
+            ) from error
         return [row for rows in found for row in rows]
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:

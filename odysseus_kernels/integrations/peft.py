@@ -148,7 +148,7 @@ def give_whole_sizes() -> None:
 def _of_stock_layers(kind: str, begin: Any) -> Any:
     """``begin``, a way in which adapters of ``kind`` begin, refused for a distributed layer.
 
-    PEFT would assign what is left of the weight to ``weight.data``, which leaves a distributed weight as it is.
+    PEFT takes the weight apart and assigns what is left to ``weight.data``, which no distributed weight takes.
     """
 
     @functools.wraps(begin)

@@ -26,6 +26,9 @@ def over_replicas(rank: int, world_size: int, replicas: int) -> dict[str, Any]:
             rows += accelerator.gather_for_metrics(batch)
             unequal = [torch.full((int(text[-1]),), 1) for text in batch]
             sizes += [len(one) for one in accelerator.gather_for_metrics(unequal, use_gather_object=True)]
+        if replicas > 1:
+            with pytest.raises(ValueError, match="input_data: expected tensors, numbers and text"):
+                accelerator.gather_for_metrics([random.Random(0)])
         own = {"tokens": torch.tensor([5 + accelerator.replica]), "loss": torch.tensor(float(accelerator.replica))}
         reduced = {name: accelerator.reduce(own, name) for name in ("sum", "max")}
         reduced["mean"] = {"loss": accelerator.reduce(own["loss"], "mean")}

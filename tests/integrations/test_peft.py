@@ -143,7 +143,7 @@ def test_what_is_not_served_is_refused_by_name(ranks):
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 @pytest.mark.parametrize("strategy", ["odysseus", "tp"])
 def test_adapters_that_begin_with_parts_of_the_weights(ranks, strategy, beginning):
-    """As in one process where they are put on before; afterwards the weights would keep what the adapters took."""
+    """As in one process where they are put on before; afterwards an error that says so."""
     truth = step(adapted(CASE.model(), beginning), CASE.whole_batch())
     for found in ranks(2).run(begun_before, strategy, beginning):
         check(beginning, found, truth)
