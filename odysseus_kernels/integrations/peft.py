@@ -37,6 +37,7 @@ __all__ = [
     "load_adapter",
     "lora_linears",
     "refuse_others",
+    "refuse_row_adapters",
     "save_adapters",
     "stock_model",
     "take_in",
@@ -214,6 +215,24 @@ def refuse_others(model: nn.Module, served: Iterable[nn.Module]) -> None:
         raise ValueError(
             f"{path}: expected LoRA adapters of attention and feed-forward projections only, got "
             f"{type(module).__module__}.{type(module).__name__}: leave it out of target_modules, or {_UNMERGED}"
+        )
+
+
+def refuse_row_adapters(layers: Iterable[Any]) -> None:
+    """Raises ValueError in a call with ``adapter_names``, of which PEFT tells its layers by hooks."""
+    hooks = [
+        (layer, number)
+        for layer in layers
+        for number, hook in layer._forward_pre_hooks.items()
+        if "adapter_names" in getattr(hook, "keywords", ())
+    ]
+    for layer, number in hooks:  # PEFT leaves them where they are if a call ends with an error
+        del layer._forward_pre_hooks[number]
+        layer._forward_pre_hooks_with_kwargs.pop(number, None)
+    if hooks:
+        raise ValueError(
+            "adapter_names: expected none, got one for each row: a parallelized model multiplies all rows by the active "
+            "adapters. Call it once for each adapter, with its rows, after set_adapter(name) or in disable_adapter()"
         )
 
 

@@ -11,7 +11,6 @@ pytest.importorskip("peft", reason="PEFT is optional: pip install odysseus_kerne
 
 import torch
 from peft import PeftModel
-from peft_beginnings_cases import BEGINNINGS, adapted, begun_after, begun_before
 from peft_cases import (
     CASE,
     CASES,
@@ -33,6 +32,7 @@ from peft_cases import (
     stock_step,
     traffic_of_a_layer,
 )
+from peft_uses_cases import BEGINNINGS, adapted, an_adapter_for_each_row, begun_after, begun_before
 
 from odysseus_kernels.planner.adapters import lora_traffic
 from odysseus_kernels.planner.formulas import LayerShape
@@ -149,6 +149,13 @@ def test_adapters_that_begin_with_parts_of_the_weights(ranks, strategy, beginnin
         check(beginning, found, truth)
     for said in ranks(2).run(begun_after, strategy, beginning):
         assert said.count(f"already, got {beginning}: put the adapters on the stock model") == 2, said
+
+
+def test_an_adapter_for_each_row_is_refused(ranks):
+    truth = stock_step(Adapted())[0]
+    for said, loss in ranks(2).run(an_adapter_for_each_row):
+        assert "adapter_names: expected none, got one for each row" in said
+        assert abs(loss - truth) <= LOSS * truth
 
 
 def test_dropout_draws_in_training_alone(ranks):

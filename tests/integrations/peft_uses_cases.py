@@ -1,4 +1,4 @@
-"""Adapters that begin with parts of the weights that they are put on."""
+"""Adapters that begin with parts of the weights that they are put on, and calls with an adapter for each row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from family_cases import make_mesh, parallel_model
 from peft import LoraConfig, get_peft_model
-from peft_cases import CASE, RANK, TIMEOUT_S, step
+from peft_cases import CASE, RANK, TIMEOUT_S, Adapted, step
 
 import odysseus_kernels as ody
 from odysseus_kernels.config import OverlapConfig
@@ -44,3 +44,15 @@ def begun_after(rank: int, world: int, strategy: str, beginning: str) -> str:
     except ValueError as error:
         said.append(str(error))
     return " | ".join(said)
+
+
+def an_adapter_for_each_row(rank: int, world: int) -> tuple[str, float]:
+    """What is said, and the loss of a call afterwards with the active adapter."""
+    model = Adapted().before("odysseus", make_mesh(world, 1)).eval()
+    batch, said = ody.shard_sequence(CASE.whole_batch(), model), ""
+    with torch.no_grad():
+        try:
+            model(**batch, adapter_names=["default", "__base__"])
+        except ValueError as error:
+            said = str(error)
+        return said, model(**batch).loss.item()
