@@ -231,8 +231,8 @@ def refuse_row_adapters(layers: Iterable[Any]) -> None:
         layer._forward_pre_hooks_with_kwargs.pop(number, None)
     if hooks:
         raise ValueError(
-            "adapter_names: expected none, got one for each row: a parallelized model multiplies all rows by the active "
-            "adapters. Call it once for each adapter, with its rows, after set_adapter(name) or in disable_adapter()"
+            "adapter_names: expected none, got one for each row: a parallelized model multiplies all rows by the "
+            "active adapters. Call it for each adapter with its rows, after set_adapter(name) or in disable_adapter()"
         )
 
 
