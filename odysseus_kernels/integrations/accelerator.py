@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import pickle
 from collections.abc import Iterable
 from typing import Any, NoReturn, Self
 
@@ -10,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import recursively_apply
+from accelerate.utils import reduce as reduce_over_processes
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -20,15 +24,17 @@ from odysseus_kernels.nn.step import Stepped
 
 __all__ = ["SequenceAccelerator"]
 
+_REDUCTIONS = ("sum", "mean", "max", "none")
 _OTHERS = ("fsdp_plugin", "deepspeed_plugin", "megatron_lm_plugin", "parallelism_config")
 
 
 class SequenceAccelerator(Accelerator):
     """An ``Accelerator`` for ranks of which those of "seq" and "ring" share their sequences.
 
-    Such ranks are one replica: they get the same batches, and what is gathered for metrics is one of each. Models are
+    Such ranks are one replica: they get the same batches, and what is gathered or reduced is one of each. Models are
     not wrapped: ``parallelize`` has distributed them, and for several replicas FSDP2's ``fully_shard`` or
-    ``replicate`` has. Everything else is accelerate's.
+    ``replicate`` has. Everything else is accelerate's: ``num_processes`` counts all ranks, and so do the functions of
+    ``accelerate.utils``. What a loss is multiplied by, because gradients are averaged afterwards, is ``replicas``.
 
     Args:
         mesh: with the dimension "seq", optionally "ring" and "dp".
@@ -36,7 +42,7 @@ class SequenceAccelerator(Accelerator):
 
     Attributes:
         mesh: as given.
-        replicas: size of "dp".
+        replicas: size of "dp", what ``num_processes`` is to a loop of data parallelism alone.
         replica: position of this rank in it.
 
     Raises:
@@ -60,6 +66,7 @@ class SequenceAccelerator(Accelerator):
     mesh: DeviceMesh
     replicas: int
     replica: int
+    flag_tensor: torch.Tensor | None
     _replica_group: Any
 
     def __init__(self, mesh: DeviceMesh, **arguments: Any) -> None:
@@ -86,6 +93,12 @@ class SequenceAccelerator(Accelerator):
             raise ValueError(
                 "dispatch_batches: expected False or nothing, got True: the first process would send other batches to "
                 "ranks that share a sequence; let every rank read"
+            )
+        if self.use_stateful_dataloader:
+            raise ValueError(
+                "use_stateful_dataloader: expected False, got True: accelerate would set its position back by a batch "
+                "for each process but one, as if all had batches of their own; odysseus_kernels.SequenceDataLoader "
+                "resumes at the exact sample"
             )
         SequenceGroup.of(mesh)
         self.mesh = mesh
@@ -158,6 +171,81 @@ class SequenceAccelerator(Accelerator):
 
         return recursively_apply(gathered, tensor, error_on_other_type=True)
 
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """As accelerate's, of each replica once, without rows that fill up the last batch.
+
+        Args:
+            input_data: tensors; or a list of rows, each of tensors, numbers and text in lists, tuples and dictionaries.
+            use_gather_object: whether tensors are such rows, too, because their sizes differ.
+
+        Raises:
+            ValueError: for rows of other objects, from several replicas: what ranks send is not unpickled.
+        """
+        if not use_gather_object and _only_tensors(input_data):
+            return super().gather_for_metrics(input_data)
+        rows, loader = self._gather_objects(input_data), self.gradient_state
+        if loader.end_of_dataloader and loader.remainder > 0:
+            with contextlib.suppress(TypeError, KeyError):  # what has no rows stays as it is, as in accelerate
+                return rows[: loader.remainder]
+        return rows
+
+    def _gather_objects(self, own: Any) -> Any:
+        """The rows of all replicas, in their order; of one replica what was given, as accelerate's of one process."""
+        if self._replica_group is None or self.replicas == 1:
+            return own
+        buffer = io.BytesIO()
+        torch.save(own, buffer)
+        packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8).to(self.device)
+        own_size = torch.tensor([len(packed)], device=self.device)
+        sizes = all_gather(own_size, self._replica_group, operator="gather_for_metrics").tolist()
+        padded = packed.new_zeros(1, max(sizes))
+        padded[0, : len(packed)] = packed
+        everyone = all_gather(padded, self._replica_group, operator="gather_for_metrics").cpu()
+        files = [io.BytesIO(one[:size].numpy().tobytes()) for one, size in zip(everyone, sizes, strict=True)]
+        try:
+            found = [torch.load(file, map_location=self.device, weights_only=True) for file in files]
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                "input_data: expected tensors, numbers and text, or lists, tuples and dictionaries of such, got "
+                "something else, which would have to be unpickled: make it one of these (of an array, its tolist())"
+            ) from error
+        return [row for rows in found for row in rows]
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """The sum, mean or largest over replicas, each of which counts once, however many ranks it has.
+
+        Args:
+            tensor: of the same shape on every rank; or lists, tuples and dictionaries of such.
+            reduction: "sum", "mean", "max", or "none" for a copy.
+            scale: has an effect on XLA alone, as in accelerate.
+
+        Raises:
+            ValueError: for another ``reduction``.
+        """
+        if reduction not in _REDUCTIONS:
+            raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+        group = self._replica_group
+
+        def reduced(one: torch.Tensor) -> torch.Tensor:
+            if group is None or self.replicas == 1 or reduction == "none":
+                return one.clone()
+            every = all_gather(one.detach()[None].contiguous(), group, operator="reduce")
+            if reduction == "max":
+                return every.amax(0)
+            total = every.sum(0, dtype=one.dtype)
+            return total / self.replicas if reduction == "mean" else total
+
+        return recursively_apply(reduced, tensor, error_on_other_type=True)
+
+    def check_trigger(self) -> bool:
+        """As accelerate's: whether any process, of whatever replica, has called ``set_trigger``."""
+        if self.flag_tensor is None:
+            self.flag_tensor = torch.tensor(0, device=self.device)
+        raised = bool(reduce_over_processes(self.flag_tensor, "sum").item() >= 1)
+        if raised:
+            self.flag_tensor = torch.zeros_like(self.flag_tensor)
+        return raised
+
     def clip_grad_norm_(
         self, parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2
     ) -> torch.Tensor:
@@ -189,6 +277,15 @@ class SequenceAccelerator(Accelerator):
             "get_state_dict: expected odysseus_kernels.save_pretrained(model, folder) or save_checkpoint, called on "
             "every rank: a state dict here would be this rank's shards"
         )
+
+
+def _only_tensors(data: Any) -> bool:
+    """Whether nested lists, tuples and dictionaries hold nothing but tensors."""
+    try:
+        recursively_apply(lambda one: one, data, error_on_other_type=True)
+    except TypeError:
+        return False
+    return True
 
 
 def _refuse(given: Iterable[tuple[str, Any]]) -> None:

@@ -18,7 +18,13 @@ from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from odysseus_kernels.integrations.calls import changed_call
-from odysseus_kernels.integrations.peft import check_adapter, lora_linears, refuse_others, take_in
+from odysseus_kernels.integrations.peft import (
+    check_adapter,
+    lora_linears,
+    refuse_others,
+    refuse_row_adapters,
+    take_in,
+)
 from odysseus_kernels.nn.group import SEQUENCE_DIMENSION, SequenceGroup
 
 __all__ = ["check_intact", "check_loss"]
@@ -43,6 +49,7 @@ def check_intact(model: nn.Module, group: SequenceGroup) -> None:
         for name in _projections(module)
     }
     adapted = list(lora_linears(projections.values()))
+    refuse_row_adapters(adapted)
     for name, projection in projections.items():
         _check_projection(name, projection, group)
     refuse_others(model, adapted)

@@ -7,6 +7,7 @@ they are multiplied; their gradients are complete, as all are.  What PEFT can wr
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import weakref
@@ -36,12 +37,15 @@ __all__ = [
     "load_adapter",
     "lora_linears",
     "refuse_others",
+    "refuse_row_adapters",
     "save_adapters",
     "stock_model",
     "take_in",
 ]
 
 _WEIGHTS = "adapter_model.safetensors"
+# PEFT's ways to begin an adapter with parts of the weight, most of which are taken out of it.
+_FROM_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 _UNMERGED = "merge it into the stock model (merge_and_unload), and parallelize that"
 
 
@@ -120,7 +124,8 @@ def _finite(parameter: torch.Tensor, added: torch.Tensor) -> bool:
 def give_whole_sizes() -> None:
     """From now on PEFT makes adapters for the whole features of a distributed layer, not for this rank's part of them.
 
-    It takes a DTensor for a layer that computes with its part of the weight.  Does nothing until peft is imported.
+    It takes a DTensor for a layer that computes with its part of the weight.  Adapters that begin with parts of the
+    weight are refused for such layers.  Does nothing until peft is imported.
     """
     layer = sys.modules.get("peft.tuners.lora.layer")
     if layer is None or hasattr(layer.LoraLayer, "_sizes_of_parts"):
@@ -135,6 +140,28 @@ def give_whole_sizes() -> None:
 
     layer.LoraLayer._sizes_of_parts = stock
     layer.LoraLayer._get_in_out_features = sizes
+    for kind in _FROM_WEIGHT:
+        begin = getattr(layer.LoraLayer, f"{kind}_init", None)
+        if begin is not None:
+            setattr(layer.LoraLayer, f"{kind}_init", _of_stock_layers(kind, begin))
+
+
+def _of_stock_layers(kind: str, begin: Any) -> Any:
+    """``begin``, a way in which adapters of ``kind`` begin, refused for a distributed layer.
+
+    PEFT takes the weight apart and assigns what is left to ``weight.data``, which no distributed weight takes.
+    """
+
+    @functools.wraps(begin)
+    def checked(self: Any, *given: Any, **named: Any) -> Any:
+        if "sequence_placements" in vars(self.get_base_layer()):
+            raise ValueError(
+                f"init_lora_weights: expected values that do not come from the weight for a model that is parallelized "
+                f"already, got {kind}: put the adapters on the stock model, and parallelize it then"
+            )
+        return begin(self, *given, **named)
+
+    return checked
 
 
 def _lora_class() -> type | None:
@@ -188,6 +215,24 @@ def refuse_others(model: nn.Module, served: Iterable[nn.Module]) -> None:
         raise ValueError(
             f"{path}: expected LoRA adapters of attention and feed-forward projections only, got "
             f"{type(module).__module__}.{type(module).__name__}: leave it out of target_modules, or {_UNMERGED}"
+        )
+
+
+def refuse_row_adapters(layers: Iterable[Any]) -> None:
+    """Raises ValueError in a call with ``adapter_names``, of which PEFT tells its layers by hooks."""
+    hooks = [
+        (layer, number)
+        for layer in layers
+        for number, hook in layer._forward_pre_hooks.items()
+        if "adapter_names" in getattr(hook, "keywords", ())
+    ]
+    for layer, number in hooks:  # PEFT leaves them where they are if a call ends with an error
+        del layer._forward_pre_hooks[number]
+        layer._forward_pre_hooks_with_kwargs.pop(number, None)
+    if hooks:
+        raise ValueError(
+            "adapter_names: expected none, got one for each row: a parallelized model multiplies all rows by the "
+            "active adapters. Call it for each adapter with its rows, after set_adapter(name) or in disable_adapter()"
         )
 
 

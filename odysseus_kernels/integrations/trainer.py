@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import trainer_pt_utils
 
 from odysseus_kernels.errors import FallbackWarning
 from odysseus_kernels.integrations.accelerator import SequenceAccelerator
@@ -35,6 +36,8 @@ _STATE = "sequence_state"
 _SCHEDULER = "scheduler.pt"
 _STOCK_OPTIMIZER = "optimizer.pt"
 _ARGUMENTS = "training_args.bin"
+# Deals batches out to processes by itself; newer versions of transformers have it.
+_DEALER: Any = getattr(trainer_pt_utils, "BatchRebalanceSampler", ())
 # Settings that a parallelized model would follow wrongly, with what each would do.
 _REFUSED = (
     ("fsdp", "it would wrap the model again; use fully_shard(layer, mesh=mesh['dp']) before"),
@@ -88,6 +91,32 @@ class SequenceTrainer:
         """Ranks that get the same batches."""
         return self.accelerator.num_processes // self.accelerator.replicas  # type: ignore[no-any-return]
 
+    def _get_dataloader(self, *arguments: Any, **named: Any) -> Any:
+        """The stock trainer's.  What its workers draw at random is the same on all ranks of a replica."""
+        loader = super()._get_dataloader(*arguments, **named)  # type: ignore[misc]
+        inner = getattr(loader, "base_dataloader", loader)  # within accelerate's, which hands attributes on
+        seed = inner.worker_init_fn
+        if isinstance(seed, functools.partial) and "rank" in seed.keywords:
+            inner.worker_init_fn = functools.partial(seed, rank=self.accelerator.replica)
+        return loader
+
+    def _get_train_sampler(self, *arguments: Any, **named: Any) -> Any:
+        """The stock trainer's.  One that deals batches out by itself deals them out to replicas."""
+        sampler = super()._get_train_sampler(*arguments, **named)  # type: ignore[misc]
+        if not isinstance(sampler, _DEALER):
+            return sampler
+        replicas = self.accelerator.replicas
+        return type(sampler)(
+            sampler.lengths,
+            effective_batch_size=sampler.effective_batch_size // sampler.dp_size * replicas,
+            dp_size=replicas,
+            grad_accum=sampler.grad_accum,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+            rank=self.accelerator.replica,
+            drop_last=sampler.drop_last,
+        )
+
     # The strategy
 
     def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
@@ -105,8 +134,9 @@ class SequenceTrainer:
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, *arguments: Any, **named: Any
     ) -> Any:
-        """The stock trainer's, of a model that takes whole batches."""
-        whole = WholeBatches(model, logits=return_outputs and not self._loss_only)
+        """The next class's, of a model that takes whole batches; one of the user's own also finds logits there."""
+        own = not super().compute_loss.__module__.startswith(("transformers.", "trl."))  # type: ignore[misc]
+        whole = WholeBatches(model, logits=own or (return_outputs and not self._loss_only))
         with self._counted_here():
             return super().compute_loss(whole, inputs, return_outputs, *arguments, **named)  # type: ignore[misc]
 
@@ -244,7 +274,8 @@ class Trainer(SequenceTrainer, transformers.Trainer):  # type: ignore[misc]
 
     Ranks of "seq" and "ring" get the same samples, ranks of "dp" different ones; ``per_device_train_batch_size`` is
     that of a rank of "dp". Losses, label smoothing, ``compute_loss_func``, metrics and norms are the single process's.
-    ``compute_loss_func``, label smoothing and ``compute_metrics`` take whole logits, [B, L, V] on every rank;
+    ``compute_loss_func``, label smoothing and ``compute_metrics`` take whole logits, [B, L, V] on every rank; a class
+    with a ``compute_loss`` of its own goes through :func:`sequence_trainer`, and has them, too.
     ``preprocess_logits_for_metrics`` keeps them from piling up. Without these logits never exist whole. Checkpoints are
     resumed on any number of ranks and under any strategy.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -77,6 +78,16 @@ class Stepped(nn.Module):
     def explain_pieces(self) -> str:
         """The same in words, and why."""
         return "attention is not pipelined"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # What copy.deepcopy asks for, too, by a higher protocol than that of torch.save.
+        if protocol == torch.serialization.DEFAULT_PROTOCOL:
+            raise pickle.PicklingError(
+                "torch.save: expected tensors, got a parallelized model, which has this rank's shards, its process "
+                "groups and a class of its own: call odysseus_kernels.save_pretrained(model, folder) for a stock "
+                "model's files, or save_checkpoint(folder, model, optimizer), on every rank"
+            )
+        return super().__reduce_ex__(protocol)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stock model's call."""

@@ -32,6 +32,7 @@ from peft_cases import (
     stock_step,
     traffic_of_a_layer,
 )
+from peft_uses_cases import BEGINNINGS, adapted, an_adapter_for_each_row, begun_after, begun_before
 
 from odysseus_kernels.planner.adapters import lora_traffic
 from odysseus_kernels.planner.formulas import LayerShape
@@ -137,6 +138,24 @@ def test_what_is_not_served_is_refused_by_name(ranks):
         truth = stock_step(Adapted())[0]
         assert abs(float(said["dropout at evaluation"]) - truth) <= LOSS * truth
         assert "expected a PEFT model, whose adapters are saved" in said["saving"]
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+@pytest.mark.parametrize("strategy", ["odysseus", "tp"])
+def test_adapters_that_begin_with_parts_of_the_weights(ranks, strategy, beginning):
+    """As in one process where they are put on before; afterwards an error that says so."""
+    truth = step(adapted(CASE.model(), beginning), CASE.whole_batch())
+    for found in ranks(2).run(begun_before, strategy, beginning):
+        check(beginning, found, truth)
+    for said in ranks(2).run(begun_after, strategy, beginning):
+        assert said.count(f"already, got {beginning}: put the adapters on the stock model") == 2, said
+
+
+def test_an_adapter_for_each_row_is_refused(ranks):
+    truth = stock_step(Adapted())[0]
+    for said, loss in ranks(2).run(an_adapter_for_each_row):
+        assert "adapter_names: expected none, got one for each row" in said
+        assert abs(loss - truth) <= LOSS * truth
 
 
 def test_dropout_draws_in_training_alone(ranks):

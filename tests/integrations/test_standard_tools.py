@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import io
+import pickle
 from typing import Any
 
 import pytest
@@ -83,6 +86,18 @@ def anomalies(rank: int, world_size: int) -> None:
 
 def test_anomaly_detection(ranks):
     ranks(2).run(anomalies)
+
+
+def saved_as_it_is(rank: int, world_size: int) -> None:
+    mesh = sequence_mesh(world_size)
+    model = _model(mesh)
+    with pytest.raises(pickle.PicklingError, match=r"odysseus_kernels\.save_pretrained\(model, folder\)"):
+        torch.save(model, io.BytesIO())
+    assert _step(copy.deepcopy(model), mesh)[0] == _step(model, mesh)[0]
+
+
+def test_torch_save_says_what_saves_a_model(ranks):
+    ranks(2).run(saved_as_it_is)
 
 
 def second_derivative(rank: int, world_size: int) -> None:

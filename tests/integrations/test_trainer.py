@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import Run, accelerated, in_one_process, on_ranks, refusals
+import transformers
+from replica_cases import drawn_by_workers, over_replicas, positions_of_others
+from trainer_cases import Run, accelerated, in_one_process, on_ranks, own_compute_loss, refusals
 
 from odysseus_kernels.errors import FallbackWarning
 from odysseus_kernels.integrations.trainer import Trainer
@@ -35,7 +37,13 @@ RUNS = {
     ),
     "not averaged": Run(settings=(("average_tokens_across_devices", False),)),
     "checkpointed": Run(settings=(("gradient_checkpointing", True), ("max_steps", 2))),
+    "by length": Run(settings=(("train_sampling_strategy", "group_by_length"), *EVALUATED)),
+    "objects": Run(metrics=True, settings=(("eval_use_gather_object", True), *EVALUATED)),
 }
+REBALANCED = Run(settings=(("train_sampling_strategy", "batch_rebalance"), ("gradient_accumulation_steps", 2)))
+if hasattr(transformers.trainer_pt_utils, "BatchRebalanceSampler"):
+    RUNS["rebalanced"] = REBALANCED
+    RUNS["rebalanced replicas"] = dataclasses.replace(REBALANCED, mesh=(2, 1, 2), samples=24)
 
 
 def _equal(found: dict[str, Any], true: dict[str, Any], tolerance: float = 1e-4) -> None:
@@ -91,6 +99,14 @@ def test_evaluation_of_rows_that_replicas_do_not_divide(ranks, tmp_path, sizes, 
     evaluated = [[entry for entry in one["history"] if "eval_loss" in entry] for one in (true, *results)]
     for found in evaluated[1:]:
         _equal({"history": found}, {"history": evaluated[0]}, tolerance=2e-6)
+
+
+def test_a_compute_loss_of_its_own_sees_whole_logits(ranks, tmp_path):
+    """Labels stay in its batch, where a parallelized model makes no logits otherwise."""
+    results = ranks(2).run(own_compute_loss, str(tmp_path / "ranks"))
+    true = own_compute_loss(None, 1, str(tmp_path / "one"))
+    for result in results:
+        _equal(result, true)
 
 
 def test_a_strategy_for_each_step(ranks, tmp_path):
@@ -162,6 +178,33 @@ def test_accelerate_loop(ranks, replicas: int):
     for result in results:
         for found, expected in zip(result, true, strict=True):
             assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_accelerate_counts_each_replica_once(ranks, replicas: int):
+    """Objects and tensors of unequal sizes come in the dataset's order, and none twice; sums are those of replicas."""
+    last = replicas - 1
+    for found in ranks(2 * replicas).run(over_replicas, replicas):
+        assert found["rows"] == [f"row {index}" for index in range(7)]
+        assert found["sizes"] == list(range(7))
+        assert found["triggered"] == [False, True, False]
+        assert found["reduced"] == {
+            "sum": {"tokens": 5 * replicas + last, "loss": float(last)},
+            "max": {"tokens": 5 + last, "loss": float(last)},
+            "mean": {"loss": last / 2},
+        }
+
+
+def test_positions_are_not_those_of_all_processes(ranks):
+    assert "use_stateful_dataloader: expected False, got True" in ranks(2).run(positions_of_others)[0]
+
+
+def test_workers_of_a_replica_draw_the_same(ranks, tmp_path):
+    """Else random augmentation would give ranks of one sequence other samples."""
+    first = drawn_by_workers(None, 1, (1, 1, 1), str(tmp_path))
+    results = ranks(4).run(drawn_by_workers, (2, 1, 2), str(tmp_path))
+    assert results[0] == results[1] == first
+    assert results[2] == results[3] != first
 
 
 def test_adapters_under_the_trainer(ranks, tmp_path):

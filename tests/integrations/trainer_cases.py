@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.accelerator import SequenceAccelerator
 from odysseus_kernels.integrations.huggingface import parallelize
-from odysseus_kernels.integrations.trainer import Trainer
+from odysseus_kernels.integrations.trainer import Trainer, sequence_trainer
 from odysseus_kernels.nn.items import num_items_in_batch
 from odysseus_kernels.nn.sequence import shard_sequence
 
@@ -210,6 +210,28 @@ def in_one_process(run: Run, folder: str, batch_factor: int = 1) -> dict[str, An
         found = trained(dataclasses.replace(run, settings=tuple(settings.items())), folder)
     trainer = found.pop("trainer")
     return {**found, "weights": {name: p.detach() for name, p in trainer.model.named_parameters()}}
+
+
+class FocalTrainer(transformers.Trainer):
+    """A user's trainer, which takes loss and logits out of what the model returns for a batch with its labels."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = outputs.loss + own_loss(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+def own_compute_loss(rank: int | None, world_size: int, folder: str) -> dict[str, Any]:
+    """What it logs; rank None: in one process."""
+    run = Run(settings=(("eval_strategy", "steps"), ("eval_steps", 2)))
+    with as_torchrun(rank, world_size):
+        if rank is None:
+            found = trained(run, folder, FocalTrainer)
+        else:
+            found = trained(run, folder, sequence_trainer(FocalTrainer), parallel_model(run))
+    return {"history": found["history"]}
 
 
 def whole_model(run: Run) -> Any:
