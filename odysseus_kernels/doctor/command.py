@@ -31,8 +31,9 @@ __all__ = ["add_doctor", "run_doctor"]
 
 HEALTHY, ILL, USAGE = 0, 1, 2
 _MOST_RANKS = 64
-# A rank's waits follow one another: to meet, by each transport, for the others' reports, and for the verdict.
-_WAITS = 6
+# A rank's waits follow one another: to meet, by each transport, in a pair (two), for the others' reports, and for the
+# verdict.
+_WAITS = 8
 # To import torch and to compute, on a machine that is busy with something else.
 _START_S = 60.0
 # The first rank has spoken; the others have nothing more to say.
