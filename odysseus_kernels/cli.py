@@ -6,7 +6,7 @@
     python -m odysseus_kernels verify script.py:build --ranks 2 --strategy ulysses
     torchrun --nproc-per-node 8 -m odysseus_kernels verify script.py:build --ring 2     # ranks that are there already
 
-Exit status: 0 if every check passed, 1 if one failed, 2 if nothing could be compared.
+Exit status: 0 if every check passed, 1 if one failed, 2 if nothing could be compared, 130 after Ctrl-C.
 
 ``python -m odysseus_kernels plan`` predicts which strategy and mesh to train a model with, and starts no ranks: see
 ``planner/planning/command.py``.
@@ -32,6 +32,7 @@ from typing import Any
 
 from odysseus_kernels.config import launched_rank
 from odysseus_kernels.doctor.command import add_doctor, run_doctor
+from odysseus_kernels.local_ranks import INTERRUPTED, started_ranks
 from odysseus_kernels.planner.planning.command import add_plan, run_plan
 
 __all__ = ["main"]
@@ -45,7 +46,13 @@ _LOOK_S = 0.05
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(given)
+    try:
+        return _run(_parser().parse_args(given), given)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(options: argparse.Namespace, given: list[str]) -> int:
     if options.command == "plan":
         return run_plan(options)
     if options.command == "doctor":
@@ -90,16 +97,8 @@ def _start_ranks(options: argparse.Namespace, given: list[str]) -> int:
         return NOT_COMPARED
     with tempfile.TemporaryDirectory(prefix="odysseus-verify-") as folder:
         command = [sys.executable, "-m", "odysseus_kernels", *given, "--meet", str(Path(folder, "meet"))]
-        ranks = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(options.ranks)]
-        try:
+        with started_ranks(command, options.ranks) as ranks:
             return _wait(ranks)
-        except KeyboardInterrupt:
-            return 130
-        finally:
-            for process in ranks:
-                process.kill()
-            for process in ranks:
-                process.wait()
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:

@@ -15,7 +15,7 @@ from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.config import OverlapConfig, TransportName
 from odysseus_kernels.doctor.report import Rate
 
-__all__ = ["measure"]
+__all__ = ["measure", "received_per_s"]
 
 SHARD_BYTES = 8 << 20
 _TINY_BYTES = 4096
@@ -34,6 +34,22 @@ def measure(group: dist.ProcessGroup, transport: TransportName, device: torch.de
         carried = "+".join(sorted({str(row["transport"]) for row in record.rows()}))
     tiny = _median_s(group, _TINY_BYTES, config, device, _TINY_ROUNDS)
     return Rate(transport, carried, SHARD_BYTES, (group.size() - 1) * SHARD_BYTES / large, tiny)
+
+
+def received_per_s(
+    group: dist.ProcessGroup,
+    shard_bytes: int,
+    transport: TransportName,
+    device: torch.device,
+    timeout_s: float,
+    rounds: int,
+) -> float:
+    """Bytes per second that this rank receives in all-gathers of ``shard_bytes`` a rank; all of ``group`` call it.
+
+    The median of ``rounds`` that follow a warm-up.
+    """
+    config = OverlapConfig(transport=transport, timeout_s=timeout_s)
+    return (group.size() - 1) * shard_bytes / _median_s(group, shard_bytes, config, device, rounds)
 
 
 def _median_s(group: dist.ProcessGroup, nbytes: int, config: OverlapConfig, device: torch.device, rounds: int) -> float:

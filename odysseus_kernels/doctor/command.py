@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from odysseus_kernels.config import launched_rank
+from odysseus_kernels.local_ranks import started_ranks
 
 if TYPE_CHECKING:
     from odysseus_kernels.doctor.report import Report
@@ -30,8 +31,9 @@ __all__ = ["add_doctor", "run_doctor"]
 
 HEALTHY, ILL, USAGE = 0, 1, 2
 _MOST_RANKS = 64
-# A rank's waits follow one another: to meet, by each transport, for the others' reports, and for the verdict.
-_WAITS = 6
+# A rank's waits follow one another: to meet, by each transport, in a pair (two), for the others' reports, and for the
+# verdict.
+_WAITS = 8
 # To import torch and to compute, on a machine that is busy with something else.
 _START_S = 60.0
 # The first rank has spoken; the others have nothing more to say.
@@ -79,8 +81,7 @@ def _start_ranks(options: argparse.Namespace, given: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="odysseus-doctor-") as folder:
         meet = str(Path(folder, "meet"))
         command = [sys.executable, "-m", "odysseus_kernels", *given, "--meet", meet]
-        processes = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(ranks)]
-        try:
+        with started_ranks(command, ranks) as processes:
             first, others = processes[0], processes[1:]
             if _ended(first, _limit_s(options)) in (HEALTHY, ILL):
                 deadline = time.monotonic() + _GRACE_S
@@ -89,13 +90,6 @@ def _start_ranks(options: argparse.Namespace, given: list[str]) -> int:
             if first.returncode in (HEALTHY, ILL):
                 return int(first.returncode)
             return _speak_instead(options, meet, ranks, first.returncode)
-        except KeyboardInterrupt:
-            return 130
-        finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.wait()
 
 
 def _limit_s(options: argparse.Namespace) -> float:

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from odysseus_kernels.comm.meeting.membership import Member, lost_members, this_member
-from odysseus_kernels.doctor import bandwidth, facts, self_test
+from odysseus_kernels.config import TransportName
+from odysseus_kernels.doctor import bandwidth, facts, pairs, self_test
 from odysseus_kernels.doctor.problems import find_problems
 from odysseus_kernels.doctor.report import Problem, RankReport, Report
 from odysseus_kernels.errors import FallbackWarning
@@ -87,6 +88,7 @@ class Examination:
         dist.init_process_group(backend, store=store, rank=self._rank, world_size=self._world, timeout=limit)
         # A group for each, since an error may leave one unusable; made while all are there, as nothing bounds that.
         groups = {transport: dist.new_group(timeout=limit) for transport in self_test.TRANSPORTS}
+        measured: list[TransportName] = []
         for transport, group in groups.items():
             self._begin(f"connecting transport {transport}")
             assert isinstance(group, dist.ProcessGroup)
@@ -105,7 +107,13 @@ class Examination:
                 continue
             self._begin(f"measuring transport {transport}")
             self.own.rates.append(bandwidth.measure(group, transport, device, self._timeout_s))
+            measured.append(transport)
             self._tell()
+        if self._world > 1:
+            self._begin("measuring every two ranks")
+            self.own.pairs = pairs.measure_pairs(
+                self._store, self._rank, self._world, measured, device, self._timeout_s
+            )
         self._begin("")
 
     def _common_device(self, limit: datetime.timedelta) -> torch.device:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-__all__ = ["Check", "Facts", "Problem", "RankReport", "Rate", "Report", "TransportState", "rank_numbers"]
+__all__ = ["Check", "Facts", "PairRate", "Problem", "RankReport", "Rate", "Report", "TransportState", "rank_numbers"]
 
 Severity = Literal["error", "warning"]
 Facts = dict[str, dict[str, Any]]
@@ -71,6 +71,16 @@ class Rate:
 
 
 @dataclasses.dataclass(frozen=True)
+class PairRate:
+    """What each of two ranks receives from the other by a transport, both at once: bytes per second (median)."""
+
+    transport: str
+    first: int
+    second: int
+    bytes_per_s: float
+
+
+@dataclasses.dataclass(frozen=True)
 class TransportState:
     """Whether ranks could connect a transport, and why not."""
 
@@ -87,6 +97,7 @@ class RankReport:
         rank: its number.
         facts: of its process and host.
         transports, checks, rates: what it measured, as far as it came.
+        pairs: those with ranks above it.
         said: texts of warnings that were issued meanwhile.
         stage: what it was doing last.
         failure: what ended it early; empty if nothing did.
@@ -97,6 +108,7 @@ class RankReport:
     transports: list[TransportState] = dataclasses.field(default_factory=list)
     checks: list[Check] = dataclasses.field(default_factory=list)
     rates: list[Rate] = dataclasses.field(default_factory=list)
+    pairs: list[PairRate] = dataclasses.field(default_factory=list)
     said: list[str] = dataclasses.field(default_factory=list)
     stage: str = ""
     failure: str = ""
@@ -112,6 +124,7 @@ class RankReport:
         document["transports"] = [TransportState(**one) for one in document["transports"]]
         document["checks"] = [Check(**{**one, "carried": tuple(one["carried"])}) for one in document["checks"]]
         document["rates"] = [Rate(**one) for one in document["rates"]]
+        document["pairs"] = [PairRate(**one) for one in document["pairs"]]
         return RankReport(**document)
 
 
@@ -127,9 +140,18 @@ class Report:
         """Whether no problem is an error."""
         return all(problem.severity != "error" for problem in self.problems)
 
+    def pair_matrix(self, transport: str) -> list[list[float | None]]:
+        """Bytes per second between every two ranks, [N, N]; None on the diagonal and where nothing was measured."""
+        matrix: list[list[float | None]] = [[None] * len(self.ranks) for _ in self.ranks]
+        for pair in (pair for rank in self.ranks for pair in rank.pairs if pair.transport == transport):
+            matrix[pair.first][pair.second] = matrix[pair.second][pair.first] = pair.bytes_per_s
+        return matrix
+
     def to_json(self) -> str:
         """Everything, for scripts."""
-        document = {"healthy": self.healthy, **dataclasses.asdict(self)}
+        names = dict.fromkeys(pair.transport for rank in self.ranks for pair in rank.pairs)
+        matrices = {name: self.pair_matrix(name) for name in names}
+        document = {"healthy": self.healthy, "bytes_per_s_between_ranks": matrices, **dataclasses.asdict(self)}
         for one, rank in zip(document["ranks"], self.ranks, strict=True):
             for check, source in zip(one["checks"], rank.checks, strict=True):
                 check["passed"] = source.passed

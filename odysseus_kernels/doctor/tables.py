@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -37,6 +38,7 @@ def _print(console: Console, report: Report) -> None:
     for section in known[0].facts if known else ():
         _print_section(console, section, known)
     _print_transports(console, report)
+    _print_pairs(console, report)
     _print_checks(console, report)
     _print_problems(console, report)
 
@@ -154,6 +156,24 @@ def _print_transports(console: Console, report: Report) -> None:
             else ""
         )
         _show(console, "transports", table, note)
+
+
+def _print_pairs(console: Console, report: Report) -> None:
+    pairs = [pair for rank in report.ranks for pair in rank.pairs]
+    count = len(report.ranks) * (len(report.ranks) - 1) // 2
+    if count < 2:  # the table of transports says it
+        return
+    table = _table("transport", "slowest pair", "", "median", "fastest", "pairs")
+    for transport in dict.fromkeys(pair.transport for pair in pairs):
+        own = sorted((pair for pair in pairs if pair.transport == transport), key=lambda pair: pair.bytes_per_s)
+        rates = [pair.bytes_per_s for pair in own]
+        figures = (rates[0], statistics.median(rates), rates[-1])
+        low, middle, high = (f"{rate / 1e9:.3g} GB/s" for rate in figures)
+        slowest = rank_numbers((own[0].first, own[0].second))
+        table.add_row(transport, low, slowest, middle, high, f"{len(own)} of {count}")
+    if table.row_count:
+        note = "what each of two ranks receives from the other, one pair after another; all pairs are in --json"
+        _show(console, "between every two ranks", table, note)
 
 
 def _print_checks(console: Console, report: Report) -> None:

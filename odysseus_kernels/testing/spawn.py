@@ -23,11 +23,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 
+from odysseus_kernels.local_ranks import interrupts_held
 from odysseus_kernels.testing.rank_process import START_JOB, Reference, Setup, result_path, serve, stack_path
 
 __all__ = ["Outcome", "RankPool", "RankPools", "RanksFailedError", "preload", "run_ranks"]
@@ -181,6 +183,16 @@ class RankPool:
         self._stop(at_once=False)
 
     def _start(self) -> None:
+        try:
+            self._start_processes()
+            outcomes = self._collect(_START_LIMIT_S, grace=1.0)
+            if not all(o.ok for o in outcomes):
+                raise RanksFailedError("start of the ranks", outcomes)
+        except BaseException:  # Ctrl-C, too: ranks that import or meet one another would not end for seconds
+            self._stop(at_once=True)
+            raise
+
+    def _start_processes(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="odysseus-ranks-"))
         self._job = START_JOB
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCH_NUM_THREADS")}
@@ -189,21 +201,23 @@ class RankPool:
         method = "spawn" if self.environment or self.backend != "gloo" else "forkserver"
         context: Any = multiprocessing.get_context(method)  # the common base of contexts names no Process
         context.set_forkserver_preload(_PRELOADED)
+        resource_tracker.ensure_running()  # first: once it has started, it lets interrupts through again
         with _environment({**loopback, **threads, **self.environment}):
+            if method == "forkserver":
+                with interrupts_held():
+                    forkserver.ensure_running()
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
                 setup = Setup(
                     rank, self.world_size, self.threads, self.timeout, self.backend, str(self._folder), dict(os.environ)
                 )
                 process = context.Process(target=serve, args=(setup, theirs), name=f"rank{rank}", daemon=True)
-                process.start()
+                # A fork server answers when it has imported torch, too late for Ctrl-C; its ranks inherit its mask.
+                with interrupts_held() if method == "spawn" else contextlib.nullcontext():
+                    process.start()
+                    self._processes.append(process)
                 theirs.close()
-                self._processes.append(process)
                 self._channels.append(ours)
-        outcomes = self._collect(_START_LIMIT_S, grace=1.0)
-        if not all(o.ok for o in outcomes):
-            self._stop(at_once=True)
-            raise RanksFailedError("start of the ranks", outcomes)
 
     def _collect(self, timeout: float, grace: float) -> list[Outcome]:
         begin = time.monotonic()

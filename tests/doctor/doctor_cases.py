@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import odysseus_kernels as ody
+from odysseus_kernels.doctor import pairs
 from odysseus_kernels.doctor.operators import OPERATORS
 from odysseus_kernels.doctor.self_test import check_operator
 
@@ -33,3 +34,10 @@ def check_wrong(rank: int, world: int, wrong: str) -> dict[str, Any]:
     operator = dataclasses.replace(right, call=call)
     check = check_operator("all_gather_linear", operator, group, config, torch.device("cpu"))
     return {**dataclasses.asdict(check), "passed": check.passed}
+
+
+def measure_pairs(rank: int, world: int, path: str, limit_s: float) -> list[dict[str, Any]]:
+    """The rates that this rank tells, as dictionaries, where no pair begins after ``limit_s``."""
+    store = dist.FileStore(path, world)
+    found = pairs.measure_pairs(store, rank, world, ("symmetric", "collective"), torch.device("cpu"), 30.0, limit_s)
+    return [dataclasses.asdict(pair) for pair in found]

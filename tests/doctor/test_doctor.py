@@ -79,11 +79,11 @@ def ranks_reports(launched: dict[str, Any]) -> tuple[RankReport, ...]:
 
 @pytest.mark.slow
 def test_json_of_launched_ranks(launched: dict[str, Any]) -> None:
-    assert launched.keys() == {"healthy", "ranks", "problems"}
+    assert launched.keys() == {"healthy", "bytes_per_s_between_ranks", "ranks", "problems"}
     assert launched["healthy"] is True
     assert [rank["rank"] for rank in launched["ranks"]] == [0, 1]
     for rank in launched["ranks"]:
-        assert rank.keys() == {"rank", "facts", "transports", "checks", "rates", "said", "stage", "failure"}
+        assert rank.keys() == {"rank", "facts", "transports", "checks", "rates", "pairs", "said", "stage", "failure"}
         assert tuple(rank["facts"]) == SECTIONS
         assert rank["failure"] == rank["stage"] == ""
         assert rank["facts"]["versions"]["odysseus_kernels"] == ody.__version__
@@ -99,6 +99,9 @@ def test_json_of_launched_ranks(launched: dict[str, Any]) -> None:
         for rate in rank["rates"]:
             assert rate["carried"] == rate["transport"] and rate["bytes_per_s"] > 0 and rate["latency_s"] > 0
         assert len(rank["rates"]) == 2
+    for name in ("symmetric", "collective"):
+        (_, there), (back, _) = launched["bytes_per_s_between_ranks"][name]
+        assert there == back > 0
 
 
 @pytest.mark.slow
