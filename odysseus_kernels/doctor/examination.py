@@ -73,6 +73,7 @@ class Examination:
             texts = (str(one.message) for one in said if issubclass(one.category, FallbackWarning))
             self.own.said = [text[:_MOST_CHARACTERS] for text in dict.fromkeys(texts)]
         finally:
+            pairs.decline(self._store, self._rank)
             self._store.set(f"report/{self._rank}", self.own.to_json())
 
     def _examine(self) -> None:
@@ -111,9 +112,10 @@ class Examination:
             self._tell()
         if self._world > 1:
             self._begin("measuring every two ranks")
-            self.own.pairs = pairs.measure_pairs(
-                self._store, self._rank, self._world, measured, device, self._timeout_s
-            )
+            with contextlib.suppress(dist.DistStoreError):  # a rank is silent: the first one's report tells which
+                self.own.pairs = pairs.measure_pairs(
+                    self._store, self._rank, self._world, measured, device, self._timeout_s
+                )
         self._begin("")
 
     def _common_device(self, limit: datetime.timedelta) -> torch.device:

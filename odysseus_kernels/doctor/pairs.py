@@ -13,7 +13,7 @@ from odysseus_kernels.config import TransportName
 from odysseus_kernels.doctor.bandwidth import received_per_s
 from odysseus_kernels.doctor.report import PairRate
 
-__all__ = ["LIMIT_S", "measure_pairs", "pairs_in_order"]
+__all__ = ["LIMIT_S", "decline", "measure_pairs", "pairs_in_order"]
 
 LIMIT_S = 10.0
 """Seconds for all pairs: N ranks have N(N-1)/2 of them, and 64 ranks would take minutes."""
@@ -55,8 +55,8 @@ def measure_pairs(
         DistStoreError: a rank was silent for longer than a pair may take.
     """
     limit = datetime.timedelta(seconds=2 * timeout_s)  # of a pair: to connect, and to exchange
-    store.set(f"pairs/of/{rank}", " ".join(transports))
-    said = [f"pairs/of/{one}" for one in range(world)]
+    store.set(_serves(rank), " ".join(transports))
+    said = [_serves(one) for one in range(world)]
     store.wait(said, limit)
     common = [name for name in transports if all(name in store.get(key).decode().split() for key in said)]
     deadline = time.monotonic() + limit_s
@@ -85,6 +85,16 @@ def measure_pairs(
             store.wait(ends, limit)
             going = all(store.get(end) == _GO for end in ends)
     return found
+
+
+def decline(store: dist.Store, rank: int) -> None:
+    """Says that this rank is in no pair, unless :func:`measure_pairs` has begun, so that the others do not wait."""
+    if not store.check([_serves(rank)]):
+        store.set(_serves(rank), "")
+
+
+def _serves(rank: int) -> str:
+    return f"pairs/of/{rank}"
 
 
 def _text(going: bool) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from odysseus_kernels.comm.schedules.streams import STREAMS
-from odysseus_kernels.doctor.report import Facts, PairRate, Problem, RankReport
+from odysseus_kernels.doctor.report import Facts, Problem, RankReport
+from odysseus_kernels.doctor.slow_pairs import slow_pairs
 
 __all__ = ["OLDEST_PYTHON", "OLDEST_TORCH", "find_problems"]
 
@@ -16,8 +16,6 @@ OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 10)
 
 # A shard of 8,192 tokens and 8,192 features in fp32, held once by each rank.
 _ROOM_OF_A_RANK = 256 << 20
-# Of the others' median.  Medians of a machine that is busy with something else differ by less.
-_SLOW = 0.5
 
 
 def find_problems(reports: Sequence[RankReport]) -> tuple[Problem, ...]:
@@ -33,7 +31,7 @@ def find_problems(reports: Sequence[RankReport]) -> tuple[Problem, ...]:
         for (severity, what, remedy), ranks in found.items()
     ]
     problems += _of_all(reports)
-    problems += _of_pairs(reports)
+    problems += slow_pairs([pair for report in reports for pair in report.pairs], _hosts(reports))
     return tuple(sorted(problems, key=lambda problem: problem.severity))
 
 
@@ -230,33 +228,6 @@ def _of_all(reports: Sequence[RankReport]) -> list[Problem]:
                 )
             )
     return found
-
-
-def _of_pairs(reports: Sequence[RankReport]) -> Iterator[Problem]:
-    """Each pair that is slow among its like: by the same transport, and within a host or between hosts as they are."""
-    hosts = _hosts(reports)
-    alike: dict[tuple[str, bool], list[PairRate]] = {}
-    for pair in (pair for report in reports for pair in report.pairs):
-        alike.setdefault((pair.transport, hosts.get(pair.first) == hosts.get(pair.second)), []).append(pair)
-    for (transport, same_host), pairs in alike.items():
-        for pair in pairs:
-            others = [other.bytes_per_s for other in pairs if other is not pair]
-            if len(others) < 2 or pair.bytes_per_s >= _SLOW * statistics.median(others):
-                continue
-            where = "within a host" if same_host else "between hosts"
-            remedy = (
-                "look for what these two share with no other: cores (taskset, Slurm: --cpu-bind), a NUMA node "
-                "(`numactl --hardware`), a link between GPUs (`nvidia-smi topo -m`)"
-                if same_host
-                else "compare the speeds of their hosts' interfaces (above), and look at cable and switch between them"
-            )
-            yield Problem(
-                "warning",
-                f"one pair is much slower than the others {where}: {pair.bytes_per_s / 1e9:.3g} GB/s by transport "
-                f"{transport}, where their median is {statistics.median(others) / 1e9:.3g} GB/s",
-                remedy,
-                (pair.first, pair.second),
-            )
 
 
 def _hosts(reports: Sequence[RankReport]) -> dict[int, tuple[str, str]]:

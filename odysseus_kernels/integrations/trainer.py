@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,6 +185,36 @@ class SequenceTrainer:
             own.zero_()  # the mean over nothing is no number
         total, tokens = self.accelerator.gather(own[None]).sum(0)
         return (total / tokens).to(loss.dtype)
+
+    # What evaluation tells of its speed
+
+    _unsaid_rows: int | None = None  # of an evaluation whose figures are still those of batches for every process
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        """The stock trainer's."""
+        output = super().evaluation_loop(*arguments, **named)  # type: ignore[misc]
+        self._unsaid_rows = output.num_samples
+        return output
+
+    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+        """The stock trainer's; steps per second of an evaluation count the batches that replicas had."""
+        self._count_batches_of_replicas(logs)
+        super().log(logs, *arguments, **named)  # type: ignore[misc]
+
+    def predict(self, *arguments: Any, **named: Any) -> Any:
+        """The stock trainer's; steps per second as in :meth:`log`."""
+        output = super().predict(*arguments, **named)  # type: ignore[misc]
+        self._count_batches_of_replicas(output.metrics)
+        return output
+
+    def _count_batches_of_replicas(self, metrics: dict[str, float]) -> None:
+        rows, self._unsaid_rows = self._unsaid_rows, None
+        if not rows or self.get_tp_size() == 1:
+            return
+        size = self.args.eval_batch_size
+        said, had = (math.ceil(rows / (size * n)) for n in (self.args.world_size, self.accelerator.replicas))
+        for name in [name for name in metrics if name.endswith("_steps_per_second")]:
+            metrics[name] = round(metrics[name] * had / said, 3)
 
     @contextlib.contextmanager
     def _counted_here(self) -> Iterator[None]:

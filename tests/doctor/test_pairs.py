@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import doctor_cases as cases
-import pytest
+import torch
+import torch.distributed as dist
 
-from odysseus_kernels.doctor.pairs import pairs_in_order
-from odysseus_kernels.doctor.problems import find_problems
+from odysseus_kernels.doctor.pairs import decline, measure_pairs, pairs_in_order
 from odysseus_kernels.doctor.report import PairRate, RankReport, Report
+from odysseus_kernels.doctor.slow_pairs import slow_pairs
 from odysseus_kernels.doctor.tables import print_report
 from odysseus_kernels.testing.spawn import RankPools
 
@@ -51,28 +53,50 @@ def _reports(rates: dict[tuple[int, int], float], hosts: str) -> tuple[RankRepor
 FOUR: dict[tuple[int, int], float] = dict.fromkeys(pairs_in_order(4), 10.0)
 
 
-def _problems(monkeypatch: pytest.MonkeyPatch, rates: dict[tuple[int, int], float], hosts: str) -> list[Any]:
-    from odysseus_kernels.doctor import problems
-
-    reports = _reports(rates, hosts)
-    places = {rank: (host, "") for rank, host in enumerate(hosts)}
-    monkeypatch.setattr(problems, "_hosts", lambda _: places)
-    return list(find_problems(reports))
+def _problems(rates: dict[tuple[int, int], float], hosts: str) -> list[Any]:
+    """What is said of ranks on ``hosts``, a letter each, by these rates in GB/s."""
+    pairs = [PairRate("collective", first, second, rate * 1e9) for (first, second), rate in rates.items()]
+    return list(slow_pairs(pairs, dict(enumerate(hosts))))
 
 
-def test_a_slow_pair_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _problems(monkeypatch, FOUR, "aaaa") == []
-    (problem,) = _problems(monkeypatch, FOUR | {(1, 3): 4.0}, "aaaa")
+def test_a_slow_pair_is_named() -> None:
+    assert _problems(FOUR, "aaaa") == []
+    (problem,) = _problems(FOUR | {(1, 3): 4.0}, "aaaa")
     assert problem.severity == "warning" and problem.ranks == (1, 3)
-    assert "one pair is much slower than the others within a host: 4 GB/s by transport collective" in problem.what
+    assert "one pair is much slower than others within a host: 4 GB/s by transport collective" in problem.what
     assert "their median is 10 GB/s" in problem.what and "NUMA" in problem.remedy
 
 
-def test_pairs_between_hosts_are_compared_with_their_like(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_rank_is_one_problem() -> None:
+    eight = dict.fromkeys(pairs_in_order(8), 10.0)
+    (problem,) = _problems({pair: 2.0 if 5 in pair else rate for pair, rate in eight.items()}, "aaaaaaaa")
+    assert problem.ranks == (5,)
+    assert "7 pairs are much slower than others within a host: 2 GB/s" in problem.what
+    assert "all with rank 5" in problem.what
+
+
+def test_pairs_between_hosts_are_compared_with_their_like() -> None:
     between = {pair: 1.0 for pair in FOUR if (pair[0] < 2) != (pair[1] < 2)}
-    assert _problems(monkeypatch, FOUR | between, "aabb") == []
-    (problem,) = _problems(monkeypatch, FOUR | between | {(0, 3): 0.1}, "aabb")
+    assert _problems(FOUR | between, "aabb") == []
+    (problem,) = _problems(FOUR | between | {(0, 3): 0.1}, "aabb")
     assert problem.ranks == (0, 3) and "between hosts" in problem.what and "interfaces" in problem.remedy
+
+
+def test_a_slow_host_is_one_problem() -> None:
+    """Of eight ranks on four hosts one host's cable is bad: it is named, not twelve pairs."""
+    hosts = "aabbccdd"
+    rates = {(a, b): 10.0 if hosts[a] == hosts[b] else 0.1 if "c" in hosts[a] + hosts[b] else 1.0
+             for a, b in pairs_in_order(8)}  # fmt: skip
+    (problem,) = _problems(rates, hosts)
+    assert problem.ranks == (4, 5) and "12 pairs are" in problem.what and "all with ranks 4-5" in problem.what
+
+
+def test_a_rank_that_leaves_keeps_nobody_waiting(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 2)
+    decline(store, 1)
+    begin = time.monotonic()
+    assert measure_pairs(store, 0, 2, ("symmetric", "collective"), torch.device("cpu"), 30.0) == []
+    assert time.monotonic() - begin < 10
 
 
 def test_matrix_and_table() -> None:

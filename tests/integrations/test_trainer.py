@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -96,6 +97,7 @@ def test_evaluation_of_rows_that_replicas_do_not_divide(ranks, tmp_path, sizes, 
     run = Run(mesh=sizes, held_out=held_out, samples=24, settings=asked + settings.pop("settings", ()), **settings)
     results = ranks(sizes[0] * sizes[2]).run(on_ranks, run, str(tmp_path / "ranks"))
     true = in_one_process(run, str(tmp_path / "one"), 2)
+    assert {tuple(one["evaluation_batches"]) for one in (true, *results)} == {(math.ceil(held_out / 6),)}
     evaluated = [[entry for entry in one["history"] if "eval_loss" in entry] for one in (true, *results)]
     for found in evaluated[1:]:
         _equal({"history": found}, {"history": evaluated[0]}, tolerance=2e-6)

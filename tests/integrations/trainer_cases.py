@@ -173,6 +173,11 @@ def trained(run: Run, folder: str, cls: type[Any] = transformers.Trainer, model:
         "flos": trainer.state.total_flos,
         "tokens": trainer.state.num_input_tokens_seen,
         "batch": trainer.get_total_train_batch_size(trainer.args),
+        "evaluation_batches": [
+            round(entry["eval_steps_per_second"] * entry["eval_runtime"])
+            for entry in trainer.state.log_history
+            if "eval_steps_per_second" in entry
+        ],
         "best": trainer.state.best_global_step,
         "trainer": trainer,
     }

@@ -136,7 +136,7 @@ class HostLane:
             _wait_for(handle, timeout_s, look)
             return
         wait(handle, timeout_s, look)
-        self._under_way.pop(id(handle), None)  # what was sent ahead is finished twice
+        self._under_way.pop(id(handle), None)
 
     def check(self) -> None:
         """A call leaves nothing under way."""
