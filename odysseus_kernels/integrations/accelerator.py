@@ -16,6 +16,7 @@ from accelerate.utils import recursively_apply
 from accelerate.utils import reduce as reduce_over_processes
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.serialization import default_restore_location
 
 from odysseus_kernels.comm.functional import all_gather
 from odysseus_kernels.nn.clipping import clip_grad_norm_
@@ -203,13 +204,17 @@ class SequenceAccelerator(Accelerator):
         everyone = all_gather(padded, self._replica_group, operator="gather_for_metrics").cpu()
         files = [io.BytesIO(one[:size].numpy().tobytes()) for one, size in zip(everyone, sizes, strict=True)]
         try:
-            found = [torch.load(file, map_location=self.device, weights_only=True) for file in files]
+            found = [torch.load(file, map_location=self._brought_here, weights_only=True) for file in files]
         except pickle.UnpicklingError as error:
             raise ValueError(
                 "input_data: expected tensors, numbers and text, or lists, tuples and dictionaries of such, got "
                 "something else, which would have to be unpickled: make it one of these (of an array, its tolist())"
             ) from error
         return [row for rows in found for row in rows]
+
+    def _brought_here(self, storage: Any, location: str) -> Any:
+        """What was on a GPU of its rank is put on this rank's."""
+        return storage if location.startswith("cpu") else default_restore_location(storage, str(self.device))
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """The sum, mean or largest over replicas, each of which counts once, however many ranks it has.
