@@ -7,7 +7,8 @@ tile), or take turns at whole tiles (``pingpong``: one stores while the other mu
 
 The ring.  A stage has two barriers in shared memory: ``full`` completes when its bytes are there, ``empty`` when all
 groups that read it are done.  Stage ``i`` of all that are ever filled lies in slot ``i % STAGES``, in whose phase
-``i // STAGES``, so both sides know from the number alone which phase to wait for.  Only the loading warp waits for other
+``i // STAGES``, so both sides know from the number alone which phase to wait for.  Groups that take turns read the ring
+one after the other; ``passed`` says that one has issued all its products.  Only the loading warp waits for other
 ranks, and within bounds; all other waits are for it, or it waits for them, so that they end when it does.
 """
 
@@ -72,7 +73,7 @@ def load_stages(
 ):
     """The loading warp: waits for the chunk of each tile, and fills stage after stage."""
     here, there, b0, b1, b2 = descriptors
-    a_stages, b_stages, full, empty = stages
+    a_stages, b_stages, full, empty, _ = stages
     words, epoch, aborted, control, ticks, tag, pieces = signals
     rows, depth, gathered_rows, world = sizes
     PART_M: gl.constexpr = BLOCK_M // PARTS
@@ -151,7 +152,7 @@ def multiply_stages(
     PARTS: gl.constexpr,
 ):
     """Group ``PART`` of the multiplying warps: its rows of every tile, or all rows of every second one."""
-    a_stages, b_stages, full, empty = stages
+    a_stages, b_stages, full, empty, passed = stages
     rows, depth, rank, world = sizes
     TURNS: gl.constexpr = 3 - PARTS
     PART_M: gl.constexpr = BLOCK_M // PARTS
@@ -170,8 +171,14 @@ def multiply_stages(
     programs = gl.num_programs(0)
     turn = PART % TURNS
     stage = turn * blocks
+    done = 0
     for tile in range(gl.program_id(0) + turn * programs, world * tiles, TURNS * programs):
         acc = gl.zeros([PART_M, BLOCK_N], gl.float32, MADE)
+        if TURNS == 2:
+            # The groups pass the ring in turn.  A phase is known by its parity: a group that ran ahead by one would
+            # take the phase before the last for the one that it waits for.
+            mbarrier.wait(passed.index(1 - PART), (done + 1 - PART) & 1)
+            done += 1
         for block in range(blocks):
             slot = stage % STAGES
             mbarrier.wait(full.index(slot), stage // STAGES & 1)
@@ -184,6 +191,8 @@ def multiply_stages(
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1, pred=block > 0)
             stage += 1
+        if TURNS == 2:
+            mbarrier.arrive(passed.index(PART), count=1)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
         stage += (TURNS - 1) * blocks
@@ -281,9 +290,12 @@ def gather_matmul_specialized_kernel(
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=PARTS)
+    passed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for part in gl.static_range(2):
+        mbarrier.init(passed.index(part), count=1)
+    stages = (a_stages, b_stages, full, empty, passed)
     # The copy engine completes barriers through another proxy than the one that made them.
     fence_async_shared()
-    stages = (a_stages, b_stages, full, empty)
     signals = (words, epoch, aborted, control, ticks, tag, pieces)
     result_sizes = (rows, depth, rank, world)
     load_sizes = (rows, depth, gathered_rows, world)
