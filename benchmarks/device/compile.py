@@ -202,8 +202,9 @@ def _output(name: str, *arguments: str) -> str:
 
 
 def variants() -> list[Variant]:
-    """Every shipped configuration in bfloat16; other layouts with the first two, other dtypes with the first; all of
-    the specialized ones."""
+    """Every shipped configuration in bfloat16; other layouts with the first two and all specialized ones, other dtypes
+    with the first and all specialized ones.
+    """
     found: dict[Variant, None] = {}
     for kernel in get_args(Kernel):
         for architecture in ARCHITECTURES:

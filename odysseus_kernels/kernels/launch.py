@@ -216,8 +216,8 @@ def ring(order: str) -> bool:
 def choose(kernel: Kernel, config: TileConfig | None, problem: Problem, like: Tensor, describable: bool) -> TileConfig:
     """``config``, or the likely best; without descriptors where operands or device do not admit them.
 
-    A specialized one needs them, Hopper and 16-bit operands, and cannot be interpreted: elsewhere the likely best of the
-    others stands in for it.
+    A specialized one needs them, Hopper and 16-bit operands, and cannot be interpreted: elsewhere the likely best one
+    of the others stands in for it.
     """
     target = target_of(like.device)
     if config is not None and config.specialized:

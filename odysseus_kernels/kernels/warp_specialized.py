@@ -7,7 +7,7 @@ tile), or take turns at whole tiles (``pingpong``: one stores while the other mu
 
 The ring.  A stage has two barriers in shared memory: ``full`` completes when its bytes are there, ``empty`` when all
 groups that read it are done.  Stage ``i`` of all that are ever filled lies in slot ``i % STAGES``, in whose phase
-``i // STAGES``, so both sides know from the number alone which phase to wait for.  Groups that take turns read the ring
+``i // STAGES``, so both sides know from the number alone which phase to wait for.  Groups that take turns read it
 one after the other; ``passed`` says that one has issued all its products.  Only the loading warp waits for other
 ranks, and within bounds; all other waits are for it, or it waits for them, so that they end when it does.
 """

@@ -59,9 +59,10 @@ class Block(torch.Tensor):
 class Barrier:
     """mbarrier: a phase ends when ``count`` have arrived and all bytes that were announced are there."""
 
-    def __init__(self) -> None:
+    def __init__(self, failures: list[BaseException]) -> None:
         self.count = self.missing = self.bytes = self.phase = 0
         self.changed = threading.Condition()
+        self._failures = failures  # of any thread of the device: then nothing is worth waiting for
 
     def update(self, arrivals: int = 0, announced: int = 0) -> None:
         with self.changed:
@@ -74,17 +75,20 @@ class Barrier:
                 self.changed.notify_all()
 
     def wait(self, parity: int) -> None:
+        deadline = time.monotonic() + _PATIENCE_S
         with self.changed:
-            done = self.changed.wait_for(lambda: self.phase % 2 != parity, _PATIENCE_S)
-        assert done, f"a phase of parity {parity} does not end"
+            while self.phase % 2 == parity:
+                self.changed.wait(0.05)
+                assert not self._failures, "another thread failed"
+                assert time.monotonic() < deadline, f"a phase of parity {parity} does not end"
 
 
 class Shared:
     """Shared memory [slots, ...]: NaN until something is loaded."""
 
-    def __init__(self, kind: Type, shape: list[int]) -> None:
+    def __init__(self, kind: Type, shape: list[int], failures: list[BaseException]) -> None:
         self.dtype = kind
-        self.slots: list[Any] = [Barrier() for _ in range(shape[0])]
+        self.slots: list[Any] = [Barrier(failures) for _ in range(shape[0])]
         if kind.torch != torch.int64:
             self.slots = [torch.full(shape[1:], torch.nan, dtype=kind.torch) for _ in range(shape[0])]
 
@@ -158,7 +162,10 @@ class Device:
                 time.sleep(self._random.choice((0.0, 0.0, 0.0005)))
                 block = source.read(*at)
                 target.copy_(block)
-                barrier.update(announced=-block.numel() * block.element_size())
+                try:
+                    barrier.update(announced=-block.numel() * block.element_size())
+                except AssertionError as error:
+                    self.failures.append(error)
 
     def _specialize(
         self, kinds: Iterable[tuple[Callable[..., None], tuple[Any, ...]]], warps: Any, registers: Any
@@ -169,7 +176,7 @@ class Device:
         def run(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
             try:
                 function(*arguments)
-            except BaseException as error:
+            except Exception as error:  # noqa: BLE001 - raised by the thread that runs the device
                 self.failures.append(error)
 
         threads = [threading.Thread(target=run, args=kind, daemon=True) for kind in kinds]
@@ -209,7 +216,7 @@ class Device:
             load=self._load,
             store=self._store,
             convert_layout=lambda value, layout: value,
-            allocate_shared_memory=lambda kind, shape, layout: Shared(kind, shape),
+            allocate_shared_memory=lambda kind, shape, layout: Shared(kind, shape, self.failures),
             warp_specialize=self._specialize,
             SliceLayout=lambda axis, layout: None,
             NVMMADistributedLayout=lambda **arguments: None,

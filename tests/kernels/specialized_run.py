@@ -64,7 +64,7 @@ class _Compiled:
 
 
 def _specialized() -> None:
-    """The warp-specialized product, which a launch on a CPU would not choose, wherever its operands can be described."""
+    """The warp-specialized product, which a launch on a CPU would not choose, where its operands can be described."""
     choose = gather_matmul.choose
     kernel = _Compiled(warp_specialized.gather_matmul_specialized_kernel)
     for config in shipped("gather_matmul", 90, torch.bfloat16):

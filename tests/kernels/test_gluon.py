@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -50,11 +51,18 @@ class Waits:
         return True
 
 
-def run(case: GatherCase, config: TileConfig, programs: int, seed: int = 0) -> Waits:
-    """Launches ``case`` as the operators do, up to the kernel, which is emulated."""
+def run(
+    case: GatherCase,
+    config: TileConfig,
+    programs: int,
+    seed: int = 0,
+    change: Callable[[dict[str, Any]], None] = lambda names: None,
+) -> Waits:
+    """Launches ``case`` as the operators do, up to the kernel, which is emulated; ``change`` breaks what it is of."""
     waits = Waits(case)
     device = Device(programs, seed, waits)
     names = device.names()
+    change(names)
     helpers = rebuilt({name: getattr(tiles, name) for name in ("visited_tile", "visited_chunk")}, names)
     own = ("gather_matmul_specialized_kernel", "load_stages", "multiply_stages", "described_weight")
     kernels = rebuilt({name: getattr(specialized, name) for name in own}, names | helpers)
@@ -107,3 +115,68 @@ def test_each_chunk_and_piece_is_waited_for_once_and_the_local_one_never(schedul
     # One program meets all tiles: two pieces of each of two chunks, in the order of visiting.
     assert run(case, _config(schedule), programs=1).tags == [100, 101, 102, 103]
     case.check()
+
+
+def _released_early(names: dict[str, Any]) -> None:
+    """A stage is given back while a product in flight still reads it."""
+    wait = names["warpgroup_mma_wait"]
+    names["warpgroup_mma_wait"] = lambda most, deps: wait(most + most, deps)
+
+
+def _loaded_early(names: dict[str, Any]) -> None:
+    """The loading warp does not wait until a stage is empty."""
+    mbarrier = names["mbarrier"]
+    wait = mbarrier.wait
+    mbarrier.wait = lambda barrier, parity: wait(barrier, parity) if barrier.count == 1 else None
+
+
+def _read_out_of_turn(names: dict[str, Any]) -> None:
+    """Groups that take turns do not wait for each other."""
+    gl, mbarrier = names["gl"], names["mbarrier"]
+    allocate, wait = gl.allocate_shared_memory, mbarrier.wait
+    turns: list[Any] = []
+
+    def allocated(kind: Any, shape: list[int], layout: Any) -> Any:
+        made = allocate(kind, shape, layout)
+        turns.extend(made.slots if shape == [2, 1] else [])
+        return made
+
+    gl.allocate_shared_memory = allocated
+    mbarrier.wait = lambda barrier, parity: None if barrier in turns else wait(barrier, parity)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "change"),
+    [
+        ("cooperative", _released_early),
+        ("pingpong", _released_early),
+        ("cooperative", _loaded_early),
+        ("pingpong", _read_out_of_turn),
+    ],
+)
+def test_broken_rings_are_caught(schedule: Schedule, change: Callable[[dict[str, Any]], None]) -> None:
+    case = GatherCase(rows=64, depth=96, widths=(32,))
+    with pytest.raises(AssertionError):  # noqa: PT012
+        run(case, _config(schedule), programs=1, change=change)
+        case.check()
+
+
+def test_results_are_stored_from_where_they_were_computed() -> None:
+    """The layout of stores holds every element once, and in the warp that has it in wgmma's layout."""
+    for rows, columns in ((64, 256), (128, 128), (64, 128)):
+        for bits in (16, 32):
+            layout = specialized.stored_layout.fn(rows, columns, bits)
+            found = {(0, 0): 0}  # place -> warp
+            for bases, step in ((layout.reg_bases, 0), (layout.lane_bases, 0), (layout.warp_bases, 1)):
+                for index, (row, column) in enumerate(bases):
+                    found |= {(r ^ row, c ^ column): warp + (step << index) for (r, c), warp in found.items()}
+            assert (
+                len(found)
+                == rows * columns
+                == 2 ** sum(map(len, (layout.reg_bases, layout.lane_bases, layout.warp_bases)))
+            )
+            assert all(warp == row % 64 // 16 for (row, _), warp in found.items())
+            # The first registers of a thread are 16 bytes that lie one after another.
+            assert layout.reg_bases[: (128 // bits).bit_length() - 1] == [
+                [0, 1 << i] for i in range((128 // bits).bit_length() - 1)
+            ]
