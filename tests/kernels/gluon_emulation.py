@@ -40,7 +40,7 @@ class Pointer:
     @classmethod
     def to(cls, tensor: Tensor) -> Pointer:
         flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())  # type: ignore[call-overload]
-        return cls(flat, tensor.storage_offset())
+        return cls(flat, int(tensor.storage_offset()))
 
     def __add__(self, distance: int | Tensor) -> Pointer:
         return Pointer(self.storage, self.at + distance)

@@ -67,10 +67,11 @@ def _configs(kernel: str, dtype: torch.dtype) -> list[TileConfig]:
 _WAITING = {
     "pointers": TileConfig(64, 64, 32, warps=4, stages=2, sms=16),
     "descriptors": TileConfig(64, 64, 32, warps=4, stages=2, descriptors=True, sms=16),
-} | {
-    config.schedule: dataclasses.replace(config, sms=16)
-    for config in shipped("gather_matmul", 90, torch.bfloat16)
-    if config.specialized
+    **{
+        config.schedule: dataclasses.replace(config, sms=16)
+        for config in shipped("gather_matmul", 90, torch.bfloat16)
+        if config.specialized
+    },
 }
 
 
