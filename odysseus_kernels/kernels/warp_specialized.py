@@ -37,8 +37,9 @@ _MULTIPLYING_REGISTERS = gl.constexpr(216)
 def stored_layout(rows, columns, bits):
     """Where elements of an accumulator [rows, columns] are when they are stored: 16 bytes of a row in each thread.
 
-    The same warp has them as in wgmma's layout: exchanging them takes shuffles, and neither shared memory, which the
-    stages fill, nor a barrier.  Four threads write 64 bytes of a row: whole sectors.
+    The same warp has them as in wgmma's layout, so that its threads exchange them among themselves: by shuffles, or
+    through 512 bytes of shared memory, which the stages fill, and never behind a barrier.  Four threads write 64 bytes
+    of a row: whole sectors.
     """
     vector = 128 // bits
     registers = [[0, 1 << i] for i in range(vector.bit_length() - 1)]

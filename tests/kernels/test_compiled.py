@@ -99,8 +99,8 @@ def test_warps_of_specialized_kernels_exchange_registers(binaries: dict[Variant,
     assert {v.dtype for v in specialized} == {torch.bfloat16, torch.float16}
 
     def divided(variant: Variant, binary: Binary) -> bool:
-        # Each kind of warps sets its share; stages are handed over by barriers in shared memory; and results change
-        # places among threads by shuffles: the stages leave no shared memory to do so.
+        # Each kind of warps sets its share, and stages are handed over by barriers in shared memory, beside which each
+        # of eight warps has 512 bytes where its threads exchange results.
         exchanged = binary.count(r"USETMAXREG") >= 3 and binary.count(r"SYNCS") >= 4
         stages = variant.config.shared_bytes(variant.dtype.itemsize)
         return exchanged and stages <= binary.shared <= stages + 5 * 1024 <= 227 * 1024
