@@ -57,6 +57,29 @@ def stored_layout(rows, columns, bits):
 
 
 @gluon.jit
+def described_weight(data, width, depth, stride, DEEP: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Descriptor of a weight [width, depth] for tiles of shape ``SHAPE``; of [depth, width] if DEEP."""
+    if DEEP:
+        return tma.make_tensor_descriptor(data, [depth, width], [stride, 1], SHAPE, LAYOUT)
+    else:
+        return tma.make_tensor_descriptor(data, [width, depth], [stride, 1], SHAPE, LAYOUT)
+
+
+@gluon.jit
+def tiles_across(widths, COUNT: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The columns of tiles before the second weight's, before the third's, and in all: a tile has one weight's."""
+    second = gl.cdiv(widths[0], BLOCK_N)
+    third = second
+    every = second
+    if COUNT > 1:
+        third = second + gl.cdiv(widths[1], BLOCK_N)
+        every = third
+    if COUNT > 2:
+        every = third + gl.cdiv(widths[2], BLOCK_N)
+    return second, third, every
+
+
+@gluon.jit
 def load_stages(
     descriptors,
     stages,
@@ -80,14 +103,7 @@ def load_stages(
     PART_M: gl.constexpr = BLOCK_M // PARTS
     BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K * a_stages.dtype.primitive_bitwidth // 8
     tiles_m = gl.cdiv(rows, BLOCK_M)
-    second = gl.cdiv(widths[0], BLOCK_N)
-    third = second
-    tiles_n = second
-    if COUNT > 1:
-        third = second + gl.cdiv(widths[1], BLOCK_N)
-        tiles_n = third
-    if COUNT > 2:
-        tiles_n = third + gl.cdiv(widths[2], BLOCK_N)
+    second, third, tiles_n = tiles_across(widths, COUNT, BLOCK_N)
     tiles = tiles_m * tiles_n
     base = gl.load(epoch) * 256
     # Chunk and piece that this program has seen, in one number: a tile that needs no more than that does not poll.
@@ -159,14 +175,7 @@ def multiply_stages(
     PART_M: gl.constexpr = BLOCK_M // PARTS
     MADE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     tiles_m = gl.cdiv(rows, BLOCK_M)
-    second = gl.cdiv(widths[0], BLOCK_N)
-    third = second
-    tiles_n = second
-    if COUNT > 1:
-        third = second + gl.cdiv(widths[1], BLOCK_N)
-        tiles_n = third
-    if COUNT > 2:
-        tiles_n = third + gl.cdiv(widths[2], BLOCK_N)
+    second, third, tiles_n = tiles_across(widths, COUNT, BLOCK_N)
     tiles = tiles_m * tiles_n
     blocks = gl.cdiv(depth, BLOCK_K)
     programs = gl.num_programs(0)
@@ -370,12 +379,3 @@ def gather_matmul_specialized_kernel(
         [4, 1],
         [_MULTIPLYING_REGISTERS, _LOADING_REGISTERS],
     )
-
-
-@gluon.jit
-def described_weight(data, width, depth, stride, DEEP: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Descriptor of a weight [width, depth] for tiles of shape ``SHAPE``; of [depth, width] if DEEP."""
-    if DEEP:
-        return tma.make_tensor_descriptor(data, [depth, width], [stride, 1], SHAPE, LAYOUT)
-    else:
-        return tma.make_tensor_descriptor(data, [width, depth], [stride, 1], SHAPE, LAYOUT)

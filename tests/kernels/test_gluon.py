@@ -64,7 +64,13 @@ def run(
     names = device.names()
     change(names)
     helpers = rebuilt({name: getattr(tiles, name) for name in ("visited_tile", "visited_chunk")}, names)
-    own = ("gather_matmul_specialized_kernel", "load_stages", "multiply_stages", "described_weight")
+    own = (
+        "gather_matmul_specialized_kernel",
+        "load_stages",
+        "multiply_stages",
+        "described_weight",
+        "tiles_across",
+    )
     kernels = rebuilt({name: getattr(specialized, name) for name in own}, names | helpers)
 
     def emulate(kernel: Any, arguments: dict[str, Any], chosen: TileConfig, count: int, like: Any) -> None:
