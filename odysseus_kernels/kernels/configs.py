@@ -69,6 +69,13 @@ class TileConfig:
             raise ValueError(f"schedule {self.schedule!r}: expected descriptors and {_WARP_GROUP} warps, got {given}")
 
     @property
+    def label(self) -> str:
+        """A few words for tables: ``"128x128x64 pingpong"``, ``"64x128x64, 2 on a multiprocessor"``."""
+        size = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        schedule = f" {self.schedule}" if self.specialized else ""
+        return size + schedule + (f", {self.per_sm} on a multiprocessor" if self.per_sm > 1 else "")
+
+    @property
     def specialized(self) -> bool:
         """Whether warps differ in what they do."""
         return self.schedule != "pipelined"

@@ -87,6 +87,7 @@ def test_specialized_configurations_are_hoppers_and_chosen_by_timing_alone() -> 
     for problem in (Problem(8, 1024, (768,), 4096), Problem(8, 8192, (8192,), 8192)):
         found = candidates("gather_matmul", _H200, torch.bfloat16, problem)
         assert [config.specialized for config in found] == [False] * 4 + [True] * 2
+    assert {config.label for config in found[4:]} == {"128x256x64 cooperative", "128x128x64 pingpong"}
     for config in found[4:]:
         # Two groups and the warp that loads, whose group is never whole; a warp of a waiting kernel still fits beside.
         assert config.resident_warps == 12 and config.max_registers == 160
