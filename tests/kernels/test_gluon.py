@@ -108,7 +108,8 @@ def run(
     ids=("small", "three", "deep", "exact-out", "one-rank"),
 )
 def test_numbers(schedule: Schedule, layout: dict[str, Any]) -> None:
-    for programs, stages in ((1, 2), (3, 5)):
+    # One program meets every tile; of seven, some have a single one, so that a group has none.
+    for programs, stages in ((1, 2), (3, 5), (7, 3)):
         case = GatherCase(**layout)
         run(case, _config(schedule, stages), programs, seed=stages)
         case.check()

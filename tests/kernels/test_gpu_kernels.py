@@ -64,7 +64,7 @@ def _configs(kernel: str, dtype: torch.dtype) -> list[TileConfig]:
 
 
 # Fewer programs than multiprocessors: what sets words in the tests below are kernels, and need room.
-_WAITING = {
+_WAITING: dict[str, TileConfig] = {
     "pointers": TileConfig(64, 64, 32, warps=4, stages=2, sms=16),
     "descriptors": TileConfig(64, 64, 32, warps=4, stages=2, descriptors=True, sms=16),
     **{
