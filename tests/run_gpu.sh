@@ -195,7 +195,7 @@ part_build() {
   step install 48 bash -c install
 }
 
-# The kernels' tests in shards side by side, because compiling takes the time, and one core.  Between 36 configurations
+# The kernels' tests in shards side by side, because compiling takes the time, and one core.  Between some 50 configurations
 # of one architecture (benchmarks/results/compile.md) and some three times as many layouts of operands are compiled.
 part_warm() {
   local shard rest="" number=0 pid pids=() status=0 file=tests/kernels/test_gpu_kernels.py
@@ -213,6 +213,7 @@ part_warm() {
     "gather_matmul_of_three and torch.bfloat16"
     "gather_matmul_of_three and not torch.bfloat16"
     "matmul_scatter_of_three"
+    "(come_late or never_comes) and (cooperative or pingpong)"
     "weight_gradient and torch.float16"
     "(test_gather_matmul or test_matmul_scatter) and torch.float16 and not three"
   )

@@ -227,7 +227,7 @@ def test_every_part_is_stopped_in_its_middle_and_loses_nothing(tmp_path: Path) -
     # Steps beside or behind one that hangs.
     others = {step: outcome for step, outcome in done.outcomes.items() if step not in _HANGS}
     assert ("build", "versions") in others and ("native", "native_cuda_data") in others
-    assert ("warm", "kernels-16") in others and ("processes", "cuda_operators") in others
+    assert ("warm", "kernels-17") in others and ("processes", "cuda_operators") in others
 
 
 def test_a_run_that_is_told_to_stop_sums_up(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ print("\\n" + json.dumps(found))
 @pytest.mark.slow
 def test_every_test_of_the_kernels_is_in_one_shard(whole: _Pretended) -> None:
     shards = re.findall(r" -k (.*)$", "\n".join(whole.told), re.MULTILINE)
-    assert len(shards) == 16
+    assert len(shards) == 17
     done = subprocess.run(
         [sys.executable, "-c", _COLLECT, json.dumps([*shards, ""])],
         cwd=_ROOT,

@@ -12,13 +12,16 @@ import concurrent.futures
 import dataclasses
 import importlib
 import multiprocessing
+import os
 import pathlib
 import platform
 import re
 import shutil
 import subprocess
 import tempfile
+import time
 from typing import Any, get_args
+from unittest import mock
 
 import torch
 
@@ -70,6 +73,7 @@ class Variant:
         """One line that says what it is."""
         c = self.config
         extra = f"-x{self.count}" * (self.count > 1) + "-deep" * self.deep + "-pointers" * (not c.descriptors)
+        extra += f"-{c.schedule}" * c.specialized
         types = _TYPES[self.dtype] + (f"-{_TYPES[self.out]}" if self.out != self.dtype else "")
         size = f"{c.block_m}x{c.block_n}x{c.block_k}-w{c.warps}-s{c.stages}"
         return f"{self.kernel}-sm_{self.architecture}-{types}-{size}{extra}"
@@ -79,7 +83,7 @@ class Variant:
 class Binary:
     """What came out: per-thread registers and stack bytes, dynamic shared memory, bytes of code, instructions.
 
-    ``clocks`` is how often the device's clock is read.
+    ``clocks`` is how often the device's clock is read, ``seconds`` how long compiling took.
     """
 
     registers: int
@@ -88,6 +92,7 @@ class Binary:
     size: int
     instructions: dict[str, int]
     clocks: int
+    seconds: float
 
     def count(self, pattern: str) -> int:
         """Instructions whose name with modifiers begins with ``pattern``, a regular expression."""
@@ -104,9 +109,11 @@ def tool(name: str) -> str | None:
 
 def compile_variant(variant: Variant) -> Binary:
     """Compiles as a launch on a GPU with aligned operands would, and reads the machine code."""
-    function = getattr(
-        importlib.import_module(f"odysseus_kernels.kernels.{variant.kernel}"), f"{variant.kernel}_kernel"
+    specialized = variant.config.specialized
+    module = importlib.import_module(
+        f"odysseus_kernels.kernels.{'warp_specialized' if specialized else variant.kernel}"
     )
+    function = getattr(module, f"{variant.kernel}{'_specialized' * specialized}_kernel")
     constants = _constants(variant)
     signature: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -135,10 +142,14 @@ def compile_source(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = ASTSource(function, signature, values, attributes)
+    kind = GluonASTSource if function.is_gluon() else ASTSource
+    source = kind(function, signature, values, attributes)
+    begin = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options or {})
-    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+    seconds = time.perf_counter() - begin
+    return _read(compiled.asm["cubin"], compiled.metadata.shared, seconds)
 
 
 def _kind(name: str, variant: Variant) -> str:
@@ -158,9 +169,11 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP": config.group,
-        "DESCRIPTORS": config.descriptors,
-        "INTERPRETED": False,
     }
+    if config.specialized:
+        constants |= {"STAGES": config.stages, "PARTS": config.parts}
+    else:
+        constants |= {"DESCRIPTORS": config.descriptors, "INTERPRETED": False}
     if variant.kernel == "weight_gradient":
         # A launch makes an integer of value 1 a constant.
         contiguous = "out_row_stride" if variant.deep else "out_column_stride"
@@ -169,7 +182,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
     return constants | ({"RING": True} if variant.kernel == "gather_matmul" else {})
 
 
-def _read(cubin: bytes, shared: int) -> Binary:
+def _read(cubin: bytes, shared: int, seconds: float) -> Binary:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -180,7 +193,8 @@ def _read(cubin: bytes, shared: int) -> Binary:
         raise RuntimeError(f"cuobjdump: expected REG and STACK, got {usage!r}")
     names = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/)?\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", code, re.MULTILINE)
     clocks = len(re.findall(r"SR_GLOBALTIMER", code))
-    return Binary(int(found[1]), int(found[2]), shared, len(cubin), dict(collections.Counter(names)), clocks)
+    counted = dict(collections.Counter(names))
+    return Binary(int(found[1]), int(found[2]), shared, len(cubin), counted, clocks, seconds)
 
 
 def _output(name: str, *arguments: str) -> str:
@@ -191,7 +205,9 @@ def _output(name: str, *arguments: str) -> str:
 
 
 def variants() -> list[Variant]:
-    """Every shipped configuration in bfloat16; other layouts with the first two, other dtypes with the first."""
+    """Every shipped configuration in bfloat16; other layouts with the first two and all specialized ones, other dtypes
+    with the first and all specialized ones.
+    """
     found: dict[Variant, None] = {}
     for kernel in get_args(Kernel):
         for architecture in ARCHITECTURES:
@@ -202,7 +218,12 @@ def variants() -> list[Variant]:
             first = shipped(kernel, architecture, torch.bfloat16)[0]
             found[Variant(kernel, architecture, first, torch.float16, torch.float16)] = None
             found[Variant(kernel, architecture, dataclasses.replace(first, descriptors=False))] = None
-            for config in shipped(kernel, architecture, torch.bfloat16)[:2]:
+            configs = shipped(kernel, architecture, torch.bfloat16)
+            specialized = [config for config in configs if config.specialized]
+            for config in specialized:
+                found[Variant(kernel, architecture, config, torch.float16, torch.float16)] = None
+                found[Variant(kernel, architecture, config, out=torch.float32)] = None
+            for config in [*configs[:2], *specialized]:
                 found[Variant(kernel, architecture, config, deep=True)] = None
                 if kernel == "weight_gradient":
                     found[Variant(kernel, architecture, config, out=torch.float32)] = None
@@ -230,11 +251,13 @@ def table(binaries: dict[Variant, Binary]) -> str:
         f"{triton.__version__} and torch {torch.__version__} on {platform.machine()}, without "
         "a GPU: compiled ahead of time, not executed. Registers and stack bytes are "
         "those of one thread; shared memory is that of one program; instructions are counted in the machine code, "
-        "not as executed. Spills are local loads and stores (LDL, STL).",
+        "not as executed. Spills are local loads and stores (LDL, STL). Seconds are those of compiling, on one core of "
+        "that machine. `cooperative` and `pingpong` are warp-specialized: one warp loads, two groups of four multiply; "
+        "registers are those at the start, before warps exchange them.",
         "",
         "| kernel | sm | dtype | tile | warps | stages | loads | operands | registers | stack | spills | shared | "
-        "HMMA | HGMMA | tcgen05 | TMA | code bytes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "HMMA | HGMMA | tcgen05 | TMA | code bytes | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant, binary in binaries.items():
         c = variant.config
@@ -246,9 +269,9 @@ def table(binaries: dict[Variant, Binary]) -> str:
             variant.architecture,
             types,
             f"{c.block_m}×{c.block_n}×{c.block_k}",
-            c.warps,
+            "4 + 4 + 1" if c.specialized else c.warps,
             c.stages,
-            "descriptors" if c.descriptors else "pointers",
+            ("descriptors" if c.descriptors else "pointers") + f", {c.schedule}" * c.specialized,
             operands,
             binary.registers,
             binary.stack,
@@ -256,6 +279,7 @@ def table(binaries: dict[Variant, Binary]) -> str:
             f"{binary.shared:,}",
             *counts,
             f"{binary.size:,}",
+            f"{binary.seconds:.1f}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
@@ -266,7 +290,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=pathlib.Path, default=RESULT)
     arguments = parser.parse_args()
-    arguments.output.write_text(table(compile_all(variants(), arguments.processes)))
+    # Processes inherit it: what an earlier run left in Triton's cache would take no time.
+    with tempfile.TemporaryDirectory() as empty, mock.patch.dict(os.environ, TRITON_CACHE_DIR=empty):
+        arguments.output.write_text(table(compile_all(variants(), arguments.processes)))
     print(f"wrote {arguments.output}")
 
 

@@ -62,6 +62,7 @@ class Problem:
     Attributes:
         amount, library_amount: operations or bytes of a call.
         unit: of ``amount`` a second, and by what to divide it.
+        tried: of a kernel whose configuration is chosen by timing: the seconds of each, by its name.
     """
 
     kernel: str
@@ -72,6 +73,7 @@ class Problem:
     amount: float
     library_amount: float
     unit: tuple[str, float]
+    tried: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def gather_problem(device: torch.device, rows: int, depth: int, width: int, world: int = WORLD) -> Problem:
@@ -79,7 +81,7 @@ def gather_problem(device: torch.device, rows: int, depth: int, width: int, worl
     from odysseus_kernels.kernels.configs import Problem as Product
     from odysseus_kernels.kernels.configs import TileConfig
     from odysseus_kernels.kernels.gather_matmul import gather_matmul
-    from odysseus_kernels.kernels.tuning import Signals, fastest
+    from odysseus_kernels.kernels.tuning import Signals, fastest, run_seconds
 
     generator = torch.Generator(device).manual_seed(1)
 
@@ -90,8 +92,12 @@ def gather_problem(device: torch.device, rows: int, depth: int, width: int, worl
     local, gathered = whole[:rows], whole[rows:].view(world - 1, rows, depth)  # as rank 0 visits the ring
     out, expected = (torch.full((world * rows, width), torch.nan, device=device, dtype=whole.dtype) for _ in range(2))
     signals = Signals(world, device)
+    tried: dict[str, float] = {}
+    latest: list[TileConfig] = []
 
     def kernel(config: TileConfig | None) -> None:
+        if config is not None:
+            latest[:] = [config]
         gather_matmul(
             [out],
             local,
@@ -108,7 +114,12 @@ def gather_problem(device: torch.device, rows: int, depth: int, width: int, worl
         )
 
     # As the operators take it: the fastest of those that are shipped.
-    config = fastest("gather_matmul", Product(world, rows, (width,), depth), local, lambda: kernel)
+    def timed(run: Callable[[], None]) -> float:
+        taken = run_seconds(run)
+        tried[latest[0].label] = taken
+        return taken
+
+    config = fastest("gather_matmul", Product(world, rows, (width,), depth), local, lambda: kernel, seconds=timed)
 
     def error() -> float:
         checked = torch.randperm(world * rows, generator=generator, device=device)[:_SAMPLES]
@@ -124,6 +135,7 @@ def gather_problem(device: torch.device, rows: int, depth: int, width: int, worl
         flops,
         flops,
         ("TFLOP/s", 1e12),
+        tried,
     )
 
 
@@ -244,6 +256,7 @@ def measure_problem(problem: Problem, timed: Any, rounds: int, synchronize: Call
         "speed": f"{speed / scale:.3g} {unit}" if right else "WRONG",
         "library": f"{library / scale:.3g} {unit}",
         "share": speed / library if right else None,
+        "tried_s": problem.tried,
     }
 
 

@@ -209,7 +209,10 @@ def _error(row: Row) -> str:
 
 def _kernel_cells(row: Row) -> list[str]:
     share = "WRONG" if row["share"] is None else f"{row['share']:.3f}"
-    return [row["kernel"], row["shape"], row["speed"], row["library"], share, _host_ms(row["host_s"], "kernel")]
+    tried = row.get("tried_s", {})
+    host_ms = _host_ms(row["host_s"], "kernel")
+    chosen = min(tried, key=tried.__getitem__) if tried else ""
+    return [row["kernel"], row["shape"], row["speed"], row["library"], share, host_ms, chosen]
 
 
 def _target_cells(verdict: Row) -> list[str]:
@@ -231,7 +234,7 @@ def _tables(document: Row) -> Iterable[tuple[str, list[str], list[list[str]]]]:
             names += [f"{name} predicted ms", "measured"]
         yield PREDICTIONS, names, [_predicted_cells(row) for row in predicted]
     if document["kernels"]:
-        names = ["kernel", "shape", "kernel's", "library's", "kernel/library", "host ms"]
+        names = ["kernel", "shape", "kernel's", "library's", "kernel/library", "host ms", "tiles"]
         yield "Kernels", names, [_kernel_cells(row) for row in document["kernels"]]
     if document["targets"]:
         names = ["must reach (worst row)", "limit", "measured", "outcome", "worst row"]

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 import time
+from typing import get_args
 from unittest import mock
 
 import torch
@@ -21,11 +22,17 @@ import torch
 from benchmarks.device.cases import WORLD, EmulatedCase, make_emulated_cases
 from benchmarks.device.workload import EmulatedWorkload, emulate, fake_group
 from odysseus_kernels.kernels import launch, tuning
-from odysseus_kernels.kernels.configs import shipped
+from odysseus_kernels.kernels.configs import Kernel, shipped
 
-__all__ = ["compile_case", "warm_cases"]
+__all__ = ["compile_case", "warm_cases", "warm_jobs"]
 
 _TOKENS = 1024 * WORLD
+_KERNELS: dict[tuple[str, str], tuple[Kernel, ...]] = {
+    ("all_gather_linear", "forward"): ("gather_matmul",),
+    ("all_gather_linear", "backward"): ("matmul_scatter", "weight_gradient"),
+    ("linear_reduce_scatter", "forward"): ("matmul_scatter",),
+    ("linear_reduce_scatter", "backward"): ("gather_matmul", "weight_gradient"),
+}
 
 
 def warm_cases() -> list[EmulatedCase]:
@@ -35,6 +42,22 @@ def warm_cases() -> list[EmulatedCase]:
         if case.tokens == _TOKENS:
             cases.setdefault((case.operator, case.phase), case)
     return list(cases.values())
+
+
+def warm_jobs() -> list[tuple[EmulatedCase, int]]:
+    """Each of :func:`warm_cases` with the number of every configuration that one of its kernels has somewhere."""
+    most = {
+        kernel: max(len(shipped(kernel, architecture, torch.bfloat16)) for architecture in (80, 90, 100))
+        for kernel in get_args(Kernel)
+    }
+    cases = warm_cases()
+    counts = [max(most[kernel] for kernel in _KERNELS[case.operator, case.phase]) for case in cases]
+    return [
+        (case, index)
+        for index in range(max(counts))
+        for case, count in zip(cases, counts, strict=True)
+        if index < count
+    ]
 
 
 def compile_case(case: EmulatedCase, index: int) -> float:
@@ -67,8 +90,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is false", file=sys.stderr)
         return 2
-    most = max(len(shipped("gather_matmul", architecture, torch.bfloat16)) for architecture in (80, 90, 100))
-    jobs = [(case, index) for index in range(most) for case in warm_cases()]
+    jobs = warm_jobs()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.device.warm"])
     failed = 0

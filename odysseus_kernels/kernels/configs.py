@@ -7,15 +7,18 @@ from typing import Literal, get_args
 
 import torch
 
-__all__ = ["DTYPES", "Kernel", "Problem", "Target", "TileConfig", "candidates", "shipped"]
+__all__ = ["DTYPES", "Kernel", "Problem", "Schedule", "Target", "TileConfig", "candidates", "shipped"]
 
 Kernel = Literal["gather_matmul", "matmul_scatter", "weight_gradient"]
+Schedule = Literal["pipelined", "cooperative", "pingpong"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Registers of a multiprocessor, and those that a waiting kernel leaves to others: one warp with 64 for each thread.
 _REGISTERS = 65536
 _ROOM = 2048
+# Warps that issue one product of wgmma together, and that registers are moved between.
+_WARP_GROUP = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,9 @@ class TileConfig:
             where an address or a stride is not a multiple of 16 bytes.
         sms: the most multiprocessors that the kernel occupies; None for all.
         per_sm: programs that share a multiprocessor, so that one multiplies while another stores or waits.
+        schedule: which warps do what.  ``"pipelined"``: all warps load, multiply and store.  Otherwise one warp loads
+            and two groups of ``warps`` warps multiply and store: ``"cooperative"`` ones share the rows of each tile,
+            ``"pingpong"`` ones take turns at whole tiles (Hopper; always through descriptors).
     """
 
     block_m: int
@@ -43,6 +49,7 @@ class TileConfig:
     descriptors: bool = False
     sms: int | None = None
     per_sm: int = 1
+    schedule: Schedule = "pipelined"
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k", "warps"):
@@ -55,6 +62,33 @@ class TileConfig:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if self.sms is not None and self.sms < 1:
             raise ValueError(f"sms: expected None or 1 or more, got {self.sms}")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"schedule: expected one of {get_args(Schedule)}, got {self.schedule!r}")
+        if self.specialized and not (self.descriptors and self.warps == _WARP_GROUP):
+            given = f"descriptors={self.descriptors}, warps={self.warps}"
+            raise ValueError(f"schedule {self.schedule!r}: expected descriptors and {_WARP_GROUP} warps, got {given}")
+
+    @property
+    def label(self) -> str:
+        """A few words for tables: ``"128x128x64 pingpong"``, ``"64x128x64, 2 on a multiprocessor"``."""
+        size = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        schedule = f" {self.schedule}" if self.specialized else ""
+        return size + schedule + (f", {self.per_sm} on a multiprocessor" if self.per_sm > 1 else "")
+
+    @property
+    def specialized(self) -> bool:
+        """Whether warps differ in what they do."""
+        return self.schedule != "pipelined"
+
+    @property
+    def parts(self) -> int:
+        """Groups of warps among which the rows of a tile are divided."""
+        return 2 if self.schedule == "cooperative" else 1
+
+    @property
+    def resident_warps(self) -> int:
+        """Warps of a program: of a specialized one two groups that multiply, and a third for the warp that loads."""
+        return 3 * self.warps if self.specialized else self.warps
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the operands' stages: a lower bound of what a program takes."""
@@ -67,7 +101,7 @@ class TileConfig:
         Small kernels on other streams wait for peers and set words: none of them may be kept out by a kernel that waits
         for what they do.
         """
-        return min(255, (_REGISTERS - _ROOM) // (32 * self.warps * self.per_sm) // 8 * 8)
+        return min(255, (_REGISTERS - _ROOM) // (32 * self.resident_warps * self.per_sm) // 8 * 8)
 
     def programs(self, tiles: int, sms: int) -> int:
         """Programs of a persistent kernel over ``tiles`` tiles on a device of ``sms`` multiprocessors."""
@@ -116,6 +150,12 @@ _HOPPER = (
     TileConfig(256, 128, 64, warps=8, stages=4, group=4, descriptors=True),
     TileConfig(64, 128, 64, warps=4, stages=4, descriptors=True, per_sm=2),
 )
+# The same tiles by warps that do one thing each: the next tile is loaded while this one is stored.  Taking turns hides
+# the whole epilogue, and 128 x 128 leaves less of the last round idle; sharing 128 x 256 has less traffic.
+_HOPPER_SPECIALIZED = (
+    TileConfig(128, 256, 64, warps=4, stages=4, descriptors=True, schedule="cooperative"),
+    TileConfig(128, 128, 64, warps=4, stages=6, descriptors=True, schedule="pingpong"),
+)
 _BLACKWELL = (
     TileConfig(128, 256, 64, warps=8, stages=4, descriptors=True),
     TileConfig(128, 128, 64, warps=4, stages=3, descriptors=True, per_sm=2),
@@ -130,7 +170,7 @@ _EXACT = (TileConfig(64, 64, 16, warps=8, stages=3),)
 
 _PRODUCTS: dict[int, tuple[TileConfig, ...]] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 _SHIPPED: dict[Kernel, dict[int, tuple[TileConfig, ...]]] = {
-    "gather_matmul": _PRODUCTS,
+    "gather_matmul": _PRODUCTS | {90: _HOPPER + _HOPPER_SPECIALIZED},
     "matmul_scatter": _PRODUCTS,
     # A tile that is added to needs registers twice where it does not stay in them (tensor memory on Blackwell).
     "weight_gradient": {
@@ -163,7 +203,7 @@ def candidates(kernel: Kernel, target: Target, dtype: torch.dtype, problem: Prob
     """The shipped configurations that ``target`` can run, the one that should be fastest first.
 
     The order is a prior for problems that nobody timed: the number of rounds that the device needs for all tiles, times
-    what a round costs. Timing may choose any of them.
+    what a round costs.  Specialized ones come last: only timing chooses them.
 
     Raises:
         ValueError: as :func:`shipped`.
@@ -175,8 +215,9 @@ def candidates(kernel: Kernel, target: Target, dtype: torch.dtype, problem: Prob
     ]
     if not runnable:
         # The least of them fits any device that has tensor cores, alone on a multiprocessor.
-        runnable = [dataclasses.replace(shipped(kernel, target.architecture, dtype)[-1], per_sm=1, stages=2)]
-    return sorted(runnable, key=lambda config: _cost(config, target, problem))
+        least = [config for config in shipped(kernel, target.architecture, dtype) if not config.specialized][-1]
+        runnable = [dataclasses.replace(least, per_sm=1, stages=2)]
+    return sorted(runnable, key=lambda config: (config.specialized, _cost(config, target, problem)))
 
 
 def _cost(config: TileConfig, target: Target, problem: Problem) -> float:

@@ -251,4 +251,10 @@ def gather_matmul(
         "DEEP": deep,
         "BIASED": any(bias is not None for bias in biases),
     }
-    launch(gather_matmul_kernel, arguments, config, problem.tiles(config), local)
+    kernel = gather_matmul_kernel
+    if config.specialized:
+        # Imported where it is launched: a Triton whose Gluon differs then costs this configuration alone.
+        from odysseus_kernels.kernels.warp_specialized import gather_matmul_specialized_kernel
+
+        kernel = gather_matmul_specialized_kernel
+    launch(kernel, arguments, config, problem.tiles(config), local)

@@ -214,8 +214,15 @@ def ring(order: str) -> bool:
 
 
 def choose(kernel: Kernel, config: TileConfig | None, problem: Problem, like: Tensor, describable: bool) -> TileConfig:
-    """``config``, or the likely best; without descriptors where operands or device do not admit them."""
+    """``config``, or the likely best; without descriptors where operands or device do not admit them.
+
+    A specialized one needs them, Hopper and 16-bit operands, and cannot be interpreted: elsewhere the likely best one
+    of the others stands in for it.
+    """
     target = target_of(like.device)
+    if config is not None and config.specialized:
+        served = describable and target.architecture == 90 and like.dtype.itemsize == 2 and not interpreted()
+        config = config if served else None
     if config is None:
         config = candidates(kernel, target, like.dtype, problem)[0]
     if config.descriptors and not (describable and target.architecture >= 90):
@@ -227,6 +234,10 @@ def launch(kernel: Any, arguments: dict[str, Any], config: TileConfig, tiles: in
     """Starts ``kernel`` on the current stream with as many programs as ``tiles`` and ``config`` ask for."""
     device = like.device
     grid = (config.programs(tiles, target_of(device).sms),)
+    if config.specialized:
+        how = {"STAGES": config.stages, "PARTS": config.parts}
+    else:
+        how = {"DESCRIPTORS": config.descriptors, "INTERPRETED": interpreted()}
 
     def start() -> None:
         triton.set_allocator(_scratch_on(device))
@@ -237,8 +248,7 @@ def launch(kernel: Any, arguments: dict[str, Any], config: TileConfig, tiles: in
                 BLOCK_N=config.block_n,
                 BLOCK_K=config.block_k,
                 GROUP=config.group,
-                DESCRIPTORS=config.descriptors,
-                INTERPRETED=interpreted(),
+                **how,
                 num_warps=config.warps,
                 num_stages=config.stages,
                 maxnreg=config.max_registers,

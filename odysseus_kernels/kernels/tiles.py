@@ -47,43 +47,56 @@ _LOOK_EVERY = tl.constexpr(32)
 
 if interpreted():
 
-    def clock():
+    def clock(WARP: tl.constexpr):
         """As below, of the host: the interpreter runs kernels as Python."""
         return (time.monotonic_ns() // TICK_NS + 2**31) % 2**32 - 2**31
 
 else:
 
     @triton.jit
-    def clock():
+    def clock(WARP: tl.constexpr):
         """Ticks of 2**20 ns of the clock that all multiprocessors of a device share; int32, wraps around.
 
-        Threads read it one by one and branch on it together: all take the latest that any of them saw.
+        Threads read it one by one and branch on it together: all take the latest that any of them saw; of one WARP by
+        itself, what its first thread saw.
         """
-        lanes = tl.arange(0, tl.extra.cuda.num_threads())
-        times = tl.inline_asm_elementwise(
-            "{ .reg .u64 time; mov.u64 time, %globaltimer; shr.u64 time, time, 20; cvt.u32.u64 $0, time; }",
-            "=r,r",
-            [lanes],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        return tl.max(times, 0)
+        if WARP:
+            return tl.inline_asm_elementwise(
+                "{ .reg .u64 time; .reg .u32 own; mov.u64 time, %globaltimer; shr.u64 time, time, 20; "
+                "cvt.u32.u64 own, time; shfl.sync.idx.b32 $0, own, 0, 31, 0xffffffff; }",
+                "=r,r",
+                [0],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            lanes = tl.arange(0, tl.extra.cuda.num_threads())
+            times = tl.inline_asm_elementwise(
+                "{ .reg .u64 time; mov.u64 time, %globaltimer; shr.u64 time, time, 20; cvt.u32.u64 $0, time; }",
+                "=r,r",
+                [lanes],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+            return tl.max(times, 0)
 
 
 @triton.jit
-def release_word(address, value, INTERPRETED: tl.constexpr):
+def release_word(address, value, INTERPRETED: tl.constexpr, WARP: tl.constexpr = False):
     """Stores ``value`` in the int32 word at ``address`` (int64), in a peer's memory or the host's, after all that was
-    acquired.
+    acquired; ``WARP`` says that one warp, whichever, runs this by itself.
 
     A store rather than an exchange: a word has one writer, and not every link between GPUs carries atomics.
     """
+    THREAD: tl.constexpr = "%laneid" if WARP else "%tid.x"
     if INTERPRETED:
         tl.atomic_xchg(address.to(tl.pointer_type(tl.int32)), value, sem="release", scope="sys")
     else:
         # Inline assembly runs on every thread.  The atomics before it, one thread's, end in a barrier of the program.
         tl.inline_asm_elementwise(
-            "{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; "
+            "{ .reg .pred first; .reg .u32 thread; mov.u32 thread, " + THREAD + "; setp.eq.u32 first, thread, 0; "
             "@first st.release.sys.global.u32 [$1], $2; mov.u32 $0, $2; }",
             "=r,l,r",
             [address, value],
@@ -94,7 +107,7 @@ def release_word(address, value, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def give_up(aborted, control, code, tag, wanted, seen, INTERPRETED: tl.constexpr):
+def give_up(aborted, control, code, tag, wanted, seen, INTERPRETED: tl.constexpr, WARP: tl.constexpr):
     """Says which wait gave up, unless another one has, and ends all waits of the rank: ``wait.cuh``, in Triton."""
     address = tl.load(control)
     block = address.to(tl.pointer_type(tl.int32))
@@ -105,14 +118,14 @@ def give_up(aborted, control, code, tag, wanted, seen, INTERPRETED: tl.constexpr
         tl.store(block + _EXPECTED, wanted)
         tl.store(block + _SEEN, seen)
         tl.debug_barrier()
-        release_word(address + 4 * _RECORDED, 1, INTERPRETED)
+        release_word(address + 4 * _RECORDED, 1, INTERPRETED, WARP)
     tl.atomic_xchg(aborted, 1, sem="release", scope="gpu")
 
 
 @triton.jit
-def keep_waiting(word, wanted, aborted, control, ticks, tag, INTERPRETED: tl.constexpr):
+def keep_waiting(word, wanted, aborted, control, ticks, tag, INTERPRETED: tl.constexpr, WARP: tl.constexpr):
     """The part of :func:`await_word` that a word which is there never comes to; returns whether it is still missing."""
-    began = clock()
+    began = clock(WARP)
     seen = tl.atomic_add(word, 0, sem="acquire", scope="sys")
     waiting = (seen - wanted < 0) & (tl.atomic_add(aborted, 0, sem="acquire", scope="sys") == 0)
     code = 0
@@ -129,19 +142,29 @@ def keep_waiting(word, wanted, aborted, control, ticks, tag, INTERPRETED: tl.con
         if waiting & (polls % _LOOK_EVERY == 0):
             # The block's first word is the host's, zero unless it ends the waits.
             code = tl.atomic_add(tl.load(control).to(tl.pointer_type(tl.int32)), 0, sem="acquire", scope="sys")
-            late = clock() - began >= ticks
+            late = clock(WARP) - began >= ticks
             code = tl.where((code == 0) & late, _TIMED_OUT, code)
             waiting = code == 0
     if code != 0:
         # A peer may have signalled, and ended in order, between the two looks.
         seen = tl.atomic_add(word, 0, sem="acquire", scope="sys")
         if seen - wanted < 0:
-            give_up(aborted, control, code, tag, wanted, seen, INTERPRETED)
+            give_up(aborted, control, code, tag, wanted, seen, INTERPRETED, WARP)
     return seen - wanted < 0
 
 
 @triton.jit
-def await_word(word, wanted, aborted, control, ticks, tag, ASYNC: tl.constexpr, INTERPRETED: tl.constexpr):
+def await_word(
+    word,
+    wanted,
+    aborted,
+    control,
+    ticks,
+    tag,
+    ASYNC: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    WARP: tl.constexpr = False,
+):
     """Returns whether the word has reached ``wanted``: at once if it has, else as soon as it has or the wait is over.
 
     A wait is over when ``aborted`` is set; when the host's word is, within about 50 microseconds; and after ``ticks``.
@@ -154,10 +177,11 @@ def await_word(word, wanted, aborted, control, ticks, tag, ASYNC: tl.constexpr, 
         ticks: of :func:`clock`, from the first look at a word that was not there.
         tag: number by which the host knows what is waited for.
         ASYNC: descriptors read what the word stands for.
+        WARP: one warp of the program waits by itself.
     """
     missing = tl.atomic_add(word, 0, sem="acquire", scope="sys") - wanted < 0
     if missing:
-        missing = keep_waiting(word, wanted, aborted, control, ticks, tag, INTERPRETED)
+        missing = keep_waiting(word, wanted, aborted, control, ticks, tag, INTERPRETED, WARP)
     if ASYNC and not INTERPRETED:
         tl.inline_asm_elementwise(
             "fence.proxy.async.global; mov.u32 $0, $1;", "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1

@@ -17,7 +17,7 @@ from odysseus_kernels.kernels.configs import Kernel, Problem, TileConfig, candid
 from odysseus_kernels.kernels.launch import target_of
 from odysseus_kernels.kernels.prepare import translated
 
-__all__ = ["SATISFIED", "Signals", "fastest", "tuned"]
+__all__ = ["SATISFIED", "Signals", "fastest", "run_seconds", "tuned"]
 
 SATISFIED = 1 << 30
 """What a word holds that no wait in epoch 0 finds too small."""
@@ -55,7 +55,7 @@ class Signals:
         return torch.tensor(found, dtype=torch.int64).to(words.device)
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def run_seconds(run: Callable[[], None]) -> float:
     """Median of a few runs, by events of the current stream."""
     samples = []
     for _ in range(_ROUNDS):
@@ -84,7 +84,7 @@ def fastest(
     trial: Callable[[], Callable[[TileConfig], None]],
     *,
     layout: Hashable = (),
-    seconds: Callable[[Callable[[], None]], float] = _seconds,
+    seconds: Callable[[Callable[[], None]], float] = run_seconds,
 ) -> TileConfig | None:
     """The configuration for ``problem``; None where nothing can be timed or little gained: the kernel then takes the
     likely best.

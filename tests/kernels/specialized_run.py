@@ -16,8 +16,8 @@ from kernel_cases import GatherCase, ScatterCase
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from odysseus_kernels.kernels import gather_matmul, launch, matmul_scatter, weight_gradient
-from odysseus_kernels.kernels.configs import Target
+from odysseus_kernels.kernels import gather_matmul, launch, matmul_scatter, warp_specialized, weight_gradient
+from odysseus_kernels.kernels.configs import Target, TileConfig, shipped
 
 LAYOUTS: list[dict[str, Any]] = [
     {"world": 8, "rank": 3, "rows": 1024, "depth": 4096, "widths": (512, 128, 128)},
@@ -52,12 +52,34 @@ class _Compiled:
     def __getitem__(self, grid: tuple[int]) -> Any:
         def start(**arguments: Any) -> None:
             assert 1 <= grid[0] <= 264
-            # On the CPU the launching functions have taken the interpreter for granted.
-            compiled = self._kernel.warmup(grid=grid, **(arguments | {"INTERPRETED": False}))
-            assert compiled.asm["cubin"]
-            self.names.add("descriptors" if arguments["DESCRIPTORS"] else "pointers")
+            if "STAGES" in arguments:
+                self.names.add("specialized")
+            else:
+                # On the CPU the launching functions have taken the interpreter for granted.
+                arguments = arguments | {"INTERPRETED": False}
+                self.names.add("descriptors" if arguments["DESCRIPTORS"] else "pointers")
+            assert self._kernel.warmup(grid=grid, **arguments).asm["cubin"]
 
         return start
+
+
+def _specialized() -> None:
+    """The warp-specialized product, which a launch on a CPU would not choose, where its operands can be described."""
+    choose = gather_matmul.choose
+    kernel = _Compiled(warp_specialized.gather_matmul_specialized_kernel)
+    for config in shipped("gather_matmul", 90, torch.bfloat16):
+        if config.specialized:
+
+            def chosen(*arguments: Any, config: TileConfig = config) -> TileConfig:
+                return config if arguments[-1] else choose(*arguments)
+
+            with (
+                mock.patch.object(gather_matmul, "choose", chosen),
+                mock.patch.object(warp_specialized, "gather_matmul_specialized_kernel", kernel),
+            ):
+                for layout in LAYOUTS:
+                    GatherCase(**layout).multiply(None)
+    assert kernel.names == {"specialized"}
 
 
 def main() -> None:
@@ -82,6 +104,7 @@ def main() -> None:
             adapted["depths"] = (layout.get("depth", 24),) * 2
             adapted["width"] = layout.get("widths", (40,))[0]
             ScatterCase(**adapted).multiply(None)
+        _specialized()
     for stand_in in stand_ins.values():
         assert stand_in.names == {"descriptors", "pointers"}
 

@@ -67,7 +67,7 @@ def test_all_programs_of_a_multiprocessor_fit_and_leave_room(binaries: dict[Vari
 
     def fits(variant: Variant, binary: Binary) -> bool:
         config = variant.config
-        registers = -(-binary.registers * 32 // 256) * 256 * config.warps
+        registers = -(-binary.registers * 32 // 256) * 256 * config.resident_warps
         memory = binary.shared + 1024
         return (
             config.per_sm * registers + 2048 <= 65536 and config.per_sm * memory + 1024 <= shared[variant.architecture]
@@ -91,6 +91,24 @@ def test_operands_come_through_descriptors_or_asynchronous_copies(binaries: dict
         return binary.count(pattern) > 0 and binary.count(other) == 0
 
     assert not _wrong(binaries, loads)
+
+
+def test_warps_of_specialized_kernels_exchange_registers(binaries: dict[Variant, Binary]) -> None:
+    specialized = {v: b for v, b in binaries.items() if v.config.specialized}
+    assert {v.config.schedule for v in specialized} == {"cooperative", "pingpong"}
+    assert {v.dtype for v in specialized} == {torch.bfloat16, torch.float16}
+
+    def divided(variant: Variant, binary: Binary) -> bool:
+        # Each kind of warps sets its share, and stages are handed over by barriers in shared memory, beside which each
+        # of eight warps has 512 bytes where its threads exchange results.
+        exchanged = binary.count(r"USETMAXREG") >= 3 and binary.count(r"SYNCS") >= 4
+        stages = variant.config.shared_bytes(variant.dtype.itemsize)
+        return exchanged and stages <= binary.shared <= stages + 5 * 1024 <= 227 * 1024
+
+    assert not _wrong(specialized, divided)
+    assert not _wrong(
+        {v: b for v, b in binaries.items() if not v.config.specialized}, lambda v, b: b.count(r"USETMAXREG") == 0
+    )
 
 
 def test_results_are_stored_in_whole_sectors(binaries: dict[Variant, Binary]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from odysseus_kernels.kernels.configs import Problem, Target, TileConfig, candidates, shipped
+from odysseus_kernels.kernels.configs import DTYPES, Kernel, Problem, Target, TileConfig, candidates, shipped
 
 _H200 = Target(90, 132, 227 * 1024)
 
@@ -26,9 +27,15 @@ def test_importing_configurations_does_not_import_triton() -> None:
         ({"warps": 3}, "warps: expected a power of two from 1, got 3"),
         ({"stages": 0}, "stages: expected 1 or more, got 0"),
         ({"sms": 0}, "sms: expected None or 1 or more, got 0"),
+        ({"schedule": "stream"}, "schedule: expected one of .*, got 'stream'"),
+        ({"schedule": "pingpong"}, "schedule 'pingpong': expected descriptors and 4 warps, got descriptors=False"),
+        (
+            {"schedule": "cooperative", "descriptors": True, "warps": 8},
+            "expected descriptors and 4 warps, got .*warps=8",
+        ),
     ],
 )
-def test_wrong_configuration(fields: dict[str, int], message: str) -> None:
+def test_wrong_configuration(fields: dict[str, Any], message: str) -> None:
     good = {"block_m": 64, "block_n": 64, "block_k": 32, "warps": 4, "stages": 3}
     with pytest.raises(ValueError, match=message):
         TileConfig(**(good | fields))
@@ -68,6 +75,22 @@ def test_order_follows_the_problem() -> None:
     assert tiny.block_m == 64
     # Little depth: the epilogue weighs more than traffic, and is hidden by another program.
     assert first(8192, 4096, 128).per_sm == 2
+
+
+def test_specialized_configurations_are_hoppers_and_chosen_by_timing_alone() -> None:
+    for architecture in (80, 90, 100):
+        for kernel in get_args(Kernel):
+            for dtype in DTYPES:
+                configs = shipped(kernel, architecture, dtype)
+                served = kernel == "gather_matmul" and architecture == 90 and dtype != torch.float32
+                assert any(config.specialized for config in configs) == served
+    for problem in (Problem(8, 1024, (768,), 4096), Problem(8, 8192, (8192,), 8192)):
+        found = candidates("gather_matmul", _H200, torch.bfloat16, problem)
+        assert [config.specialized for config in found] == [False] * 4 + [True] * 2
+    assert {config.label for config in found[4:]} == {"128x256x64 cooperative", "128x128x64 pingpong"}
+    for config in found[4:]:
+        # Two groups and the warp that loads, whose group is never whole; a warp of a waiting kernel still fits beside.
+        assert config.resident_warps == 12 and config.max_registers == 160
 
 
 @pytest.mark.parametrize(

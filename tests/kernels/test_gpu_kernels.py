@@ -63,10 +63,35 @@ def _configs(kernel: str, dtype: torch.dtype) -> list[TileConfig]:
     return list(shipped(kernel, target.architecture, dtype))  # type: ignore[arg-type]
 
 
+# Fewer programs than multiprocessors: what sets words in the tests below are kernels, and need room.
+_WAITING: dict[str, TileConfig] = {
+    "pointers": TileConfig(64, 64, 32, warps=4, stages=2, sms=16),
+    "descriptors": TileConfig(64, 64, 32, warps=4, stages=2, descriptors=True, sms=16),
+    **{
+        config.schedule: dataclasses.replace(config, sms=16)
+        for config in shipped("gather_matmul", 90, torch.bfloat16)
+        if config.specialized
+    },
+}
+
+
+@pytest.fixture(params=_WAITING)
+def waiting(request: pytest.FixtureRequest) -> TileConfig:
+    """A configuration in which a kernel waits for words."""
+    config = _WAITING[request.param]
+    architecture = target_of(torch.device(_DEVICE, 0)).architecture
+    if config.descriptors and architecture < 90:
+        pytest.skip("descriptors need compute capability 9.0")
+    if config.specialized and architecture != 90:
+        pytest.skip("warp-specialized kernels are for compute capability 9")
+    return config
+
+
 @pytest.mark.parametrize(("dtype", "layout"), _CASES)
 def test_gather_matmul(dtype: torch.dtype, layout: dict[str, object]) -> None:
     for config in _configs("gather_matmul", dtype):
-        for chosen in (config, dataclasses.replace(config, descriptors=False)):
+        # Specialized ones have no variant without descriptors: the launch takes another configuration.
+        for chosen in (config,) if config.specialized else (config, dataclasses.replace(config, descriptors=False)):
             case = GatherCase(device=_DEVICE, dtype=dtype, **layout)  # type: ignore[arg-type]
             case.deliver()
             case.multiply(chosen)
@@ -138,14 +163,9 @@ def test_weight_gradient(dtype: torch.dtype, layout: dict[str, object], accumula
         case.gradient(config, swapped=swapped, accumulate=accumulate, out_dtype=out_dtype)
 
 
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_chunks_that_come_late_from_another_stream(descriptors: bool) -> None:
+def test_chunks_that_come_late_from_another_stream(waiting: TileConfig) -> None:
     """The kernel starts before anything has arrived, and reads what copies bring meanwhile, piece by piece."""
-    if descriptors and target_of(torch.device(_DEVICE, 0)).architecture < 90:
-        pytest.skip("descriptors need compute capability 9.0")
-    rows, pieces = 512, 4
-    # Fewer programs than multiprocessors: the fills of words below are kernels, and need room.
-    config = TileConfig(64, 64, 32, warps=4, stages=2, descriptors=descriptors, sms=16)
+    rows, pieces, config = 512, 4, waiting
     for attempt in range(5):
         case = GatherCase(
             world=3, rank=attempt % 3, rows=rows, depth=256, widths=(256,), pieces=pieces, device=_DEVICE, seed=attempt
@@ -229,9 +249,9 @@ def test_aborted_ends_all_waits() -> None:
 
 
 @pytest.mark.parametrize("end", ("late", "stopped"))
-def test_a_word_that_never_comes_ends_its_waits(end: str) -> None:
+def test_a_word_that_never_comes_ends_its_waits(end: str, waiting: TileConfig) -> None:
     """At the limit, or when the host says so; the block says which wait it was, and later ones end at once."""
-    config = TileConfig(64, 64, 32, warps=4, stages=2, sms=16)
+    config = waiting
     ready = GatherCase(world=2, rank=0, rows=128, device=_DEVICE)
     ready.deliver()
     ready.multiply(config)  # compiles

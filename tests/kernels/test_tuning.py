@@ -11,8 +11,8 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from odysseus_kernels.errors import KernelUnavailableError
-from odysseus_kernels.kernels import tuning
-from odysseus_kernels.kernels.configs import Problem, Target, candidates
+from odysseus_kernels.kernels import launch, tuning
+from odysseus_kernels.kernels.configs import Problem, Target, TileConfig, candidates, shipped
 from odysseus_kernels.kernels.tuning import SATISFIED, Signals, fastest
 
 TARGET = Target(90, 132, 227 * 1024)
@@ -33,7 +33,7 @@ def like(device: str = "cuda") -> Any:
 def test_the_fastest_is_kept_and_timed_once() -> None:
     ran, operand = [], like()
     configs = candidates("gather_matmul", TARGET, torch.bfloat16, PROBLEM)
-    times = iter([3.0, 1.0, 2.0, 4.0])
+    times = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
 
     def trial() -> Any:
         ran.append("trial")
@@ -43,7 +43,7 @@ def test_the_fastest_is_kept_and_timed_once() -> None:
         run()
         return next(times)
 
-    assert len(configs) == 4
+    assert len(configs) == 6
     for _ in range(2):
         assert fastest("gather_matmul", PROBLEM, operand, trial, seconds=seconds) == configs[1]
     assert ran == ["trial", *(config for config in configs for _ in range(2))]  # one run compiles, one is timed
@@ -64,6 +64,24 @@ def test_configurations_that_do_not_fit_are_left_out() -> None:
     assert fastest("gather_matmul", PROBLEM, like(), refuse(configs[2]), seconds=lambda run: 1.0) == configs[2]
     with pytest.raises(KernelUnavailableError, match="gather_matmul cannot be had .* OutOfResources: .*shared memory"):
         fastest("gather_matmul", PROBLEM, like(), refuse(), layout="none", seconds=lambda run: 1.0)
+
+
+def test_what_specialized_kernels_do_not_serve_others_do() -> None:
+    special = next(each for each in shipped("gather_matmul", 90, torch.bfloat16) if each.specialized)
+
+    def chosen(dtype: torch.dtype = torch.bfloat16, describable: bool = True, target: Target = TARGET) -> TileConfig:
+        operand = like()
+        operand.dtype = dtype
+        with mock.patch.object(launch, "target_of", return_value=target):
+            return launch.choose("gather_matmul", special, PROBLEM, operand, describable)
+
+    with mock.patch.object(launch, "interpreted", return_value=False):
+        assert chosen() == chosen(torch.float16) == special
+        assert not chosen(describable=False).specialized and not chosen(describable=False).descriptors
+        assert not chosen(torch.float32).specialized
+        assert not chosen(target=Target(100, 148, 227 * 1024)).specialized
+    with mock.patch.object(launch, "interpreted", return_value=True):
+        assert not chosen().specialized
 
 
 def test_nothing_is_timed_without_a_device_or_in_a_capture() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import json
@@ -270,11 +271,15 @@ def test_rows_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_what_is_compiled_before_is_what_rows_launch() -> None:
     """An operator and phase each, whose sizes a launch specialises on as on the benchmark's: all multiples of 16."""
     pytest.importorskip("triton")
-    from benchmarks.device.warm import warm_cases
+    from benchmarks.device.warm import warm_cases, warm_jobs
 
     wanted = {(case.operator, case.phase) for case in make_emulated_cases()}
     assert {(case.operator, case.phase) for case in warm_cases()} == wanted
     assert all(size % 16 == 0 for case in warm_cases() for size in (case.rows, case.inner, case.outer))
+    # Each with as many configurations as a kernel of its own has: six of the gather product, four of the others.
+    counts = collections.Counter((case.operator, case.phase) for case, _ in warm_jobs())
+    gathering = {("all_gather_linear", "forward"), ("linear_reduce_scatter", "backward")}
+    assert counts == {name: 6 if name in gathering else 4 for name in wanted}
 
 
 def test_tiles_that_do_not_compile_are_impossible_and_other_modes_fail(monkeypatch: pytest.MonkeyPatch) -> None:

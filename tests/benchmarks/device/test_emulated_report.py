@@ -170,6 +170,7 @@ def _document(monkeypatch: pytest.MonkeyPatch, *rows: dict[str, Any]) -> dict[st
     done.failed = [{"name": "some row", "failed": "RuntimeError: out of memory"}]
     kernel = {"kernel": "reduce", "shape": "8 x 64", "speed": "4 TB/s", "library": "4.2 TB/s", "share": 0.95}
     kernel["host_s"] = {"kernel": 0.125e-3, "library": 1.0}
+    kernel["tried_s"] = {"128x256x64": 2.0, "128x128x64 pingpong": 1.0}
     measured = kernels.Measured([kernel], [], ["another row"], ["multimem_reduce: not measured."])
     return emulated.make_document(arguments, done, measured)
 
@@ -203,6 +204,7 @@ def test_documents_label_links_as_emulated(
     text = paths[1].read_text()
     assert "EMULATED" in text
     assert "| emulated link |" in text
+    assert "| 0.125 | 128x128x64 pingpong |" in text
     for part in (
         "NVIDIA H200",
         "WRONG",
