@@ -292,13 +292,15 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
             words: list[Address] | None = None,
             values: list[int] | None = None,
             tag: int = 0,
+            beside: int = 0,
         ) -> None:
             """out[row, i] = cast(sources[0][row, i] + sources[1][row, i] + ...), 1 .. 16 sources.
 
             Adds in that order in fp32 (fp64 for "float64") and rounds once, to nearest even.  dtypes are equal, or one
             is "float32" and the other "bfloat16" or "float16".  ``out`` may be one of the sources.  Pitches are in
-            bytes, 0 for dense rows.  Takes a quarter of the device's multiprocessors at most, and a sixteenth where it
-            waits itself: with ``epoch``, ``words`` (one for each source) and ``values``, as :meth:`wait` does.
+            bytes, 0 for dense rows.  Holds at most ``beside`` multiprocessors, for a sum that runs beside products, or
+            with 0 the whole device; a sixteenth of it where it waits itself: with ``epoch``, ``words`` (one for each
+            source) and ``values``, as :meth:`wait` does.
             """
 
         def record(self, stream: int, event: int) -> None:
@@ -411,7 +413,7 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
 
         @staticmethod
         def reduce_grid(
-            work: int, share: Literal["device", "quarter", "waiting"], multiprocessors: int, cap: int = 0
+            work: int, share: Literal["device", "beside", "waiting"], multiprocessors: int, cap: int = 0
         ) -> tuple[int, int]:
             """(blocks, threads) for so many loads of each source."""
 

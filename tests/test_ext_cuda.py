@@ -265,9 +265,11 @@ def test_grids() -> None:
     assert HOST.reduce_grid(10**12, "device", 132) == (264, 512)
     assert HOST.reduce_grid(10**12, "device", 132, 10) == (10, 512)
     assert HOST.reduce_grid(10**12, "device", 132, 1000) == (264, 512)
-    assert HOST.reduce_grid(10**12, "quarter", 132) == (33, 1024)
+    assert HOST.reduce_grid(10**12, "beside", 132, 4) == (4, 1024)
+    assert HOST.reduce_grid(4096, "beside", 132, 4) == (2, 1024)
+    assert HOST.reduce_grid(10**12, "beside", 2, 4) == (2, 1024), "never two blocks on one multiprocessor"
     assert HOST.reduce_grid(10**12, "waiting", 132) == (8, 512)
-    for share in ("device", "quarter", "waiting"):
+    for share in ("device", "beside", "waiting"):
         assert HOST.reduce_grid(10**12, share, 1)[0] >= 1, "never no block"
     with pytest.raises(ValueError, match="got half"):
         HOST.reduce_grid(1, "half", 132)

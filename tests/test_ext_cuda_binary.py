@@ -95,6 +95,26 @@ def test_reductions_read_global_memory_16_bytes_at_once(machine_code: dict[str, 
             assert not re.search(r"\bLD\.E", body), "no generic loads"
 
 
+def most_loads_in_flight(body: str) -> int:
+    """Loads of 16 bytes that are issued one after the other, before anything is added or stored."""
+    most = current = 0
+    for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", body):
+        if instruction.startswith("LDG.E.128"):
+            current += 1
+            most = max(most, current)
+        elif re.match(r"FADD|DADD|HADD|FFMA|STG", instruction):
+            current = 0
+    return most
+
+
+def test_reductions_keep_as_many_loads_in_flight_as_their_rate_needs(machine_code: dict[str, str]) -> None:
+    """What ``planner/sums.py`` expects of one multiprocessor: 8 loads a thread, or two of each of two sources."""
+    for architecture, code in machine_code.items():
+        for body in functions(code, "reduce_kernel"):
+            few = "Lb1E" in body.splitlines()[0]
+            assert most_loads_in_flight(body) >= (4 if few else 8), (architecture, body.splitlines()[0])
+
+
 def test_signals_have_system_scope(machine_code: dict[str, str]) -> None:
     for code in machine_code.values():
         (signal,) = functions(code, "signal_kernel")

@@ -78,11 +78,11 @@ void lay_out(ReduceTask& task, std::size_t source_size, std::size_t out_size) {
 }
 
 Grid reduce_grid(std::uint64_t work, Share share, int multiprocessors, int cap) {
-  // A sixteenth of the multiprocessors still reads faster than a link brings.
-  const int limit = share == Share::kDevice    ? multiprocessors * kBlocksPerMultiprocessor
-                    : share == Share::kQuarter ? multiprocessors / 4
-                                               : multiprocessors / 16;
-  const int threads = share == Share::kQuarter ? kLargeBlock : kBlock;
+  // A sixteenth of the multiprocessors still reads faster than a link brings.  Beside products `cap` is what counts.
+  const int limit = share == Share::kDevice   ? multiprocessors * kBlocksPerMultiprocessor
+                    : share == Share::kBeside ? multiprocessors
+                                              : multiprocessors / 16;
+  const int threads = share == Share::kBeside ? kLargeBlock : kBlock;
   const std::uint64_t per_block = static_cast<std::uint64_t>(threads) * kAccessesPerThread;
   const std::uint64_t wanted = std::max<std::uint64_t>((work + per_block - 1) / per_block, 1);
   const int most = std::max(cap > 0 ? std::min(limit, cap) : limit, 1);

@@ -50,7 +50,7 @@ struct Grid {
 
 enum class Share {
   kDevice,   // alone on the device
-  kQuarter,  // beside products: a quarter of the multiprocessors, each filled, so that the others are left alone
+  kBeside,   // beside products: each block fills a multiprocessor, so that those it does not hold are left alone
   kWaiting,  // blocks that wait: few enough to be resident beside other work and other ranks on the same device
 };
 

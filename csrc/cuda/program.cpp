@@ -136,8 +136,10 @@ class ProgramPass : public Pass {
 
   void reduce(const ReduceOperation& operation, const ReduceTask& task, WaitTask wait) {
     if (operation.wait) complete(wait);
-    const Grid grid =
-        reduce_grid(accesses(task), operation.wait ? Share::kWaiting : Share::kQuarter, program_.multiprocessors_, 0);
+    const Share share = operation.wait         ? Share::kWaiting
+                        : operation.beside > 0 ? Share::kBeside
+                                               : Share::kDevice;
+    const Grid grid = reduce_grid(accesses(task), share, program_.multiprocessors_, operation.beside);
     ODY_CUDA(launch_reduce(task, wait, operation.source_dtype, operation.out_dtype, grid, stream_), "adding ",
              task.sources, " sources of ", operation.rows, " rows of ", operation.count, " elements");
   }

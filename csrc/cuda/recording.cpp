@@ -122,7 +122,8 @@ void Recording::advance(std::int64_t stream, Address epoch) {
 void Recording::reduce(std::int64_t stream, Address out, const std::string& out_dtype,
                        const std::vector<Address>& sources, const std::string& source_dtype, std::int64_t count,
                        std::int64_t rows, std::int64_t out_pitch,
-                       const std::optional<std::vector<std::int64_t>>& source_pitches, const ReduceWait& wait) {
+                       const std::optional<std::vector<std::int64_t>>& source_pitches, const ReduceWait& wait,
+                       std::int64_t beside) {
   ReduceOperation operation{};
   operation.out = out;
   operation.out_dtype = parse_dtype(out_dtype);
@@ -159,6 +160,9 @@ void Recording::reduce(std::int64_t stream, Address out, const std::string& out_
     ODY_CHECK_VALUE(wait.words->size(), ==, sources.size(), "each source has one word");
     operation.wait = WaitOperation{checked_words(*wait.epoch, *wait.words, *wait.values), checked_tag(wait.tag)};
   }
+  check_size(beside, "beside");
+  ODY_CHECK_VALUE(beside, <=, std::int64_t{std::numeric_limits<int>::max()}, "beside: a number of multiprocessors");
+  operation.beside = static_cast<int>(beside);
   add(stream, std::move(operation));
 }
 

@@ -53,6 +53,7 @@ struct ReduceOperation {
   std::uint64_t out_pitch;
   std::vector<std::uint64_t> source_pitches;
   std::optional<WaitOperation> wait;  // one word for each source
+  int beside;                         // multiprocessors that it may hold beside products, 0 for the whole device
 };
 
 struct RecordOperation {
@@ -96,7 +97,8 @@ class Recording {
   void advance(std::int64_t stream, Address epoch);
   void reduce(std::int64_t stream, Address out, const std::string& out_dtype, const std::vector<Address>& sources,
               const std::string& source_dtype, std::int64_t count, std::int64_t rows, std::int64_t out_pitch,
-              const std::optional<std::vector<std::int64_t>>& source_pitches, const ReduceWait& wait);
+              const std::optional<std::vector<std::int64_t>>& source_pitches, const ReduceWait& wait,
+              std::int64_t beside = 0);
   void record(std::int64_t stream, std::int64_t event);
   void depend(std::int64_t stream, std::int64_t event);
 

@@ -33,13 +33,13 @@ void register_recording(py::module_& module) {
              const std::vector<Address>& sources, const std::string& source_dtype, std::int64_t count,
              std::int64_t rows, std::int64_t out_pitch, const std::optional<std::vector<std::int64_t>>& source_pitches,
              const std::optional<Address>& epoch, const std::optional<std::vector<Address>>& words,
-             const std::optional<std::vector<std::int64_t>>& values, std::int64_t tag) {
+             const std::optional<std::vector<std::int64_t>>& values, std::int64_t tag, std::int64_t beside) {
             self.reduce(stream, out, out_dtype, sources, source_dtype, count, rows, out_pitch, source_pitches,
-                        {epoch, words, values, tag});
+                        {epoch, words, values, tag}, beside);
           },
           "stream"_a, "out"_a, "out_dtype"_a, "sources"_a, "source_dtype"_a, "count"_a, "rows"_a = 1,
           "out_pitch"_a = 0, "source_pitches"_a = py::none(), "epoch"_a = py::none(), "words"_a = py::none(),
-          "values"_a = py::none(), "tag"_a = 0)
+          "values"_a = py::none(), "tag"_a = 0, "beside"_a = 0)
       .def("record", &Recording::record, "stream"_a, "event"_a)
       .def("depend", &Recording::depend, "stream"_a, "event"_a)
       .def(
@@ -124,9 +124,9 @@ void register_program(py::module_& module) {
 
 Share parse_share(const std::string& name) {
   if (name == "device") return Share::kDevice;
-  if (name == "quarter") return Share::kQuarter;
+  if (name == "beside") return Share::kBeside;
   if (name == "waiting") return Share::kWaiting;
-  throw std::invalid_argument(concat("share: expected device, quarter or waiting, got ", name));
+  throw std::invalid_argument(concat("share: expected device, beside or waiting, got ", name));
 }
 
 // Places in ControlBlock in words of 32 bits, where kernels of others than this module find them.

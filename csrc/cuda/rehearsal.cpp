@@ -38,7 +38,7 @@ class RehearsalPass : public Pass {
     if (!counts()) return;
     std::vector<std::uint64_t> addresses{task.out};
     addresses.insert(addresses.end(), task.source, task.source + task.sources);
-    list("reduce", std::move(addresses), {signed_of(operation.count), operation.rows});
+    list("reduce", std::move(addresses), {signed_of(operation.count), operation.rows, operation.beside});
   }
 
   void record(int event) {

@@ -105,9 +105,11 @@ class ListedOperations:
         rows: int = 1,
         out_pitch: int = 0,
         source_pitches: list[int] | None = None,
+        *,
+        beside: int = 0,
     ) -> None:
         if count and rows:
-            self._add("reduce", stream, (out, *sources), (count, rows))
+            self._add("reduce", stream, (out, *sources), (count, rows, beside))
         else:
             self.made.append(lambda streams, bases: None)
 
@@ -207,4 +209,5 @@ def rehearsed(call: RehearsedCall, operations: Operations, schedule: Schedule | 
         layout=call.layout,
         tag=lambda waits: next(tags),
         finished=[(kind, windows[kind]) for kind in (SHARD, RECEIVE) if kind in windows],
+        beside=4,
     )

@@ -23,7 +23,7 @@ from odysseus_kernels.comm.transport import Call
 from odysseus_kernels.errors import CommunicationError, RankMismatchError, SignalTimeoutError
 from odysseus_kernels.testing.host_control import HostControl
 from odysseus_kernels.testing.replays import Node, edges, one_at_a_time
-from odysseus_kernels.testing.simulated_operations import Event, Item, SimulatedOperations
+from odysseus_kernels.testing.simulated_operations import Event, Item, SimulatedOperations, Sum
 
 __all__ = ["SimulatedDevice", "SimulatedMachine"]
 
@@ -167,6 +167,8 @@ class SimulatedDevice:
         self.control = HostControl()  # of kernels that wait by themselves
         self.waits: list[str] = []
         self.multiprocessors = 0
+        self.link_bytes_per_s = 0.0
+        self.sums: list[Sum] = []
         self.error: tuple[int, int] | None = None  # tag and index of the first wait that gave up
         self._epochs = {kind: torch.zeros(WINDOWS, dtype=torch.int32) for kind in _KINDS}
         self._backed: dict[_Window, int] = {}

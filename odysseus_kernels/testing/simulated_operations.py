@@ -14,7 +14,7 @@ from odysseus_kernels.comm.schedules.device import EPOCH
 if TYPE_CHECKING:
     from odysseus_kernels.testing.simulated_device import SimulatedDevice
 
-__all__ = ["Event", "Item", "SimulatedOperations"]
+__all__ = ["Event", "Item", "SimulatedOperations", "Sum"]
 
 
 class Event:
@@ -34,6 +34,15 @@ class Item:
     gives_up: Callable[[], None] | None = None  # of a wait
     label: str = ""
     hangs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """A sum that happened: how many sources of so many elements, and the multiprocessors it might hold (0: all)."""
+
+    sources: int
+    elements: int
+    beside: int
 
 
 class SimulatedOperations:
@@ -144,6 +153,8 @@ class SimulatedOperations:
         rows: int = 1,
         out_pitch: int = 0,
         source_pitches: list[int] | None = None,
+        *,
+        beside: int = 0,
     ) -> None:
         pitches = source_pitches or [0] * len(sources)
 
@@ -151,6 +162,7 @@ class SimulatedOperations:
             to, places = _address(bases, out), [_address(bases, source) for source in sources]
 
             def effect() -> None:
+                self._device.sums.append(Sum(len(places), count * rows, beside))
                 for row in range(rows):
                     begins = [place + row * pitch for place, pitch in zip(places, pitches, strict=True)]
                     names = [source_dtype] * len(begins)

@@ -37,10 +37,12 @@ class Device(Places, Protocol):
     Attributes:
         waits: what each tag of a wait stands for, for errors; it grows.
         multiprocessors: the fewest of any rank's device, so that ranks decide alike; 0 where that means nothing.
+        link_bytes_per_s: that the device's link brings in one direction; 0 where that is not known.
     """
 
     waits: list[str]
     multiprocessors: int
+    link_bytes_per_s: float
 
     def operations(self) -> Operations:
         """New, empty operations."""

@@ -34,6 +34,7 @@ from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS, check_queu
 from odysseus_kernels.comm.transport import Call
 from odysseus_kernels.config import shared_memory_directory
 from odysseus_kernels.errors import CommunicationError, FallbackWarning
+from odysseus_kernels.planner.hardware import hardware_for
 
 __all__ = ["CudaDevice", "connect", "device_identity"]
 
@@ -80,6 +81,8 @@ class CudaDevice:
         self._control = self._native.Control(device.index, self._state[-1:].data_ptr())
         self._control_address = torch.tensor([self._control.block], dtype=torch.int64).to(device)
         self.waits: list[str] = []
+        # By name: the driver tells no rate.  For an unknown one it is modest, and sums hold the fewest multiprocessors.
+        self.link_bytes_per_s = link or hardware_for(torch.cuda.get_device_name(device)).link_bytes_per_s
         self.multiprocessors = multiprocessors or torch.cuda.get_device_properties(device).multi_processor_count
         self._supervisor = Supervisor(self._control, ledger, self.waits)
         self._streams = [torch.cuda.Stream(device, _HIGH_PRIORITY) for name in STREAMS if name != COMPUTE]

@@ -13,9 +13,10 @@ from typing import Literal, Protocol
 
 import torch
 
+from odysseus_kernels.comm.device.operations import Address, Operations
 from odysseus_kernels.comm.schedules.device import AHEAD, OUT, RECEIVE, RECEIVE_SETS, SLOT, STAGE, STAGES
 from odysseus_kernels.comm.schedules.steps import SHARD, Kind, Region, Schedule, Step, Task, Word, piece_bounds
-from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS
+from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS, sums_beside_products
 
 __all__ = [
     "BASES",
@@ -35,7 +36,6 @@ __all__ = [
 ]
 
 Layout = Literal["cells", "visits", "ranks"]
-Address = tuple[int, int]  # index of a base, bytes from there
 
 # Addresses that are known when a plan is made have the base 0.
 BASES = ("absolute", SHARD, SLOT, STAGE, OUT, AHEAD)
@@ -47,49 +47,6 @@ _KINDS = {SHARD: 0, RECEIVE: 1}
 _OWNERS, _PEERS, _LOCAL = range(3)
 _MOST_WORDS = 32
 _ALIGNMENT = 256
-
-
-class Operations(Protocol):
-    """What a plan is recorded into; ``odysseus_kernels/_C.pyi`` documents it (``cuda.Program``)."""
-
-    def copy(
-        self,
-        stream: int,
-        dst: Address,
-        src: Address,
-        row_bytes: int,
-        rows: int = 1,
-        dst_pitch: int = 0,
-        src_pitch: int = 0,
-        over_link: bool = False,
-    ) -> None: ...
-    def wait(self, stream: int, epoch: Address, words: list[Address], values: list[int], tag: int) -> None: ...
-    def signal(self, stream: int, epoch: Address, words: list[Address], values: list[int]) -> None: ...
-    def advance(self, stream: int, epoch: Address) -> None: ...
-    def reduce(
-        self,
-        stream: int,
-        out: Address,
-        out_dtype: str,
-        sources: list[Address],
-        source_dtype: str,
-        count: int,
-        rows: int = 1,
-        out_pitch: int = 0,
-        source_pitches: list[int] | None = None,
-    ) -> None: ...
-    def record(self, stream: int, event: int) -> None: ...
-    def depend(self, stream: int, event: int) -> None: ...
-    def play(
-        self,
-        stops: list[int],
-        callbacks: Sequence[Callable[[], object] | None],
-        streams: list[int],
-        bases: list[int],
-        timeout_s: float,
-    ) -> None: ...
-    def __len__(self) -> int: ...
-    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +151,7 @@ def lower(
     layout: Layout = "cells",
     tag: Callable[[Sequence[Step]], int],
     finished: Sequence[tuple[str, int]] = (),
+    beside: int = 0,
 ) -> Plan:
     """Records ``schedule`` into ``operations``.
 
@@ -209,8 +167,12 @@ def lower(
             they are consumed; ``"ranks"``, a tensor [world, batch, rows, width] of all ranks' chunks.
         tag: gives a number to waits that are made in one go, by which an error can say what was waited for.
         finished: (kind, window) whose use is over at the end.
+        beside: multiprocessors that a sum may hold while products run beside it; 0 for all.
     """
-    lowering = _Lowering(operations, places, world, rank, windows, shard, out, ahead, slots, layout, tag)
+    # Where whole tensors are moved, nothing is multiplied meanwhile.
+    sums = frozenset() if layout == "ranks" else sums_beside_products(schedule.steps)
+    held = dict.fromkeys(sums, beside)
+    lowering = _Lowering(operations, places, world, rank, windows, shard, out, ahead, slots, layout, tag, held)
     return lowering.run(schedule, finished)
 
 
@@ -227,6 +189,7 @@ class _Lowering:
     slots: int
     layout: Layout
     tag: Callable[[Sequence[Step]], int]
+    held: dict[int, int]  # multiprocessors, by the piece of a sum beside products
 
     def run(self, schedule: Schedule, finished: Sequence[tuple[str, int]]) -> Plan:
         actions: list[Action] = []
@@ -394,6 +357,7 @@ class _Lowering:
             self.out.batch,
             self.out.pitch,
             [*[piece] * (len(received) - 1), self.out.pitch, piece],
+            beside=self.held.get(step.piece, 0),
         )
 
 

@@ -51,6 +51,7 @@ from odysseus_kernels.comm.schedules.steps import SHARD, Schedule, Step, Task
 from odysseus_kernels.comm.sent_ahead import SentAhead
 from odysseus_kernels.comm.transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
 from odysseus_kernels.errors import CommunicationError, KernelUnavailableError
+from odysseus_kernels.planner.sums import sum_multiprocessors
 from odysseus_kernels.planner.waves import wave_pieces
 
 __all__ = ["SymmetricDeviceTransport"]
@@ -308,6 +309,7 @@ class SymmetricDeviceTransport(Transport):
             layout=layout,
             tag=lambda steps: self._tag(call, steps),
             finished=[(kind, scratch.windows[kind]) for kind in (SHARD, RECEIVE) if kind in scratch.windows],
+            beside=sum_multiprocessors(self.world, self._device.link_bytes_per_s),
         )
 
     def _remember(self, key: Hashable, plan: Plan) -> None:

@@ -31,12 +31,23 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 
-from odysseus_kernels.comm.schedules.steps import Kind, Step, Word
+from odysseus_kernels.comm.schedules.steps import Kind, Step, Task, Word
 from odysseus_kernels.config import hardware_queues
 from odysseus_kernels.errors import FallbackWarning
 
-__all__ = ["COMPUTE", "COPY_STREAMS", "LOCAL", "SIGNALS", "STREAMS", "WAITS", "Builder", "check_queues"]
+__all__ = [
+    "COMPUTE",
+    "COPY_STREAMS",
+    "LOCAL",
+    "SIGNALS",
+    "STREAMS",
+    "WAITS",
+    "Builder",
+    "check_queues",
+    "sums_beside_products",
+]
 
 COMPUTE = "compute"
 WAITS = "waits"
@@ -159,6 +170,16 @@ class Builder:
         if to_peers:
             self._signalled.pop(stream, None)
             self._signalled[stream] = self._clocks[stream][stream]
+
+
+def sums_beside_products(steps: Sequence[Step]) -> frozenset[int]:
+    """Pieces whose sums may run while the rank's products do: those before its last product.
+
+    A sum that comes after it has the device for itself, since the end of a call waits for all of its streams.
+    """
+    products = [i for i, step in enumerate(steps) if step.task in (Task.CONSUME, Task.PRODUCE)]
+    last = products[-1] if products else 0
+    return frozenset(step.piece for step in steps[:last] if step.task is Task.ADD)
 
 
 @functools.cache
