@@ -62,6 +62,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "odysseus_kernels"
 
 
+def specialized_tiles() -> bool:
+    """Whether ODYSSEUS_SPECIALIZED_TILES is 1: warp-specialized tile kernels may be timed and chosen."""
+    return os.environ.get("ODYSSEUS_SPECIALIZED_TILES", "").strip() == "1"
+
+
 def host_name() -> str:
     """What ODYSSEUS_HOST calls the host of this rank; empty if it is not set, which means the machine's hostname."""
     return os.environ.get("ODYSSEUS_HOST", "").strip()

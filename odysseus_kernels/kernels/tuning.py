@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from odysseus_kernels.config import specialized_tiles
 from odysseus_kernels.errors import KernelUnavailableError
 from odysseus_kernels.kernels.configs import Kernel, Problem, TileConfig, candidates
 from odysseus_kernels.kernels.launch import target_of
@@ -110,6 +111,8 @@ def fastest(
     run, taken = trial(), dict[TileConfig, float]()
     refused: KernelUnavailableError | None = None
     for config in candidates(kernel, target_of(like.device), like.dtype, problem):
+        if config.specialized and not specialized_tiles():
+            continue  # they have not run on a device yet: whoever wants them says so
         try:
             with translated(kernel):
                 run(config)  # compiles

@@ -30,7 +30,8 @@ def like(device: str = "cuda") -> Any:
     return mock.Mock(device=mock.Mock(type=device), dtype=torch.bfloat16)
 
 
-def test_the_fastest_is_kept_and_timed_once() -> None:
+def test_the_fastest_is_kept_and_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ODYSSEUS_SPECIALIZED_TILES", "1")
     ran, operand = [], like()
     configs = candidates("gather_matmul", TARGET, torch.bfloat16, PROBLEM)
     times = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
@@ -49,6 +50,14 @@ def test_the_fastest_is_kept_and_timed_once() -> None:
     assert ran == ["trial", *(config for config in configs for _ in range(2))]  # one run compiles, one is timed
     again = fastest("gather_matmul", PROBLEM, operand, trial, layout="other", seconds=lambda run: 1.0)
     assert again == configs[0] and ran.count("trial") == 2
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_specialized_ones_are_timed_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    monkeypatch.setenv("ODYSSEUS_SPECIALIZED_TILES", "1" if wanted else "")
+    timed: list[TileConfig] = []
+    fastest("gather_matmul", PROBLEM, like(), lambda: timed.append, seconds=lambda run: 1.0)
+    assert any(config.specialized for config in timed) == wanted
 
 
 def test_configurations_that_do_not_fit_are_left_out() -> None:
