@@ -28,7 +28,7 @@ from odysseus_kernels.planner.hardware import GENERIC_GPU, hardware_for
 
 __all__ = ["gather_facts", "parse_topology", "why_not_writable"]
 
-_PACKAGES = ("numpy", "triton", "transformers", "accelerate", "peft", "flash-attn")
+_PACKAGES = ("numpy", "triton", "transformers", "accelerate", "peft", "trl", "flash-attn")
 _SMI_LIMIT_S = 5.0
 
 

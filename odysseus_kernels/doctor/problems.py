@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from odysseus_kernels.comm.schedules.streams import STREAMS
 from odysseus_kernels.doctor.report import Facts, Problem, RankReport
 from odysseus_kernels.doctor.slow_pairs import slow_pairs
+from odysseus_kernels.floors import OLDEST, too_old
 
 __all__ = ["OLDEST_PYTHON", "OLDEST_TORCH", "find_problems"]
 
@@ -60,6 +61,13 @@ def _of_software(facts: Facts) -> Iterator[Problem]:
             wanted = ".".join(map(str, oldest))
             yield Problem(
                 "error", f"expected {name} {wanted} or later, got {versions[name]}", f"install {name} {wanted}"
+            )
+    for name in OLDEST:
+        if versions.get(name) and too_old(name, versions[name]):
+            yield Problem(
+                "error",
+                f"expected {name} {OLDEST[name]} or later, got {versions[name]}: models cannot be parallelized with it",
+                f"pip install -U '{name}>={OLDEST[name]}'",
             )
     if not extension["usable"]:
         yield Problem(

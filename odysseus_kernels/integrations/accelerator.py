@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.serialization import default_restore_location
 
 from odysseus_kernels.comm.functional import all_gather
+from odysseus_kernels.floors import require
 from odysseus_kernels.nn.clipping import clip_grad_norm_
 from odysseus_kernels.nn.group import DATA_DIMENSION, SequenceGroup
 from odysseus_kernels.nn.step import Stepped
@@ -71,6 +72,7 @@ class SequenceAccelerator(Accelerator):
     _replica_group: Any
 
     def __init__(self, mesh: DeviceMesh, **arguments: Any) -> None:
+        require("accelerate")
         _refuse((name, arguments.get(name)) for name in _OTHERS)  # which accelerate may pass over on this machine
         super().__init__(**arguments)
         self._know(mesh)

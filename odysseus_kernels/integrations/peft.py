@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from odysseus_kernels.comm.functional import all_gather
+from odysseus_kernels.floors import require
 from odysseus_kernels.integrations.calls import changed_call
 from odysseus_kernels.integrations.saving import SavingRanks
 from odysseus_kernels.nn.adapters import adapters_of, base_of
@@ -190,6 +191,7 @@ def check_peft_model(model: Any) -> None:
     """Raises ValueError, naming the kind, for a PEFT model that does more than wrap linear layers by LoRA."""
     if not is_peft_model(model):
         return
+    require("peft")
     for name, config in model.peft_config.items():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":

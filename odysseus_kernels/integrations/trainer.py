@@ -20,6 +20,7 @@ import transformers
 from transformers import trainer_pt_utils
 
 from odysseus_kernels.errors import FallbackWarning
+from odysseus_kernels.floors import require
 from odysseus_kernels.integrations.accelerator import SequenceAccelerator
 from odysseus_kernels.integrations.checkpoint import load_checkpoint, save_checkpoint
 from odysseus_kernels.integrations.choosing import AUTO
@@ -342,6 +343,8 @@ def sequence_trainer(trainer: type[Any]) -> type[Any]:
     """
     if not isinstance(trainer, type) or not issubclass(trainer, transformers.Trainer):
         raise TypeError(f"trainer: expected a class that derives from transformers.Trainer, got {trainer!r}")
+    if trainer.__module__.startswith("trl."):
+        require("trl")
     if trainer.__module__.startswith("trl.") and trainer.__name__ != "SFTTrainer":
         raise TypeError(
             f"trainer: expected TRL's SFTTrainer or a trainer of your own, got {trainer.__name__}, which generates, or "

@@ -287,6 +287,13 @@ def test_oldest_versions_are_those_of_the_package() -> None:
     assert f'"torch>={".".join(map(str, OLDEST_TORCH))}"' in text
 
 
+def test_a_library_that_is_too_old_is_an_error(ranks_reports: tuple[RankReport, ...]) -> None:
+    ranks_reports[0].facts["versions"] |= {"peft": "0.18.1", "transformers": "5.17.0", "trl": None}
+    (problem,) = [one for one in find_problems(ranks_reports) if "models cannot be parallelized" in one.what]
+    assert problem.severity == "error" and problem.ranks == (0,)
+    assert problem.what.startswith("expected peft 0.19 or later, got 0.18.1")
+
+
 def test_writing_is_tried_and_leaves_nothing(tmp_path: Path) -> None:
     assert why_not_writable(tmp_path / "a" / "b", make=True) == ""
     assert list(tmp_path.iterdir()) == []
