@@ -8,7 +8,7 @@ import re
 __all__ = ["OLDEST", "require", "too_old"]
 
 OLDEST = {"transformers": "5.17", "accelerate": "1.10.1", "peft": "0.19", "trl": "1.16"}
-"""By the distribution's name.  Earlier ones build masks, count tokens or call models otherwise: tests fail with them."""
+"""By the distribution's name.  Earlier ones build masks, count tokens or call models otherwise, and tests fail."""
 
 
 def too_old(name: str, version: str) -> bool:
