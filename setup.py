@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, naive_recompile
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
@@ -124,20 +124,30 @@ def cuda_bindings() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / CSRC / "cuda").rglob("*.cpp"))
 
 
+def headers() -> list[str]:
+    """Headers of all sources."""
+    return sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / CSRC).rglob("*") if path.suffix in {".h", ".inl", ".cuh"}
+    )
+
+
+def needs_recompile(made: str, source: str) -> bool:
+    """Whether an object file is older than its source or any header: one of another header's making may not link."""
+    newest = max((ROOT / path).stat().st_mtime for path in (source, *headers()))
+    return Path(made).stat().st_mtime <= newest
+
+
 def make_extension() -> Pybind11Extension:
     """The one extension module; headers are named so that changing one rebuilds it."""
     host = sorted(str(path.relative_to(ROOT)) for path in (ROOT / CSRC).rglob("*.cpp") if "cuda" not in path.parts)
-    headers = sorted(
-        str(path.relative_to(ROOT)) for path in (ROOT / CSRC).rglob("*") if path.suffix in {".h", ".inl", ".cuh"}
-    )
     return Pybind11Extension(
         "odysseus_kernels._C",
         host + cuda_sources(),
-        depends=headers,
+        depends=headers(),
         cxx_std=17,
         extra_compile_args=["-O3", "-Wall", "-Wextra"],
     )
 
 
-ParallelCompile("ODYSSEUS_BUILD_JOBS", default=0, needs_recompile=naive_recompile).install()
+ParallelCompile("ODYSSEUS_BUILD_JOBS", default=0, needs_recompile=needs_recompile).install()
 setup(ext_modules=[make_extension()], cmdclass={"build_ext": BuildExt})

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,6 +103,24 @@ def test_missing_extension_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch)
 def _sources() -> Iterator[tuple[str, ast.Module]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
+
+
+def test_changed_headers_are_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An object that is older than a header was made for other declarations: the module would not load."""
+    helpers = pytest.importorskip("pybind11.setup_helpers")
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setattr(helpers.ParallelCompile, "install", lambda self: self)
+    built = runpy.run_path(str(ROOT / "setup.py"))
+    source, made = "csrc/bindings.cpp", tmp_path / "bindings.o"
+    made.touch()
+    headers = [(ROOT / path).stat().st_mtime for path in built["headers"]()]
+    assert len(headers) > 10
+    for moment, expected in ((max(headers) - 1, True), (max(headers), True)):
+        os.utime(made, (moment, moment))
+        assert built["needs_recompile"](str(made), source) == expected
+    moment = max(*headers, (ROOT / source).stat().st_mtime) + 1
+    os.utime(made, (moment, moment))
+    assert not built["needs_recompile"](str(made), source)
 
 
 def test_raw_collectives_stay_in_comm_and_the_reference() -> None:
