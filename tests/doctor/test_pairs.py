@@ -29,7 +29,7 @@ def test_every_pair_once_and_neighbours_first() -> None:
 
 
 def test_every_two_of_three_ranks_are_measured(tmp_path: Path) -> None:
-    # New processes, as doctor's are: a pair meets by a name with the number of groups in it, which earlier tests change.
+    # New processes, as doctor has: a pair meets by a name with the number of groups in it, which earlier tests change.
     found = run_ranks(cases.measure_pairs, 3, str(tmp_path / "store"), 60.0)
     for rank, pairs in enumerate(found):  # the first of two ranks tells
         assert [(pair["first"], pair["second"]) for pair in pairs if pair["transport"] == "symmetric"] == [
