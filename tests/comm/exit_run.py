@@ -22,12 +22,12 @@ def main(rank: int, world: int, meeting: str, transport: str) -> None:
     """Runs the calls."""
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timeout)
-    config = ody.OverlapConfig(transport=transport, timeout_s=TIMEOUT_S)
 
-    def call() -> None:
+    def call(timeout_s: float = TIMEOUT_S) -> None:
+        config = ody.OverlapConfig(transport=transport, timeout_s=timeout_s)
         ody.all_gather_linear(torch.ones(4, 8), torch.ones(6, 8), group=None, config=config)
 
-    call()
+    call(60.0)  # ranks have started at different times
     print("ready", flush=True)
     sys.stdin.readline()
     outcomes = []
