@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import transformers
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -45,8 +46,8 @@ def offload_activations(
         How much was moved, in bytes (``bytes_out``, ``bytes_in``); its ``remove()`` ends it.
 
     Raises:
-        ValueError: no such folder, bad numbers, a model without layers that can be checkpointed, or one that is
-            offloaded already.
+        ValueError: no such folder, bad numbers, a model without layers that can be checkpointed, one that is
+            offloaded already, or a version of transformers (5.17, for one) whose layers run hooks when computed again.
         OSError: in forward, where the disk is full; in backward, where it cannot be read.
 
     Example:
@@ -62,6 +63,12 @@ def offload_activations(
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"model: expected one whose layers can be checkpointed, got {type(model).__name__}")
+    if "__call__" in vars(GradientCheckpointingLayer):
+        raise ValueError(
+            f"offload_activations: expected a transformers whose layers checkpoint their forward alone, got "
+            f"{transformers.__version__}: there hooks run within the checkpoint, and all that a layer computes would "
+            f"be put away, not its input; pip install -U transformers"
+        )
     offload = offload_layers(
         layers,
         folder=tempfile.gettempdir() if folder is None else folder,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from offload_cases import BATCH, INPUT, LAYERS, LENGTH, WIDTH, assert_same_bits, make_batch, make_model, step
 from transformers import LlamaForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import odysseus_kernels as ody
 from odysseus_kernels.nn.offload_file import FileStore, is_memory
@@ -193,6 +194,10 @@ def test_bad_arguments(model: Any, tmp_path: Path) -> None:
         ody.offload_activations(model, folder=tmp_path, timeout_s=0)
     with pytest.raises(ValueError, match="expected one whose layers can be checkpointed, got Linear"):
         ody.offload_activations(torch.nn.Linear(2, 2), folder=tmp_path)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patched:  # as in transformers 5.17
+        patched.setattr(GradientCheckpointingLayer, "__call__", torch.nn.Module.__call__)
+        with pytest.raises(ValueError, match="hooks run within the checkpoint"):
+            ody.offload_activations(model, folder=tmp_path)
     offload = ody.offload_activations(model, folder=tmp_path)
     with pytest.raises(ValueError, match="not offloaded yet: call remove"):
         ody.offload_activations(model, folder=tmp_path)
