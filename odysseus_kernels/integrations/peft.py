@@ -191,7 +191,6 @@ def check_peft_model(model: Any) -> None:
     """Raises ValueError, naming the kind, for a PEFT model that does more than wrap linear layers by LoRA."""
     if not is_peft_model(model):
         return
-    require("peft")
     for name, config in model.peft_config.items():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":
@@ -243,8 +242,17 @@ def lora_linears(modules: Iterable[Any]) -> Iterator[Any]:
     return (module for module in modules if _is_lora_linear(module))
 
 
+@functools.cache
+def _require_peft() -> None:
+    require("peft")  # once: layers are looked at in every forward
+
+
 def check_adapter(name: str, module: Any, group: SequenceGroup) -> None:
-    """Raises ValueError unless all that the LoRA layer ``module`` does now is what ``nn/adapters.py`` computes."""
+    """Raises ValueError unless all that the LoRA layer ``module`` does now is what ``nn/adapters.py`` computes.
+
+    And ImportError for a PEFT that is too old: here, where adapters made after ``parallelize`` come by, too.
+    """
+    _require_peft()
     base = module.base_layer
     if type(base) is not nn.Linear and not (isinstance(base, nn.Linear) and is_parametrized(base)):
         raise ValueError(

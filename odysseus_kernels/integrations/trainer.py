@@ -345,11 +345,12 @@ def sequence_trainer(trainer: type[Any]) -> type[Any]:
         raise TypeError(f"trainer: expected a class that derives from transformers.Trainer, got {trainer!r}")
     if trainer.__module__.startswith("trl."):
         require("trl")
-    if trainer.__module__.startswith("trl.") and trainer.__name__ != "SFTTrainer":
-        raise TypeError(
-            f"trainer: expected TRL's SFTTrainer or a trainer of your own, got {trainer.__name__}, which generates, or "
-            f"copies its model: examples/grpo.py and examples/dpo.py show these losses with a parallelized model"
-        )
+        if trainer.__name__ != "SFTTrainer":
+            raise TypeError(
+                f"trainer: expected TRL's SFTTrainer or a trainer of your own, got {trainer.__name__}, which "
+                f"generates, or copies its model: examples/grpo.py and examples/dpo.py show these losses with a "
+                f"parallelized model"
+            )
     if issubclass(trainer, SequenceTrainer):
         return trainer
     return type(trainer.__name__, (SequenceTrainer, trainer), {"__doc__": trainer.__doc__})
