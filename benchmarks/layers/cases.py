@@ -27,6 +27,7 @@ __all__ = [
     "make_layer_cases",
     "make_variants",
     "parse_shape",
+    "pick_variants",
 ]
 
 Level = Literal["layer", "model"]
@@ -260,3 +261,22 @@ def make_variants(
                         for t in transports
                     ]
     return variants + [Variant(peer, "peer") for peer in peers]
+
+
+def pick_variants(variants: Sequence[Variant], pattern: str) -> list[Variant]:
+    """Those that move something and whose name ``pattern`` is found in, and their compute alone; all for ``""``.
+
+    Raises:
+        ValueError: if the pattern is not an expression, or is found in no name.
+    """
+    if not pattern:
+        return list(variants)
+    try:
+        kept = [variant for variant in variants if variant.kind != "alone" and re.search(pattern, variant.name)]
+    except re.error as error:
+        raise ValueError(f"--variants: {pattern!r} is not a regular expression: {error}") from None
+    if not kept:
+        names = "\n  ".join(variant.name for variant in variants if variant.kind != "alone")
+        raise ValueError(f"--variants: {pattern!r} is found in no name; the names are\n  {names}")
+    alone = {variant.alone for variant in kept}
+    return [variant for variant in variants if variant in kept or variant.name in alone]

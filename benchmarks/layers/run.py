@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.layers.cases import Variant, make_layer_cases, make_variants, parse_shape
+from benchmarks.layers.cases import Variant, make_layer_cases, make_variants, parse_shape, pick_variants
 from odysseus_kernels.config import MOST_PIECES
 
 if TYPE_CHECKING:
@@ -43,14 +43,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--pipeline", type=int, metavar="P", help="also attention pipelined in P pieces (default with --hosts: 8)"
     )
     group.add_argument("--no-peers", action="store_true", help="leave out torch's own parallelism")
+    group.add_argument(
+        "--variants",
+        default="",
+        metavar="REGEX",
+        help="only ways to compute a layer whose name this is found in, such as 'pipelined', and their compute alone",
+    )
 
 
 def check_options(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
     """Ends the program with usage where options do not go together; sets the default number of rounds."""
     if parsed.level == "operator":
-        if parsed.ring != 1 or parsed.strategies or parsed.no_peers or parsed.shapes or parsed.pipeline:
+        given = (parsed.strategies, parsed.no_peers, parsed.shapes, parsed.pipeline, parsed.variants)
+        if parsed.ring != 1 or any(given):
             parser.error(
-                "--ring, --strategies, --shapes, --pipeline and --no-peers: expected --level layer or model beside them"
+                "--ring, --strategies, --shapes, --pipeline, --no-peers and --variants: expected --level layer or "
+                "model beside them"
             )
         return
     try:
@@ -80,7 +88,7 @@ def make_layer_settings(arguments: argparse.Namespace, world_size: int) -> Layer
     """What ranks are told.
 
     Raises:
-        ValueError: no case is left, or a strategy that the package does not have.
+        ValueError: no case or variant is left, or a strategy that the package does not have.
     """
     from benchmarks.layers import peers
     from benchmarks.layers.ranks import LayerSettings
@@ -99,6 +107,7 @@ def make_layer_settings(arguments: argparse.Namespace, world_size: int) -> Layer
         peers=present,
         pipeline=arguments.pipeline,
     )
+    variants = pick_variants(variants, arguments.variants)
     cases = make_layer_cases(
         arguments.level, world_size, arguments.size, arguments.cases, ring=arguments.ring, shapes=arguments.shapes
     )
@@ -113,7 +122,7 @@ def make_layer_document(
     from benchmarks.layers import report as layer_report
 
     summarized = [layer_report.summarize_layer({**row, "dtype": arguments.dtype}) for row in rows]
-    names = ("level", "ring", "gathered", "strategies")
+    names = ("level", "ring", "gathered", "strategies", "variants")
     present = [] if arguments.no_peers else peers.present_peers(arguments.level)
     given = {**common["arguments"], **{name: getattr(arguments, name) for name in names}}
     return {

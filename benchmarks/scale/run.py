@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace, program: Path, common: dict[str, Any]) ->
         found: Rows = ask_ranks(link, program, arguments.command_line)
         rows = [report.summarize(row, link["bits_per_s"]) for row in found]
         parts.append({**link, "frame_bytes": FRAME_BYTES, "rows": rows})
-    names = ("level", "strategies", "pipeline", "shapes", "link")
+    names = ("level", "strategies", "pipeline", "shapes", "variants", "link")
     given = {**common["arguments"], **{name: getattr(arguments, name) for name in names}}
     document = {**common, "kind": "scale", "arguments": given, "thread_flops": flops, "parts": parts}
     report.print_document(document)

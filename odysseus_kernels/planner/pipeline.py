@@ -11,7 +11,7 @@ __all__ = ["pick_pieces", "piece_shares", "pipelined_seconds"]
 # forward, and 1.03 times backward; in 16 of 512 1.18 and 1.17 times.
 _LEAST_TOKENS = 1024
 _PIECES = (8, 4, 2)
-_SHARES = (1, 2, 4, 5)  # from either end on
+_SHARES = (1, 2, 3, 5, 6, 7)  # from the end of the sequence on
 _IN_FLIGHT = 2  # gathered pieces: of comm/schedules/collective.py
 
 
@@ -21,14 +21,16 @@ def pick_pieces(length: int) -> int:
 
 
 def piece_shares(pieces: int) -> tuple[int, ...]:
-    """Relative sizes of the pieces: 1, 2, 4, 5, ..., 5, 4, 2, 1.
+    """Relative sizes of the pieces: 4, 7, ..., 7, 6, 5, 3, 2, 1.
 
-    The first gather and the last scatter of a pass are hidden behind nothing, nor is a link busy while the last piece
-    that has arrived is computed; small pieces keep these short.  Large ones between them make products of many rows,
-    and more rows are under way ahead of those that are being computed.  Each is at most about twice the one before, so
-    that a piece has arrived when that one is computed.
+    A link idles behind a piece that takes longer to compute than what is under way meanwhile takes to travel.  Causal
+    attention grows along the sequence: towards its end pieces are smaller, so that they cost more nearly the same.  The
+    first gather and the last scatter of a pass are hidden behind nothing, nor is a link busy while the last piece that
+    has arrived is computed: both ends are small, the first one less, which has little attention.  Each is at most
+    about twice the one before, so that a piece has arrived when that one is computed.
     """
-    return tuple(_SHARES[min(index, pieces - 1 - index, len(_SHARES) - 1)] for index in range(pieces))
+    shares = [_SHARES[min(index, len(_SHARES) - 1)] for index in reversed(range(pieces))]
+    return ((shares[1] + 1) // 2, *shares[1:]) if pieces > 1 else (1,)
 
 
 def pipelined_seconds(

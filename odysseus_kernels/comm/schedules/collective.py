@@ -60,6 +60,7 @@ def collective_schedule(
     early: bool = True,
     late: bool = False,
     cuts_own: bool = False,
+    ahead: int = 0,
 ) -> Schedule:
     """Steps of ``rank`` for ``program`` over asynchronous collectives of a process group.
 
@@ -75,7 +76,8 @@ def collective_schedule(
     not idle behind a host that issues nothing while it multiplies:
 
     * a gather consumes the own shard piece by piece, between the others', as many pieces ahead as take a link that is
-      as fast as the products one piece's time;
+      as fast as the products one piece's time; of the first ``ahead`` pieces, which the call before has sent, the
+      others' come first: they are here, and the next piece travels in their buffers;
     * a scatter's own part of a piece comes after what the others are sent of the next one;
     * where both meet, one piece is gathered before the scatter and the next before its last but one: what is scattered
       does not wait behind what is needed later.
@@ -135,7 +137,7 @@ def collective_schedule(
     def gather() -> Iterator[Step]:
         owned = deque(range(gather_pieces) if cuts_own else (-1,))
         for piece in range(gather_pieces):
-            while owned and owned[0] < piece + world:
+            while owned and owned[0] < (piece if piece < ahead else piece + world):
                 yield Step(Kind.COMPUTE, Task.CONSUME, rank, owned.popleft())
             yield from arrived(piece)
 

@@ -17,6 +17,7 @@ from benchmarks.layers.cases import (
     Variant,
     make_layer_cases,
     make_variants,
+    pick_variants,
 )
 from benchmarks.layers.original import ORIGINAL, split_measured
 from benchmarks.layers.ranks import expected_traffic
@@ -72,6 +73,21 @@ def test_variants_stand_beside_their_compute_alone() -> None:
     limits = {(t.hidden, t.variant, t.base): t.limit for t in LAYER_TARGETS}
     assert limits[512, "odysseus fused symmetric", "odysseus alone"] == 1.08
     assert limits[1024, "tp_sp fused symmetric", "tp_sp alone"] == 1.06
+
+
+def test_variants_are_picked_with_their_compute_alone() -> None:
+    variants = make_variants(("tp_sp", "odysseus"), ("collective",), peers=(TORCH_TP_SP,), pipeline=8)
+    assert pick_variants(variants, "") == variants
+    assert [v.name for v in pick_variants(variants, "odysseus pipelined|torch")] == [
+        "tp_sp alone",  # what a peer stands beside
+        "odysseus alone",
+        "odysseus pipelined collective",
+        TORCH_TP_SP,
+    ]
+    with pytest.raises(ValueError, match=r"found in no name; the names are\n  tp_sp unfused collective"):
+        pick_variants(variants, "alone")
+    with pytest.raises(ValueError, match="not a regular expression"):
+        pick_variants(variants, "(")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -157,3 +157,69 @@ def test_tapered_spans_cover_all_rows(rows: int, pieces: int) -> None:
         sizes = [stop - start for start, stop in gathered]
         assert sizes[-1] == min(sizes) and max(sizes) <= rows * (0.67 if pieces == 2 else 0.38)
         assert abs((scattered[0][1] - scattered[0][0]) - sizes[-1]) <= 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("pieces", (1, 2, 5))
+def test_an_own_shard_that_is_cut_is_consumed_once_and_ahead(pieces: int, world: int) -> None:
+    for rank in range(world):
+        steps = collective_schedule("gather", world, rank, gather_pieces=pieces, cuts_own=True).steps
+        consumed = [(step.rank, step.piece) for step in steps if step.task is Task.CONSUME]
+        assert sorted(consumed) == sorted((peer, piece) for peer in range(world) for piece in range(pieces))
+        for index, step in enumerate(steps):
+            if step.kind is Kind.FINISH and step.task is Task.ALL_GATHER:
+                own = [s.piece for s in steps[:index] if s.task is Task.CONSUME and s.rank == rank]
+                assert own == list(range(min(step.piece + world, pieces)))
+
+
+def gathering_time(
+    steps: tuple[Step, ...], rank: int, pieces: int, product: float, wire: float, ahead: int = 0
+) -> float:
+    """When a gather's last product ends, if all products together take ``product`` and what arrives ``wire``.
+
+    Two ranks.  The link moves one piece after another, from when it was issued; the host multiplies and waits.  The
+    first ``ahead`` pieces have arrived before.
+    """
+    now, free, arrives = 0.0, 0.0, {}
+    for step in steps:
+        if step.kind is Kind.ISSUE:
+            free = max(free, now) + (wire / pieces if step.piece >= ahead else 0.0)
+            arrives[step.piece] = free
+        elif step.kind is Kind.FINISH:
+            now = max(now, arrives[step.piece])
+        else:
+            now += product / 2 / (pieces if step.piece >= 0 else 1)
+    return now
+
+
+@pytest.mark.parametrize("pieces", (2, 4, 8))
+@pytest.mark.parametrize("product", (0.5, 1.0, 1.5, 3.0))
+def test_a_cut_own_shard_keeps_the_link_busy(pieces: int, product: float) -> None:
+    """The wire and the last product, or the products without a wait; a whole own shard first is slower."""
+    steps = collective_schedule("gather", 2, 0, gather_pieces=pieces, cuts_own=True).steps
+    took = gathering_time(steps, 0, pieces, product, wire=1.0)
+    last = product / 2 / pieces
+    assert took == pytest.approx(max(1.0 + last, product))
+    whole = collective_schedule("gather", 2, 0, gather_pieces=pieces).steps
+    slower = gathering_time(whole, 0, pieces, product, wire=1.0)
+    assert slower >= took - 1e-9
+    if pieces > 2 and product == 1.0:
+        assert slower > took + 0.1
+
+
+@pytest.mark.parametrize("pieces", (4, 8))
+@pytest.mark.parametrize("product", (0.5, 1.0, 2.0))
+def test_what_was_sent_ahead_is_consumed_first(pieces: int, product: float) -> None:
+    """Its buffers are free after one product, and the link carries the next pieces while the own shard's are made."""
+    steps = collective_schedule("gather", 2, 0, gather_pieces=pieces, cuts_own=True, ahead=2).steps
+    consumed = [(step.rank, step.piece) for step in steps if step.task is Task.CONSUME]
+    assert sorted(consumed) == sorted((peer, piece) for peer in range(2) for piece in range(pieces))
+    assert consumed[0] == (1, 0)
+    last = product / 2 / pieces
+    took = gathering_time(steps, 0, pieces, product, wire=1.0, ahead=2)
+    assert took == pytest.approx(max(last + 1.0 - 2 / pieces + last, product))
+    usual = collective_schedule("gather", 2, 0, gather_pieces=pieces, cuts_own=True).steps
+    behind = gathering_time(usual, 0, pieces, product, wire=1.0, ahead=2)
+    assert behind >= took - 1e-9
+    if product == 0.5:  # the link is the narrow place
+        assert behind == pytest.approx(took + 2 * last)

@@ -352,11 +352,12 @@ def test_transfers_of_an_exchange_meet(program: Any, world: int) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("program", ("gather", "scatter", "gather+scatter", *EXCHANGES))
 @pytest.mark.parametrize("pieces", (1, 2, 5))
+@pytest.mark.parametrize("ahead", (0, 1, 2))
 @pytest.mark.parametrize("cuts_own", (False, True))
 def test_collectives_match_and_buffers_are_not_reused_in_flight(
-    world: int, program: Any, pieces: int, cuts_own: bool
+    world: int, program: Any, pieces: int, cuts_own: bool, ahead: int
 ) -> None:
-    options = {"gather_pieces": pieces, "scatter_pieces": pieces, "cuts_own": cuts_own}
+    options = {"gather_pieces": pieces, "scatter_pieces": pieces, "cuts_own": cuts_own, "ahead": ahead}
     issued = []
     for rank in range(world):
         steps = collective_schedule(program, world, rank, **options).steps
@@ -376,51 +377,6 @@ def test_collectives_match_and_buffers_are_not_reused_in_flight(
                 assert set(step.reads) <= filled, step
         assert not flying
     assert all(order == issued[0] for order in issued)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("pieces", (1, 2, 5))
-def test_an_own_shard_that_is_cut_is_consumed_once_and_ahead(pieces: int, world: int) -> None:
-    for rank in range(world):
-        steps = collective_schedule("gather", world, rank, gather_pieces=pieces, cuts_own=True).steps
-        consumed = [(step.rank, step.piece) for step in steps if step.task is Task.CONSUME]
-        assert sorted(consumed) == sorted((peer, piece) for peer in range(world) for piece in range(pieces))
-        for index, step in enumerate(steps):
-            if step.kind is Kind.FINISH and step.task is Task.ALL_GATHER:
-                own = [s.piece for s in steps[:index] if s.task is Task.CONSUME and s.rank == rank]
-                assert own == list(range(min(step.piece + world, pieces)))
-
-
-def gathering_time(steps: tuple[Step, ...], rank: int, pieces: int, product: float, wire: float) -> float:
-    """When a gather's last product ends, if all products together take ``product`` and what arrives ``wire``.
-
-    Two ranks.  The link moves one piece after another, from when it was issued; the host multiplies and waits.
-    """
-    now, free, arrives = 0.0, 0.0, {}
-    for step in steps:
-        if step.kind is Kind.ISSUE:
-            free = max(free, now) + wire / pieces
-            arrives[step.piece] = free
-        elif step.kind is Kind.FINISH:
-            now = max(now, arrives[step.piece])
-        else:
-            now += product / 2 / (pieces if step.piece >= 0 else 1)
-    return now
-
-
-@pytest.mark.parametrize("pieces", (2, 4, 8))
-@pytest.mark.parametrize("product", (0.5, 1.0, 1.5, 3.0))
-def test_a_cut_own_shard_keeps_the_link_busy(pieces: int, product: float) -> None:
-    """The wire and the last product, or the products without a wait; a whole own shard first is slower."""
-    steps = collective_schedule("gather", 2, 0, gather_pieces=pieces, cuts_own=True).steps
-    took = gathering_time(steps, 0, pieces, product, wire=1.0)
-    last = product / 2 / pieces
-    assert took == pytest.approx(max(1.0 + last, product))
-    whole = collective_schedule("gather", 2, 0, gather_pieces=pieces).steps
-    slower = gathering_time(whole, 0, pieces, product, wire=1.0)
-    assert slower >= took - 1e-9
-    if pieces > 2 and product == 1.0:
-        assert slower > took + 0.1
 
 
 def test_bad_arguments() -> None:
