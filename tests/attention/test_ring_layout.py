@@ -69,10 +69,10 @@ def test_pieces_of_a_rank_are_small_at_both_ends(rows: int, count: int) -> None:
 
 
 def test_sizes_of_pieces() -> None:
-    assert piece_rows(4096, 8) == (448, 832, 832, 704, 576, 384, 192, 128)
-    assert piece_rows(20_000, 8) == (2286, 4000, 4000, 3428, 2857, 1715, 1143, 571)
+    assert piece_rows(4096, 8) == (128, 512, 768, 768, 768, 640, 384, 128)
+    assert piece_rows(20_000, 8) == (625, 2500, 3750, 3750, 3750, 3125, 1875, 625)
     assert piece_rows(8, 8) == (1,) * 8
-    assert piece_rows(6, 4) == (2, 2, 1, 1)
+    assert piece_rows(6, 4) == (1, 2, 2, 1)
     assert piece_rows(7, 1) == (7,)
 
 

@@ -68,7 +68,8 @@ class CollectiveRun:
             scatter_pieces=len(self._spans[Task.ALL_TO_ALL]),
             # On a GPU the host runs ahead, and one product of the whole own shard is faster.
             cuts_own=self._call.device.type == "cpu",
-            ahead=len(self._work),
+            # Backward adds products up, and bits depend on their order.
+            ahead=len(self._work) if self._call.phase == "forward" else 0,
         )
         sender = Sender(self._call, prefetch, schedule, self._lane, self._rank, self._world)
         first = -1

@@ -76,8 +76,8 @@ def collective_schedule(
     not idle behind a host that issues nothing while it multiplies:
 
     * a gather consumes the own shard piece by piece, between the others', as many pieces ahead as take a link that is
-      as fast as the products one piece's time; of the first ``ahead`` pieces, which the call before has sent, the
-      others' come first: they are here, and the next piece travels in their buffers;
+      as fast as the products one piece's time; if the call before has sent ``ahead`` pieces, the others' of each piece
+      come before: the first is here, and another one travels in its buffers;
     * a scatter's own part of a piece comes after what the others are sent of the next one;
     * where both meet, one piece is gathered before the scatter and the next before its last but one: what is scattered
       does not wait behind what is needed later.
@@ -136,10 +136,13 @@ def collective_schedule(
 
     def gather() -> Iterator[Step]:
         owned = deque(range(gather_pieces) if cuts_own else (-1,))
+        # Products of as many rows as without anything ahead, for bits depend on that: each just one place later.
+        late = 1 if ahead and cuts_own else 0
         for piece in range(gather_pieces):
-            while owned and owned[0] < (piece if piece < ahead else piece + world):
+            while owned and piece >= late and owned[0] < piece - late + world:
                 yield Step(Kind.COMPUTE, Task.CONSUME, rank, owned.popleft())
             yield from arrived(piece)
+        yield from (Step(Kind.COMPUTE, Task.CONSUME, rank, piece) for piece in owned)
 
     def both() -> Iterator[Step]:
         yield gather_step(Kind.ISSUE, 0)
@@ -218,8 +221,10 @@ def sends_ahead_after(schedule: Schedule) -> tuple[int, int]:
     """Indices of the steps after which a call of ``schedule`` issues the first and the second transfer ahead.
 
     A process group carries out collectives in the order of their issue.  So the first comes behind all that the call
-    gathers or is given itself, which it needs sooner, or else behind all that it sends; the second when all of the
-    call's own has arrived: it delays nothing, and the link is never idle before the next call has begun.
+    gathers or is given itself, which it needs sooner, or else behind all that it sends.  The second comes behind
+    everything, where the first has not: it delays nothing, and a rank that is ahead of its peers has something to send
+    until their last results arrive.  Else it comes when all of the call's own has arrived, so that no more than two
+    pieces are held beside the call's.
     """
     issued: list[int] = []
     given: list[int] = []
@@ -229,6 +234,8 @@ def sends_ahead_after(schedule: Schedule) -> tuple[int, int]:
             (given if step.task in _GATHERS else issued).append(index)
         elif step.kind is Kind.FINISH:
             finished.append(index)
+    if given and issued and given[-1] < issued[-1]:
+        return given[-1], issued[-1]
     return (given or issued)[-1], finished[-1]
 
 
