@@ -190,6 +190,7 @@ def traffic(rank: int, world: int, kind: str, transport: str, mode: str, dtype: 
 def largest_allocation(rank: int, world: int, kind: str, dtype: str) -> tuple[int, int, int, int]:
     """Bytes of the largest allocation; of a chunk's logits, of the gathered operand, and of logits [R, V/N].
 
+    A chunk's are what torch's own product with them allocates, where that is more: on some CPUs it copies them.
     Many rows and a large vocabulary of few features, so that logits would be larger than anything else.
     """
     problem = Problem(rows=(1024,), features=8, vocabulary=512, bias=False)
@@ -201,7 +202,11 @@ def largest_allocation(rank: int, world: int, kind: str, dtype: str) -> tuple[in
     _, largest = peak_of_others(events, set())
     wide = 8 if dtype == "float64" else 4
     gathered = max(data.hidden.numel(), data.weight.numel()) * wide
-    return largest, chunk_rows * problem.vocabulary * wide, gathered, 1024 * problem.vocabulary * wide
+    logits = torch.ones(chunk_rows, problem.vocabulary, dtype=getattr(torch, dtype))
+    weight = torch.ones(problem.vocabulary, problem.features, dtype=logits.dtype)
+    _, of_product = peak_of_others(record_allocations(lambda: [logits @ weight])[1], set())
+    chunk = max(chunk_rows * problem.vocabulary * wide, of_product)
+    return largest, chunk, gathered, 1024 * problem.vocabulary * wide
 
 
 def subsets_of_gradients(rank: int, world: int, kind: str) -> None:
