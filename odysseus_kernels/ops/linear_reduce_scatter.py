@@ -59,7 +59,7 @@ def linear_reduce_scatter(
         bias: [n], the same on all ranks; added once, not once for each rank.
         group: the ranks; None is the default group.
         dim: dimension of x that is cut over the ranks; not the last.
-        config: mode, transport, pieces, time limit.
+        config: mode, transport, pieces, time limit; ``reduce="nvls"`` lets the NVLink switch add.
         prefetch: what every rank gathers next with this group, sent ahead meanwhile (:func:`zero3_linear`).
 
     Returns:
@@ -122,11 +122,12 @@ def _forward(
         _tiles.prepare_scatter(out[0], group.rank(), world, [whole[0]], [weight], bias)
 
     shapes = f"x {[*x.shape[:-1], '*']} dim {dim}, bias {bias is not None}"
-    can_tile = _tiles.can_serve(layout, [weight])
+    switched = config.reduce == "nvls"
+    can_tile = _tiles.can_serve(layout, [weight]) and not switched
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         scatter = Scatter(out, produce, tiles if can_tile else None, prepare)
-        call = Call(_NAME, "forward", settled, None, scatter, shapes, prefetch=prefetch)
+        call = Call(_NAME, "forward", settled, None, scatter, shapes, prefetch=prefetch, switched=switched)
         if settled.mode != "unfused":
             transport.execute(call)
             return
@@ -151,6 +152,7 @@ def _forward(
         tiles=can_tile,
         rows=output.numel() // output.shape[-1] if output.numel() else 0,
         columns=output.shape[-1],
+        switched=switched,
     )
     dispatch(group, config, x.device, run, phase)
     return output

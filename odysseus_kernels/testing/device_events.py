@@ -42,8 +42,8 @@ class DeviceCall:
 
     Attributes:
         program: what is communicated.
-        kind: chunk by chunk, by one kernel whose tiles wait, through a switch, or the end of a shard that was sent ahead
-            for nothing.
+        kind: chunk by chunk, by one kernel whose tiles wait, through a switch, or the end of a shard that was sent
+            ahead for nothing.
         windows: index of the window of each buffer that the call uses.
         slots: local slots for pieces of others; through a switch, sets of cells for pieces of all.
         published: the shard was sent ahead by an earlier call, into this window.

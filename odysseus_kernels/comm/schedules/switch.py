@@ -56,7 +56,7 @@ class _Switch(Builder):
         return self.record(WAITS)
 
     def scatter(self, pieces: int) -> None:
-        """Pieces outside, targets inside, the own part last: an owner adds as soon as a piece is complete everywhere."""
+        """Pieces outside, targets inside, the own part last: an owner adds once a piece is complete everywhere."""
         room, added = self._room, list[int]()
         for piece in range(pieces):
             later = piece + 1
