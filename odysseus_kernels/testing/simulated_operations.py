@@ -194,11 +194,12 @@ class SimulatedOperations:
         def make(bases: list[int]) -> tuple[int, Item]:
             to, address = _address(bases, out), _address(bases, multicast)
             _check_vectors(to, address, nbytes, out_pitch if rows > 1 else 0)
+            places = machine.behind(address)  # as they are now: a later call may make windows larger
 
             def effect() -> None:
                 self._device.sums.append(Sum(machine.world, count * rows, beside))
                 for row in range(rows):
-                    parts = [_tensor(place + row * nbytes, nbytes, kind) for place in machine.behind(address)]
+                    parts = [_tensor(place + row * nbytes, nbytes, kind) for place in places]
                     _tensor(to + row * (out_pitch or nbytes), nbytes, kind).copy_(_added(parts, machine.order))
 
             return stream, Item(effect, label=f"sum of the switch for rank {self._device.rank}")
@@ -220,9 +221,10 @@ class SimulatedOperations:
         def make(bases: list[int]) -> tuple[int, Item]:
             here, address = _address(bases, src), _address(bases, multicast)
             _check_vectors(here, address, row_bytes, src_pitch if rows > 1 else 0)
+            places = machine.behind(address)
 
             def effect() -> None:
-                for place in machine.behind(address):
+                for place in places:
                     for row in range(rows):
                         ctypes.memmove(place + row * row_bytes, here + row * (src_pitch or row_bytes), row_bytes)
 

@@ -82,9 +82,8 @@ class _Switch(Builder):
         out = (Region(self.rank, OUT, piece),)
         step = Step(Kind.COMPUTE, Task.ADD, self.rank, piece, reads=everywhere, writes=out, stream=LOCAL)
         self.add(LOCAL, step)
-        added = self.record(LOCAL)
         self.signal(LOCAL, Word(self.rank, PARTS, 0, self.rank), _value(piece, pieces), peer=self.rank, piece=piece)
-        return added
+        return self.record(LOCAL)
 
     # ---- stores to all -----------------------------------------------------------------------------------------------
 
@@ -107,13 +106,13 @@ class _Switch(Builder):
         self.signal(LOCAL, stored, _value(piece, self._pieces), peer=self.rank, piece=piece)
 
     def consume(self, stored: int) -> None:
-        """All pieces, of which ``stored`` are under way; each next one is stored before the last one is consumed."""
+        """All pieces, of which ``stored`` are under way; with several sets the next one goes before one is consumed."""
         self.add(COMPUTE, Step(Kind.COMPUTE, Task.CONSUME, self.rank, -1))  # read where the caller has it
         for piece in range(self._pieces):
             for source in self.peers:
                 self.wait(WAITS, Word(source, PUSHED, 0, source), piece + 1, peer=source, piece=piece)
             self.depend(COMPUTE, self.record(WAITS))
-            if stored < self._pieces:
+            if stored < min(self._pieces, piece + self._sets):
                 self.store(stored)
                 stored += 1
             for source in self.peers:
@@ -124,6 +123,9 @@ class _Switch(Builder):
                 for source in self.peers:
                     consumed = Word(source, PUSHED, 0, self.rank)
                     self.signal(SIGNALS, consumed, _value(piece, self._pieces), peer=source, piece=piece)
+            if stored == piece + 1 < self._pieces:  # into the one set of cells
+                self.store(stored)
+                stored += 1
 
 
 def _value(piece: int, pieces: int) -> int:
