@@ -58,53 +58,56 @@ __device__ __forceinline__ void store_all(std::uint64_t multicast, uint4 value) 
 #endif
 }
 
-// Calls each(i, count) for vectors i, i + threads, ... of a row, `count` at once.
-template <class Each>
-__device__ __forceinline__ void stride(std::uint64_t vectors, const Each& each) {
+// Local memory, which the compiler cannot know to be global.
+__device__ __forceinline__ uint4 load_own(std::uint64_t address) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_own(std::uint64_t address, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+// Moves this thread's vectors of each row, kInFlight at a time: all are loaded before the first is stored.
+template <class Load, class Store>
+__device__ __forceinline__ void move_rows(const MultimemTask& task, const Load& load, const Store& store) {
   const std::uint64_t threads = static_cast<std::uint64_t>(gridDim.x) * blockDim.x;
-  std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (; i + (kInFlight - 1) * threads < vectors; i += kInFlight * threads) each(i, threads, true);
-  for (; i < vectors; i += threads) each(i, threads, false);
+  const std::uint64_t first = static_cast<std::uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (std::uint64_t row = 0; row < task.rows; ++row) {
+    const std::uint64_t local = task.local + row * task.pitch;
+    const std::uint64_t everywhere = task.multicast + row * task.vectors * sizeof(uint4);
+    std::uint64_t i = first;
+    for (; i + (kInFlight - 1) * threads < task.vectors; i += kInFlight * threads) {
+      uint4 values[kInFlight];
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) values[j] = load(local, everywhere, (i + j * threads) * sizeof(uint4));
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) store(local, everywhere, (i + j * threads) * sizeof(uint4), values[j]);
+    }
+    for (; i < task.vectors; i += threads) {
+      store(local, everywhere, i * sizeof(uint4), load(local, everywhere, i * sizeof(uint4)));
+    }
+  }
 }
 
 template <DType kDType>
-__global__ void __launch_bounds__(kLargestBlock, 1)
-    multimem_sum_kernel(const __grid_constant__ MultimemTask task) {
+__global__ void __launch_bounds__(kLargestBlock, 1) multimem_sum_kernel(const __grid_constant__ MultimemTask task) {
   fence_aliases();
-  for (std::uint64_t row = 0; row < task.rows; ++row) {
-    uint4* const out = reinterpret_cast<uint4*>(task.local + row * task.pitch);
-    const std::uint64_t from = task.multicast + row * task.vectors * sizeof(uint4);
-    stride(task.vectors, [&](std::uint64_t i, std::uint64_t threads, bool several) {
-      if (!several) {
-        out[i] = load_sum<kDType>(from + i * sizeof(uint4));
-        return;
-      }
-      uint4 sums[kInFlight];
-#pragma unroll
-      for (int j = 0; j < kInFlight; ++j) sums[j] = load_sum<kDType>(from + (i + j * threads) * sizeof(uint4));
-#pragma unroll
-      for (int j = 0; j < kInFlight; ++j) out[i + j * threads] = sums[j];
-    });
-  }
+  move_rows(
+      task, [](std::uint64_t, std::uint64_t everywhere, std::uint64_t i) { return load_sum<kDType>(everywhere + i); },
+      [](std::uint64_t local, std::uint64_t, std::uint64_t i, uint4 sum) { store_own(local + i, sum); });
 }
 
-__global__ void __launch_bounds__(kLargestBlock, 1)
-    multimem_store_kernel(const __grid_constant__ MultimemTask task) {
-  for (std::uint64_t row = 0; row < task.rows; ++row) {
-    const uint4* const from = reinterpret_cast<const uint4*>(task.local + row * task.pitch);
-    const std::uint64_t to = task.multicast + row * task.vectors * sizeof(uint4);
-    stride(task.vectors, [&](std::uint64_t i, std::uint64_t threads, bool several) {
-      if (!several) {
-        store_all(to + i * sizeof(uint4), from[i]);
-        return;
-      }
-      uint4 values[kInFlight];
-#pragma unroll
-      for (int j = 0; j < kInFlight; ++j) values[j] = from[i + j * threads];
-#pragma unroll
-      for (int j = 0; j < kInFlight; ++j) store_all(to + (i + j * threads) * sizeof(uint4), values[j]);
-    });
-  }
+__global__ void __launch_bounds__(kLargestBlock, 1) multimem_store_kernel(const __grid_constant__ MultimemTask task) {
+  move_rows(
+      task, [](std::uint64_t local, std::uint64_t, std::uint64_t i) { return load_own(local + i); },
+      [](std::uint64_t, std::uint64_t everywhere, std::uint64_t i, uint4 value) { store_all(everywhere + i, value); });
   fence_aliases();
 }
 

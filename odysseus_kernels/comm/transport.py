@@ -317,7 +317,8 @@ class Transport(abc.ABC):
             return
         summed = None if call.scatter is None else call.scatter.out
         stored = None if call.gather is None else call.gather.shard
-        check_switched(call.name, call.config.mode, self.no_switch, summed, stored)
+        setting = "gather" if summed is None and call.collective is None else "reduce"  # an all-reduce is both
+        check_switched(call.name, setting, call.config.mode, self.no_switch, summed, stored)
 
     @abc.abstractmethod
     def _execute(self, call: Call) -> None: ...

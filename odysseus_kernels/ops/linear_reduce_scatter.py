@@ -59,7 +59,8 @@ def linear_reduce_scatter(
         bias: [n], the same on all ranks; added once, not once for each rank.
         group: the ranks; None is the default group.
         dim: dimension of x that is cut over the ranks; not the last.
-        config: mode, transport, pieces, time limit; ``reduce="nvls"`` lets the NVLink switch add.
+        config: mode, transport, pieces, time limit; ``reduce="nvls"`` lets the NVLink switch add y, ``gather="nvls"``
+            bring dy to all ranks.
         prefetch: what every rank gathers next with this group, sent ahead meanwhile (:func:`zero3_linear`).
 
     Returns:
@@ -219,15 +220,16 @@ def _backward(
             _tiles.prepare_weight_gradient(shard[0], group.rank(), world, total, whole[0], gathered_is_grad=True)
 
     shapes = f"x {[*x.shape[:-1], '*']} dim {dim}"
+    switched = config.gather == "nvls"
     # The bias's gradient is a sum over rows, for which there is no kernel that waits.
-    can_tile = _tiles.can_serve(layout, [weight]) and not bias_needed
+    can_tile = _tiles.can_serve(layout, [weight]) and not bias_needed and not switched
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         nonlocal total, bias
         total = WeightGradient(weight, weight_needed=weight_needed)
         bias = CommonBiasGradient(weight, group.rank(), world)
         gather = Gather(shard, consume, tiles=tiles if can_tile else None, prepare=prepare)
-        call = Call(_NAME, "backward", settled, gather, None, shapes)
+        call = Call(_NAME, "backward", settled, gather, None, shapes, switched=switched)
         if settled.mode != "unfused":
             transport.execute(call)
             return
@@ -255,6 +257,7 @@ def _backward(
         flops=2 * x.numel() * weight.shape[0] * (input_needed + weight_needed),
         gathered_bytes=grad.nbytes,
         tiles=can_tile,
+        switched=switched,
     )
     dispatch(group, config, x.device, run, phase)
     results = [total.weight(), bias.total(shard) if bias_needed else None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -41,5 +42,17 @@ def messages(rank: int, world: int) -> dict[str, str]:
         "length": _message(lambda: rs(torch.randn(2, 2 * world + 1, 8), w, group=None)),
         "mesh": _message(lambda: ag(x, w, group=mesh)),
         "group": _message(lambda: ag(x, w, group="seq")),
+        **{
+            f"switch {name} {transport}": _message(
+                functools.partial(operator, x, w, group=None, config=ody.OverlapConfig(**settings, transport=transport))
+            )
+            for transport in ("symmetric", "collective")
+            for name, operator, settings in (
+                ("rs", rs, {"reduce": "nvls"}),
+                ("ar", ody.linear_all_reduce, {"reduce": "nvls"}),
+                ("ag", ag, {"gather": "nvls"}),
+                ("rs unfused", rs, {"reduce": "nvls", "mode": "unfused"}),
+            )
+        },
         "outsider": _message(lambda: ag(x, w, group=dist.GroupMember.NON_GROUP_MEMBER)),
     }

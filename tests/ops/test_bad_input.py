@@ -26,6 +26,21 @@ EXPECTED = {
     "mesh": ("one-dimensional", "dp"),
     "group": ("ProcessGroup", "'seq'"),
     "outsider": ("member",),
+    **{
+        f"switch {name} {transport}": (
+            operator,
+            "GPUs behind one NVLink switch",
+            "got ranks without",
+            f'use {setting}="ranks"',
+        )
+        for transport in ("symmetric", "collective")
+        for name, operator, setting in (
+            ("rs", "linear_reduce_scatter (forward)", "reduce"),
+            ("ar", "linear_all_reduce (forward)", "reduce"),
+            ("ag", "all_gather_linear (forward)", "gather"),
+            ("rs unfused", "linear_reduce_scatter (forward)", "reduce"),
+        )
+    },
 }
 
 
@@ -52,6 +67,8 @@ def test_without_a_process_group() -> None:
         ({"chunks_per_rank": True}, "1 to 64"),
         ({"reduce_dtype": torch.bfloat16}, "torch.float32"),
         ({"timeout_s": 0}, "above 0"),
+        ({"reduce": "switch"}, "'nvls'"),
+        ({"gather": "pull"}, "'nvls'"),
     ),
 )
 def test_configuration(arguments: dict[str, object], message: str) -> None:

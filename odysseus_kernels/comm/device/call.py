@@ -147,8 +147,8 @@ class Scratch:
 
     def take_windows(self, device: Device) -> None:
         """Windows in which products read and write: a switch adds and copies between them."""
-        for name in (PARTS, PUSHED):
-            if name in self.windows:
+        for name, block in ((PARTS, self.out), (PUSHED, self.shard)):
+            if name in self.windows and block is not None and block.nbytes:
                 self._memory[name] = device.own_window(name, self.windows[name])
 
     def bases(self) -> list[int]:
@@ -184,25 +184,25 @@ class Scratch:
             if own:
                 return lambda: gather.consume(rank, 0, shard.rows, gather.shard)
             start, stop = shard.bounds(step.piece)
-            where = step.reads[0]
-            block = self._cell(PUSHED if where.buffer == PUSHED else SLOT, shard, where, stop - start)
+            block = self._cell(gather.shard, shard, step.reads[0], stop - start)
             return lambda: gather.consume(step.rank, start, stop, block)
         scatter, out = self.scatter, self.out
         assert step.task is Task.PRODUCE and scatter is not None and out is not None
         start, stop = out.bounds(step.piece)
-        switched = step.writes[0].buffer == PARTS
-        if own and not switched:
+        if own and step.writes[0].buffer != PARTS:
             return lambda: scatter.produce(rank, start, stop, scatter.out[:, start:stop])
-        stage = self._cell(PARTS if switched else STAGE, out, step.writes[0], stop - start)
+        stage = self._cell(scatter.out, out, step.writes[0], stop - start)
         return lambda: scatter.produce(step.rank, start, stop, stage)
 
-    def _cell(self, name: str, block: Block, region: Region, rows: int) -> Tensor:
-        key = (name, region.part, rows)
+    def _cell(self, like: Tensor, block: Block, region: Region, rows: int) -> Tensor:
+        if not block.nbytes:  # there is no memory for it
+            return like.new_empty((block.batch, rows, block.width))
+        key = (region.buffer, region.part, rows)
         found = self._cells.get(key)
         if found is None:  # there are few, which the pieces of a call use in turn
             begin = region.part * block.cell_bytes
             nbytes = block.batch * rows * block.row_bytes
-            cell = self._memory[name][begin : begin + nbytes]
+            cell = self._memory[region.buffer][begin : begin + nbytes]
             found = self._cells[key] = cell.view(block.dtype).view(block.batch, rows, block.width)
         return found
 

@@ -256,8 +256,9 @@ class SymmetricDeviceTransport(Transport):
             sizes[name, leases[name].window] = parts_bytes(out, self.world) if switched else received
             ended.append((name, leases[name]))
         prefetch = call.prefetch
-        # What an exchange shares is another transport's.
-        if prefetch is not None and prefetch.kind == "gather" and not (tiles or whole or self._device.capturing()):
+        # What an exchange shares is another transport's; nothing is sent ahead beside what a switch moves.
+        able = not (tiles or whole or switched or self._device.capturing())
+        if prefetch is not None and prefetch.kind == "gather" and able:
             shard = scratch.prefetch = prefetch.shard
             scratch.ahead = Block.of(shard, pieces.of_gather(call, shard, self.world))
             leases[AHEAD] = self._leases[SHARD].lease()

@@ -252,6 +252,42 @@ def test_memory_stays_within_two_chunks() -> None:
         assert group.transports[0].reserved_bytes <= 2 * rows * 8 * 4
 
 
+@pytest.mark.parametrize("switched", (False, True))
+def test_no_rows(switched: bool) -> None:
+    group = Group(3)
+    for _ in range(3):
+        gathers, gather_check = gather_part(group, 2, 0, 8, torch.float32)
+        scatters, scatter_check = scatter_part(group, 2, 0, 8, torch.float32)
+        for parts in ((gathers, None), (None, scatters), (gathers, scatters)):
+            group.enqueue(*parts, CONFIG, switched=switched)
+        group.checks += [gather_check, scatter_check]
+        group.run(0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_sent_ahead_beside_it(seed: int) -> None:
+    """What the next call gathers is published by that call; what was sent ahead before is dropped."""
+    group = Group(3, seed)
+    shards = [group.random(1, 4, 8) for _ in range(3)]
+    if seed % 2:
+        gathers, check = gather_part(group, 1, 4, 8, torch.float32)
+        group.enqueue(gathers, None, CONFIG, shards)
+        group.checks.append(check)
+    scatters, check = scatter_part(group, 1, 4, 8, torch.float32)
+    with CommRecorder() as record:
+        group.enqueue(None, scatters, NVLS, shards, switched=True)
+        group.checks.append(check)
+        seen = [torch.full((3, 1, 4, 8), torch.nan, dtype=torch.float64) for _ in range(3)]
+        gathers = [
+            Gather(shard, lambda source, start, stop, block, to=to: to[source, :, start:stop].copy_(block))
+            for shard, to in zip(shards, seen, strict=True)
+        ]
+        group.enqueue(gathers, None, CONFIG)
+    assert record.ahead() == {"served": 0, "open": 3, "dropped": 3 * (seed % 2)}
+    group.run(seed)
+    assert all(torch.equal(to, torch.stack(shards)) for to in seen)
+
+
 # ---- what is refused, on all ranks and before anything is sent -------------------------------------------------------
 
 
@@ -280,6 +316,20 @@ def test_what_no_switch_serves(dtype: torch.dtype, width: int, mode: Any, said: 
             with pytest.raises(ValueError, match=said):
                 transport.reduce_scatter(call, torch.zeros(2, 1, 4, width, dtype=dtype))
     assert group.machine.calls == [[], []], "no rank said that it makes a call"
+
+
+def test_what_is_stored_is_checked_by_its_own_setting() -> None:
+    group = Group(2)
+    gathers, _ = gather_part(group, 1, 4, 6, torch.bfloat16)
+    call = Call("operator", "forward", CONFIG, gathers[0], switched=True)
+    with pytest.raises(ValueError, match=r'for gather="nvls", got 6 of torch.bfloat16.*use gather="ranks"'):
+        group.transports[0].execute(call)
+    with pytest.raises(ValueError, match=r'for reduce="nvls", got 6 of torch.bfloat16'):
+        group.transports[0].execute(dataclasses.replace(call, collective="all_reduce"))
+    wide, check = gather_part(group, 1, 4, 8, torch.float64)  # nothing is added
+    group.enqueue(wide, None, CONFIG, switched=True)
+    group.checks.append(check)
+    group.run(0)
 
 
 def test_devices_without_a_switch() -> None:
