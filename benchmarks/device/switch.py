@@ -4,8 +4,8 @@ Run on all GPUs of a machine with NVLink switches::
 
     torchrun --nproc-per-node 8 -m benchmarks.device.switch --output switch.json
 
-Where no switch adds (one GPU, GPUs without one, CPU ranks) nothing is measured: it says why, and exits with 77.  Every
-row is one operator's forward pass, unfused and fused, each with and without the switch; rows that are wrong have no
+Where no switch adds (one GPU, GPUs without one, CPU ranks) nothing is measured: it says why, and ranks exit with 77.
+Every row is one operator's forward pass, unfused and fused, each with and without the switch; what is wrong has no
 time.  Beside a row stand the bytes that a rank sends and what the cost model predicts.
 """
 

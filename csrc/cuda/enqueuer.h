@@ -20,8 +20,8 @@ class Pass {
   virtual void enqueue(std::int64_t first, std::int64_t last) = 0;
 };
 
-// Resolves addresses and cuts operations into launches.  A Sink takes them: set_stream(index, handle), then copy, wait,
-// signal, advance, reduce, multicast, record and depend.
+// Resolves addresses and cuts operations into launches.  A Sink takes them: set_stream(index, handle), then copy,
+// wait, signal, advance, reduce, multicast, record and depend.
 template <class Sink>
 class Enqueuer {
  public:

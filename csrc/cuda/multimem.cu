@@ -1,10 +1,10 @@
 // Sums and copies by the switch: one load of a multicast address returns the sum over all ranks' memory, one store
 // reaches all of them.
 //
-// Order.  The same memory has two addresses here: products write, and read, by the ranks' own ones, these kernels go by
-// the multicast one.  Both are ordered by what stands between them in the schedule: the writing kernel ends before its
-// rank signals with release at system scope, and the reading kernel begins after its rank has acquired that signal.
-// The proxy fence is for the second address, on the side of these kernels, since products have none.
+// Order.  The same memory has two addresses here: products write, and read, by the ranks' own ones, these kernels go
+// by the multicast one.  Both are ordered by what stands between them in the schedule: the writing kernel ends before
+// its rank signals with release at system scope, and the reading kernel begins after its rank has acquired that
+// signal.  The proxy fence is for the second address, on the side of these kernels, since products have none.
 #include "launch.cuh"
 #include "tasks.h"
 

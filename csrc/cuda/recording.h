@@ -79,8 +79,8 @@ struct DependOperation {
 
 struct Operation {
   int stream;
-  std::variant<CopyOperation, WaitOperation, SignalOperation, AdvanceOperation, ReduceOperation,
-               MulticastOperation, RecordOperation, DependOperation>
+  std::variant<CopyOperation, WaitOperation, SignalOperation, AdvanceOperation, ReduceOperation, MulticastOperation,
+               RecordOperation, DependOperation>
       what;
 };
 

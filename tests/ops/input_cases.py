@@ -22,9 +22,15 @@ def _message(function: Callable[[], object]) -> str:
     raise AssertionError("no ValueError")
 
 
+def rs_output(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Whose gradient a switch is to bring."""
+    return ody.linear_reduce_scatter(x, weight, group=None, config=ody.OverlapConfig(gather="nvls"))
+
+
 def messages(rank: int, world: int) -> dict[str, str]:
     x, w = torch.randn(2, 4, 8), torch.randn(6, 8)
     mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("seq", "dp"))
+    stores = rs_output(torch.randn(2, 4, 8, requires_grad=True), w)
     ag, rs, z3 = ody.all_gather_linear, ody.linear_reduce_scatter, ody.zero3_linear
     return {
         "inner": _message(lambda: ag(x, torch.randn(6, 7), group=None)),
@@ -54,5 +60,6 @@ def messages(rank: int, world: int) -> dict[str, str]:
                 ("rs unfused", rs, {"reduce": "nvls", "mode": "unfused"}),
             )
         },
+        "switch backward": _message(lambda: torch.autograd.backward(stores.sum())),
         "outsider": _message(lambda: ag(x, w, group=dist.GroupMember.NON_GROUP_MEMBER)),
     }

@@ -25,6 +25,7 @@ EXPECTED = {
     "length": ("divide by 2 ranks", "[2, 5, 8]", "shard_sequence"),
     "mesh": ("one-dimensional", "dp"),
     "group": ("ProcessGroup", "'seq'"),
+    "switch backward": ("linear_reduce_scatter (backward)", "GPUs behind one NVLink switch", 'use gather="ranks"'),
     "outsider": ("member",),
     **{
         f"switch {name} {transport}": (
@@ -80,3 +81,9 @@ def test_configuration_survives_its_key() -> None:
     config = ody.OverlapConfig("fused", "collective", 3, "save", torch.float64, 1.5)
     assert ody.OverlapConfig.from_key(config.key()) == config
     assert ody.OverlapConfig.from_key(ody.OverlapConfig().key()) == ody.OverlapConfig()
+
+
+def test_a_configuration_survives_as_a_key() -> None:
+    for settings in ({"reduce": "nvls"}, {"gather": "nvls"}, {"reduce": "nvls", "gather": "nvls", "tile_rows": 8}):
+        config = ody.OverlapConfig(**settings)  # type: ignore[arg-type]
+        assert ody.OverlapConfig.from_key(config.key()) == config != ody.OverlapConfig()
