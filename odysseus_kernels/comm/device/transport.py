@@ -4,8 +4,8 @@ Concurrency contract.  Products run on the caller's current stream.  Copies, wai
 transport's own streams of high priority, which leave the caller's stream at the start of a call and join it at the end:
 what the caller enqueues next happens after the whole call, so memory that was used may be freed at once and the
 allocator needs to know nothing.  ``execute`` returns when everything is enqueued, not when it has happened; the host
-never waits for the device.  No SM is spent on moving data; waiting takes one small block, adding the rest of what
-products leave.
+never waits for the device.  No SM is spent on moving data (but few on storing it through a switch); waiting takes one
+small block, adding the rest of what products leave.
 
 Memory.  A rank's windows hold its published shard and what it receives (two sets of pieces, one from each peer), or for
 calls through a switch what it makes for all ranks, and what all ranks store; slots and stages are scratch memory of
