@@ -303,6 +303,34 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
             source) and ``values``, as :meth:`wait` does.
             """
 
+        def reduce_multicast(
+            self,
+            stream: int,
+            out: Address,
+            multicast: Address,
+            dtype: str,
+            count: int,
+            rows: int = 1,
+            out_pitch: int = 0,
+            beside: int = 0,
+        ) -> None:
+            """out[row, i] = the sum of all ranks' memory behind a multicast address, as :meth:`cuda.multimem_reduce`
+            adds it.  Rows there are dense; ``out_pitch`` is in bytes, 0 for dense rows.  Rows, pitch and addresses are
+            multiples of 16 bytes.  ``beside`` as in :meth:`reduce`.
+            """
+
+        def store_multicast(
+            self,
+            stream: int,
+            multicast: Address,
+            src: Address,
+            row_bytes: int,
+            rows: int = 1,
+            src_pitch: int = 0,
+            beside: int = 0,
+        ) -> None:
+            """All ranks' memory behind a multicast address = src[row]; otherwise as :meth:`reduce_multicast`."""
+
         def record(self, stream: int, event: int) -> None:
             """Event (0 .. 4095): everything that the stream has so far."""
 
@@ -374,7 +402,8 @@ class cuda:  # noqa: N801 - a submodule; absent where the extension was built wi
                 """(kind, stream, addresses, values) of each launch since the last time.
 
                 Addresses of words begin with the epoch's.  Values: of a copy row_bytes, rows, both pitches, over_link;
-                of waits and signals the words' values, then a wait's tag; of a reduction count and rows; of an event
+                of waits and signals the words' values, then a wait's tag; of a reduction count and rows; of what goes
+                by multicast, whose local address is the first one, row_bytes, rows, local pitch, beside; of an event
                 its number.
                 """
 

@@ -28,6 +28,7 @@ __all__ = [
     "Gathered",
     "Mode",
     "OverlapConfig",
+    "Switched",
     "TransportName",
     "Tune",
     "cache_directory",
@@ -41,6 +42,7 @@ __all__ = [
 Mode = Literal["auto", "fused", "tiles", "unfused"]
 TransportName = Literal["auto", "symmetric", "collective"]
 Gathered = Literal["regather", "save"]
+Switched = Literal["ranks", "nvls"]
 Tune = Literal["auto", "measure", "model"]
 
 MOST_PIECES = 64
@@ -87,6 +89,18 @@ class OverlapConfig:
         gathered: ``"regather"`` keeps only the local shard for backward (1/N activations), ``"save"`` keeps the
             gathered input of :func:`all_gather_linear` and saves one all-gather in backward.
         reduce_dtype: type in which partial results of several ranks are added (fp64 inputs always add in fp64).
+        reduce: who adds partial results in :func:`linear_reduce_scatter` and :func:`linear_all_reduce`: ``"ranks"``,
+            each its own rows, always in the same order; or ``"nvls"``, the NVLink switch, which also brings the sums of
+            an all-reduce to all ranks.  That needs GPUs behind one switch, and rows of fp32, bf16 or fp16 that are
+            multiples of 16 bytes; else it is a ValueError on all ranks.  The switch adds in an order of its own, so
+            bits need not repeat: N parts p, added in fp32 and rounded once to their type, are within
+            ``g * sum(abs(p)) + u * (abs(sum(p)) + g * sum(abs(p)))`` of the exact sum, with g = (N - 1) * 2**-23 to
+            first order, u = 2**-7 for bf16, 2**-10 for fp16 and 0 for fp32 (``comm/switch.py``).  Not yet run on a
+            device.
+        gather: who brings the shards of :func:`all_gather_linear`, and of gradients in :func:`linear_reduce_scatter`'s
+            backward: ``"ranks"``, each fetches the others'; or ``"nvls"``, each stores its own to all ranks at once
+            through the switch, where that can be had (as for ``reduce``), else it is a ValueError on all ranks.  Not
+            yet run on a device.
         timeout_s: seconds after which a wait for a live peer becomes an error that names it.
         tune: how ``mode="auto"`` chooses: ``"measure"`` times all modes at the first call of each shape and remembers
             the fastest for this machine, ``"model"`` computes; ``"auto"`` measures on CUDA and computes on the CPU.
@@ -119,9 +133,13 @@ class OverlapConfig:
     tile_bytes: int = 1 << 30
     pipeline: int | Literal["auto"] | None = "auto"
     tile_rows: int | None = None
+    reduce: Switched = "ranks"
+    gather: Switched = "ranks"
 
     def __post_init__(self) -> None:
-        for name, choices in (("mode", Mode), ("transport", TransportName), ("gathered", Gathered), ("tune", Tune)):
+        named: dict[str, object] = {"mode": Mode, "transport": TransportName, "gathered": Gathered, "tune": Tune}
+        named |= {"reduce": Switched, "gather": Switched}
+        for name, choices in named.items():
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}: expected one of {get_args(choices)}, got {getattr(self, name)!r}")
         chunks = self.chunks_per_rank
@@ -153,7 +171,8 @@ class OverlapConfig:
     @functools.lru_cache(maxsize=256)
     def from_key(key: str) -> OverlapConfig:
         """The configuration that :meth:`key` turned into ``key``."""
-        mode, transport, chunks, gathered, reduce_dtype, timeout_s, tune, tile_bytes, pipeline, rows = key.split("|")
+        mode, transport, chunks, gathered, reduce_dtype, timeout_s, tune, *more = key.split("|")
+        tile_bytes, pipeline, rows, reduce, gather = more
         return OverlapConfig(
             mode=cast(Mode, mode),
             transport=cast(TransportName, transport),
@@ -165,6 +184,8 @@ class OverlapConfig:
             tile_bytes=int(tile_bytes),
             pipeline="auto" if pipeline == "auto" else None if pipeline == "None" else int(pipeline),
             tile_rows=None if rows == "None" else int(rows),
+            reduce=cast(Switched, reduce),
+            gather=cast(Switched, gather),
         )
 
 

@@ -128,6 +128,15 @@ def test_operations_are_checked_when_they_are_recorded() -> None:
         (lambda: recording.reduce(*REDUCE, 2, 0, [8]), "got 8 and 16: source_pitches: rows overlap"),
         (lambda: recording.reduce(*REDUCE, epoch=A), "expected all of them or none"),
         (lambda: recording.reduce(*REDUCE, epoch=A, words=[B, B], values=[1, 1]), "each source has one word"),
+        (lambda: recording.reduce_multicast(0, A, B, "float64", 4), "got float64: no switch adds it"),
+        (lambda: recording.reduce_multicast(0, A, B, "bfloat16", 7), "14 bytes of a row: expected a multiple of 16"),
+        (lambda: recording.reduce_multicast(0, A, (-1, 0), "float32", 4), "got -1 and 0: multicast: index of a base"),
+        (lambda: recording.reduce_multicast(0, A, B, "float32", -4), "got -4 and 0: count"),
+        (lambda: recording.reduce_multicast(0, A, B, "float32", 4, 2, 24), "pitch 24: expected a multiple of 16"),
+        (lambda: recording.reduce_multicast(0, A, B, "float32", 8, 2, 16), "got 16 and 32: pitch: rows overlap"),
+        (lambda: recording.store_multicast(0, A, B, 24), "24 bytes of a row: expected a multiple of 16"),
+        (lambda: recording.store_multicast(0, A, B, 16, -1), "got -1 and 0: rows"),
+        (lambda: recording.store_multicast(0, A, B, 16, beside=-1), "got -1 and 0: beside"),
         (lambda: recording.record(0, 65536), "got 65536 and 65536: event"),
         (lambda: recording.depend(0, -1), "got -1 and 0: event"),
         (lambda: recording.depend(0, 3), "one that an earlier operation records, got 3"),
@@ -168,6 +177,17 @@ def test_runs_are_checked_before_anything_is_enqueued() -> None:
     for arguments, text in cases:
         with pytest.raises(ValueError, match=text):
             recording.check_run(*arguments)
+
+
+def test_multicast_addresses_are_checked_before_anything_is_enqueued() -> None:
+    recording = CUDA.Recording()
+    recording.reduce_multicast(0, (1, 0), (0, 4096), "bfloat16", 8)
+    recording.store_multicast(0, (0, 8192), (1, 0), 16)
+    recording.check_run(0, 2, [0], [0, 256], 0.0)
+    with pytest.raises(ValueError, match="local of operation 0 at 264 is not aligned to 16 bytes"):
+        recording.check_run(0, 2, [0], [0, 264], 0.0)
+    with pytest.raises(ValueError, match="local of operation 1 is a null pointer"):
+        recording.check_run(1, 2, [0], [0, 0], 0.0)
 
 
 # ---- words and times -----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ if not hasattr(C, "cuda"):
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 SMALL = ("11wait_kernel", "13signal_kernel", "14advance_kernel", "11book_kernel", "14release_kernel")
 REDUCTIONS = 16  # eight pairs of types, few and many sources
+SWITCHED = 4  # sums in three types, stores
 
 
 def find_cuobjdump() -> str | None:
@@ -59,7 +60,7 @@ def test_architectures() -> None:
 
 def test_no_kernel_spills_and_all_fit_their_blocks() -> None:
     usage = re.findall(r"Function ([^:]+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage"))
-    assert len(usage) == len(ARCHITECTURES) * (REDUCTIONS + 5 + 3)
+    assert len(usage) == len(ARCHITECTURES) * (REDUCTIONS + len(SMALL) + SWITCHED)
     for name, registers, stack, local in usage:
         assert (stack, local) == ("0", "0"), name
         assert int(registers) <= 64, f"{name}: 1024 threads have 64 registers each"
@@ -125,10 +126,38 @@ def test_signals_have_system_scope(machine_code: dict[str, str]) -> None:
         assert "NANOSLEEP" in wait
 
 
-def test_multicast_loads_only_where_there_are_any(machine_code: dict[str, str]) -> None:
-    # LDGMC is multimem.ld_reduce.
+def test_multicast_accesses_only_where_there_are_any(machine_code: dict[str, str]) -> None:
+    """Four accesses of 16 bytes in flight, and a fence for the second address on the side of memory that others use."""
     for architecture, code in machine_code.items():
-        bodies = functions(code, "multimem_kernel")
-        assert len(bodies) == 3
+        sums, stores = functions(code, "multimem_sum_kernel"), functions(code, "multimem_store_kernel")
+        assert (len(sums), len(stores)) == (3, 1)
+        able = architecture != "sm_80"
+        # LDGMC is multimem.ld_reduce.  Of 16-bit types ADD would be without acc::f32, which is F32ADD or, since sm_100,
+        # HPADD.
+        for body in sums:
+            loads = re.findall(r"\bLDGMC\.E\.(?:(?:F32ADD|HPADD)\.B?F16x8|ADD\.F32x4)\.RN\.STRONG\.SYS\b", body)
+            assert len(loads) == body.count("LDGMC") == 5 * able, architecture
+        (body,) = stores  # multimem.st is a store like any other: it is the address that is another
+        assert len(re.findall(r"\bSTG\.E\.128\.STRONG\.SYS\b", body)) == 5 * able, architecture
+        for body in (*sums, *stores):
+            assert ("MEMBAR.SC.SYS" in body) == able, "the fence for a second address"
+            assert not re.search(r"\b(?:LD|ST)\.E", body), "no generic accesses"
+
+
+def test_multicast_instructions_of_the_portable_code() -> None:
+    """PTX says what is meant more plainly than machine code: scope, order, and in what the switch adds."""
+    text = dump("-ptx")
+    for instruction in (
+        "multimem.ld_reduce.relaxed.sys.global.add.v4.f32",
+        "multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.bf16x2",
+        "multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.f16x2",
+        "multimem.st.relaxed.sys.global.v4.f32",
+    ):
+        assert text.count(instruction) >= 5, instruction
+    for name in ("multimem_sum_kernel", "multimem_store_kernel"):
+        bodies = [part for part in text.split(".entry ")[1:] if name in part.splitlines()[0]]
         for body in bodies:
-            assert ("LDGMC" in body) == (architecture != "sm_80"), architecture
+            fence, access = body.index("fence.proxy.alias"), re.search(r"multimem\.(?:st|ld_reduce)", body)
+            assert access is not None
+            # Before what reads others' products, behind what others' products will read.
+            assert (fence < access.start()) == (name == "multimem_sum_kernel")

@@ -22,6 +22,8 @@ Batch = Mapping[str, Tensor]
 def operators(x: Tensor, weight: Tensor, mesh: DeviceMesh) -> None:
     config = ody.OverlapConfig(mode="fused", transport="collective", chunks_per_rank=4, timeout_s=60.0)
     assert_type(ody.all_gather_linear(x, weight, group=mesh, config=config), Tensor)
+    switched = ody.OverlapConfig(reduce="nvls", gather="nvls")
+    assert_type(ody.linear_reduce_scatter(x, weight, group=mesh, config=switched), Tensor)
     assert_type(ody.all_gather_linear(x, (weight, weight), group=None), tuple[Tensor, ...])
     assert_type(ody.column_parallel_linear(x, weight, group=mesh), Tensor)
     assert_type(ody.linear_reduce_scatter(x, weight, None, group=mesh, dim=-2), Tensor)

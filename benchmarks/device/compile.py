@@ -1,7 +1,8 @@
 """What the kernels compile to, without a GPU: registers, memory and instructions of every shipped configuration.
 
 Run ``python -m benchmarks.device.compile``; it writes ``benchmarks/results/compile.md``.  Nothing is executed or timed:
-the kernels are compiled ahead of time for each architecture, and the machine code is read back.
+the kernels are compiled ahead of time for each architecture, and the machine code is read back.  With ``--native`` only
+the rows of csrc/cuda are written anew, which takes no time: those kernels are read from the built module.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import os
 import pathlib
 import platform
 import re
-import shutil
-import subprocess
 import tempfile
 import time
 from typing import Any, get_args
@@ -25,6 +24,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.device.native import native_table, read_output
 from odysseus_kernels.kernels.configs import Kernel, TileConfig, shipped
 
 ARCHITECTURES = (80, 90, 100)
@@ -97,14 +97,6 @@ class Binary:
     def count(self, pattern: str) -> int:
         """Instructions whose name with modifiers begins with ``pattern``, a regular expression."""
         return sum(count for name, count in self.instructions.items() if re.match(pattern, name))
-
-
-def tool(name: str) -> str | None:
-    """Path of one of the CUDA binary tools: Triton's own, else CUDA's."""
-    import triton
-
-    bundled = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return str(bundled) if bundled.exists() else shutil.which(name, path="/usr/local/cuda/bin") or shutil.which(name)
 
 
 def compile_variant(variant: Variant) -> Binary:
@@ -186,8 +178,8 @@ def _read(cubin: bytes, shared: int, seconds: float) -> Binary:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _output("cuobjdump", "-res-usage", file.name)
-        code = _output("nvdisasm", "-c", file.name)
+        usage = read_output("cuobjdump", "-res-usage", file.name)
+        code = read_output("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump: expected REG and STACK, got {usage!r}")
@@ -195,13 +187,6 @@ def _read(cubin: bytes, shared: int, seconds: float) -> Binary:
     clocks = len(re.findall(r"SR_GLOBALTIMER", code))
     counted = dict(collections.Counter(names))
     return Binary(int(found[1]), int(found[2]), shared, len(cubin), counted, clocks, seconds)
-
-
-def _output(name: str, *arguments: str) -> str:
-    path = tool(name)
-    if path is None:
-        raise RuntimeError(f"{name} is needed to read machine code: neither Triton nor /usr/local/cuda/bin has it")
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def variants() -> list[Variant]:
@@ -289,10 +274,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=pathlib.Path, default=RESULT)
+    parser.add_argument("--native", action="store_true", help="only the kernels of csrc/cuda, in place")
     arguments = parser.parse_args()
-    # Processes inherit it: what an earlier run left in Triton's cache would take no time.
-    with tempfile.TemporaryDirectory() as empty, mock.patch.dict(os.environ, TRITON_CACHE_DIR=empty):
-        arguments.output.write_text(table(compile_all(variants(), arguments.processes)))
+    native = native_table()
+    if arguments.native:
+        before = arguments.output.read_text().partition(native.split("\n", 1)[0])[0].rstrip("\n") + "\n"
+    else:
+        # Processes inherit it: what an earlier run left in Triton's cache would take no time.
+        with tempfile.TemporaryDirectory() as empty, mock.patch.dict(os.environ, TRITON_CACHE_DIR=empty):
+            before = table(compile_all(variants(), arguments.processes))
+    arguments.output.write_text(f"{before}\n{native}")
     print(f"wrote {arguments.output}")
 
 

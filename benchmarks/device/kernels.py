@@ -231,8 +231,8 @@ def measure(
 def note_multicast(device: int) -> str:
     """Why one kernel has no row."""
     supported = _ext.load().cuda.multimem_supported(device)
-    what = "needs several GPUs behind a switch to be measured" if supported else "is not supported by this device"
-    return f"multimem_reduce: not measured; it {what}."
+    several = "needs several GPUs behind a switch: torchrun --nproc-per-node <GPUs> -m benchmarks.device.switch"
+    return f"multimem_reduce: not measured; it {several if supported else 'is not supported by this device'}."
 
 
 def measure_problem(problem: Problem, timed: Any, rounds: int, synchronize: Callable[[], None]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ class Pass {
   virtual void enqueue(std::int64_t first, std::int64_t last) = 0;
 };
 
-// Resolves addresses and cuts operations into launches.  A Sink takes them: set_stream(index, handle), then copy, wait,
-// signal, advance, reduce, record and depend.
+// Resolves addresses and cuts operations into launches.  A Sink takes them: set_stream(index, handle), then copy,
+// wait, signal, advance, reduce, multicast, record and depend.
 template <class Sink>
 class Enqueuer {
  public:
@@ -73,6 +73,11 @@ class Enqueuer {
     WaitTask wait{};
     if (operation.wait) wait = wait_task(*operation.wait, 0);
     sink_.reduce(operation, reduce_task(operation, bases_), wait);
+  }
+
+  void operator()(const MulticastOperation& operation) {
+    if (operation.row_bytes == 0 || operation.rows == 0) return;
+    sink_.multicast(operation, multimem_task(operation, bases_));
   }
 
   void operator()(const RecordOperation& operation) { sink_.record(operation.event); }

@@ -144,6 +144,18 @@ class ProgramPass : public Pass {
              task.sources, " sources of ", operation.rows, " rows of ", operation.count, " elements");
   }
 
+  void multicast(const MulticastOperation& operation, const MultimemTask& task) {
+    const Share share = operation.beside > 0 ? Share::kBeside : Share::kDevice;
+    const Grid grid = reduce_grid(task.vectors, share, program_.multiprocessors_, operation.beside);
+    if (operation.adds) {
+      ODY_CUDA(launch_multimem_reduce(task, operation.dtype, grid, stream_), "adding ", operation.rows, " rows of ",
+               operation.row_bytes, " bytes by multicast");
+    } else {
+      ODY_CUDA(launch_multimem_store(task, grid, stream_), "storing ", operation.rows, " rows of ",
+               operation.row_bytes, " bytes by multicast");
+    }
+  }
+
   void record(int event) { ODY_CUDA(cudaEventRecord(program_.event(event), stream_), "recording event ", event); }
 
   void depend(int event) {

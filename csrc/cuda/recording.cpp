@@ -40,6 +40,12 @@ Words checked_words(const Address& epoch, const std::vector<Address>& words, con
   return result;
 }
 
+int checked_multiprocessors(std::int64_t beside) {
+  check_size(beside, "beside");
+  ODY_CHECK_VALUE(beside, <=, std::int64_t{std::numeric_limits<int>::max()}, "beside: a number of multiprocessors");
+  return static_cast<int>(beside);
+}
+
 // A pitch in bytes; 0 stands for dense rows.
 std::uint64_t checked_pitch(std::int64_t pitch, std::uint64_t row_bytes, std::int64_t rows, const char* name) {
   check_size(pitch, name);
@@ -76,6 +82,11 @@ void visit_addresses(const ReduceOperation& operation, const Visit& visit) {
   visit("out", operation.out, size_of(operation.out_dtype));
   for (const Address& source : operation.sources) visit("source", source, size_of(operation.source_dtype));
   if (operation.wait) visit_addresses(operation.wait->words, visit);
+}
+template <class Visit>
+void visit_addresses(const MulticastOperation& operation, const Visit& visit) {
+  visit("local", operation.local, kVectorBytes);
+  visit("multicast", operation.multicast, kVectorBytes);
 }
 template <class Visit>
 void visit_addresses(const RecordOperation&, const Visit&) {}
@@ -160,10 +171,51 @@ void Recording::reduce(std::int64_t stream, Address out, const std::string& out_
     ODY_CHECK_VALUE(wait.words->size(), ==, sources.size(), "each source has one word");
     operation.wait = WaitOperation{checked_words(*wait.epoch, *wait.words, *wait.values), checked_tag(wait.tag)};
   }
-  check_size(beside, "beside");
-  ODY_CHECK_VALUE(beside, <=, std::int64_t{std::numeric_limits<int>::max()}, "beside: a number of multiprocessors");
-  operation.beside = static_cast<int>(beside);
+  operation.beside = checked_multiprocessors(beside);
   add(stream, std::move(operation));
+}
+
+void Recording::reduce_multicast(std::int64_t stream, Address out, Address multicast, const std::string& dtype,
+                                 std::int64_t count, std::int64_t rows, std::int64_t out_pitch, std::int64_t beside) {
+  MulticastOperation operation{};
+  operation.dtype = parse_dtype(dtype);
+  if (operation.dtype == DType::kFloat64) {
+    throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got float64: no switch adds it");
+  }
+  operation.local = out;
+  operation.multicast = multicast;
+  operation.adds = true;
+  check_size(count, "count");
+  add_multicast(stream, operation, count * static_cast<std::int64_t>(size_of(operation.dtype)), rows, out_pitch,
+                beside);
+}
+
+void Recording::store_multicast(std::int64_t stream, Address multicast, Address src, std::int64_t row_bytes,
+                                std::int64_t rows, std::int64_t src_pitch, std::int64_t beside) {
+  MulticastOperation operation{};
+  operation.local = src;
+  operation.multicast = multicast;
+  check_size(row_bytes, "row_bytes");
+  add_multicast(stream, operation, row_bytes, rows, src_pitch, beside);
+}
+
+void Recording::add_multicast(std::int64_t stream, MulticastOperation operation, std::int64_t row_bytes,
+                              std::int64_t rows, std::int64_t pitch, std::int64_t beside) {
+  check_address(operation.local, "local");
+  check_address(operation.multicast, "multicast");
+  check_size(rows, "rows");
+  ODY_CHECK_VALUE(rows, <=, std::int64_t{std::numeric_limits<std::uint32_t>::max()}, "rows");
+  operation.row_bytes = static_cast<std::uint64_t>(row_bytes);
+  operation.rows = static_cast<std::uint32_t>(rows);
+  operation.pitch = checked_pitch(pitch, operation.row_bytes, rows, "pitch");
+  ODY_CHECK_VALUE(operation.row_bytes % kVectorBytes, ==, std::uint64_t{0}, row_bytes,
+                  " bytes of a row: expected a multiple of 16");
+  if (rows > 1) {
+    ODY_CHECK_VALUE(operation.pitch % kVectorBytes, ==, std::uint64_t{0}, "pitch ", pitch,
+                    ": expected a multiple of 16 bytes");
+  }
+  operation.beside = checked_multiprocessors(beside);
+  add(stream, operation);
 }
 
 void Recording::record(std::int64_t stream, std::int64_t event) {
@@ -218,6 +270,11 @@ void Recording::check_run_locked(std::int64_t first, std::int64_t last, std::siz
     };
     std::visit([&](const auto& what) { visit_addresses(what, check); }, operation.what);
   }
+}
+
+MultimemTask multimem_task(const MulticastOperation& operation, const std::vector<std::uint64_t>& bases) {
+  return {resolve(operation.local, bases), resolve(operation.multicast, bases), operation.row_bytes / kVectorBytes,
+          operation.rows, operation.pitch};
 }
 
 ReduceTask reduce_task(const ReduceOperation& operation, const std::vector<std::uint64_t>& bases) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "tasks.h"
 #include "words.h"
 
 namespace odysseus {
@@ -56,6 +57,18 @@ struct ReduceOperation {
   int beside;                         // multiprocessors that it may hold beside products, 0 for the whole device
 };
 
+// What a multicast address reaches: the sum of all ranks' memory goes to `local`, or `local` to all of them.
+struct MulticastOperation {
+  Address local;
+  Address multicast;
+  bool adds;
+  DType dtype;  // of a sum
+  std::uint64_t row_bytes;
+  std::uint32_t rows;
+  std::uint64_t pitch;  // of local rows; those behind the multicast address are dense
+  int beside;           // as of a reduction
+};
+
 struct RecordOperation {
   int event;
 };
@@ -66,8 +79,8 @@ struct DependOperation {
 
 struct Operation {
   int stream;
-  std::variant<CopyOperation, WaitOperation, SignalOperation, AdvanceOperation, ReduceOperation, RecordOperation,
-               DependOperation>
+  std::variant<CopyOperation, WaitOperation, SignalOperation, AdvanceOperation, ReduceOperation, MulticastOperation,
+               RecordOperation, DependOperation>
       what;
 };
 
@@ -99,6 +112,10 @@ class Recording {
               const std::string& source_dtype, std::int64_t count, std::int64_t rows, std::int64_t out_pitch,
               const std::optional<std::vector<std::int64_t>>& source_pitches, const ReduceWait& wait,
               std::int64_t beside = 0);
+  void reduce_multicast(std::int64_t stream, Address out, Address multicast, const std::string& dtype,
+                        std::int64_t count, std::int64_t rows, std::int64_t out_pitch, std::int64_t beside);
+  void store_multicast(std::int64_t stream, Address multicast, Address src, std::int64_t row_bytes, std::int64_t rows,
+                       std::int64_t src_pitch, std::int64_t beside);
   void record(std::int64_t stream, std::int64_t event);
   void depend(std::int64_t stream, std::int64_t event);
 
@@ -119,10 +136,15 @@ class Recording {
  private:
   template <class What>
   void add(std::int64_t stream, What what);
+  void add_multicast(std::int64_t stream, MulticastOperation operation, std::int64_t row_bytes, std::int64_t rows,
+                     std::int64_t pitch, std::int64_t beside);
 
   std::vector<Operation> operations_;
   std::vector<bool> recorded_events_;
 };
+
+// The multicast operation at its addresses.
+MultimemTask multimem_task(const MulticastOperation& operation, const std::vector<std::uint64_t>& bases);
 
 // The reduction at its addresses, laid out; it must have passed check_run() unless it has no elements.
 ReduceTask reduce_task(const ReduceOperation& operation, const std::vector<std::uint64_t>& bases);

@@ -40,6 +40,10 @@ void register_recording(py::module_& module) {
           "stream"_a, "out"_a, "out_dtype"_a, "sources"_a, "source_dtype"_a, "count"_a, "rows"_a = 1,
           "out_pitch"_a = 0, "source_pitches"_a = py::none(), "epoch"_a = py::none(), "words"_a = py::none(),
           "values"_a = py::none(), "tag"_a = 0, "beside"_a = 0)
+      .def("reduce_multicast", &Recording::reduce_multicast, "stream"_a, "out"_a, "multicast"_a, "dtype"_a, "count"_a,
+           "rows"_a = 1, "out_pitch"_a = 0, "beside"_a = 0)
+      .def("store_multicast", &Recording::store_multicast, "stream"_a, "multicast"_a, "src"_a, "row_bytes"_a,
+           "rows"_a = 1, "src_pitch"_a = 0, "beside"_a = 0)
       .def("record", &Recording::record, "stream"_a, "event"_a)
       .def("depend", &Recording::depend, "stream"_a, "event"_a)
       .def(

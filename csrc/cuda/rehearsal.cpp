@@ -41,6 +41,12 @@ class RehearsalPass : public Pass {
     list("reduce", std::move(addresses), {signed_of(operation.count), operation.rows, operation.beside});
   }
 
+  void multicast(const MulticastOperation& operation, const MultimemTask& task) {
+    if (!counts()) return;
+    list(operation.adds ? "reduce_multicast" : "store_multicast", {task.local, task.multicast},
+         {signed_of(operation.row_bytes), operation.rows, signed_of(operation.pitch), operation.beside});
+  }
+
   void record(int event) {
     if (counts()) list("record", {}, {event});
   }

@@ -104,7 +104,7 @@ void multimem_reduce(std::uint64_t stream, std::uint64_t out, std::uint64_t mult
   const std::uint64_t vectors = bytes / kVectorBytes;
   const Grid grid = reduce_grid(vectors, Share::kDevice, multiprocessors(device),
                                 static_cast<int>(std::min<std::int64_t>(max_blocks, 1 << 20)));
-  ODY_CUDA(launch_multimem_reduce(MultimemTask{out, multicast, vectors}, type, grid,
+  ODY_CUDA(launch_multimem_reduce(MultimemTask{out, multicast, vectors, 1, bytes}, type, grid,
                                   reinterpret_cast<cudaStream_t>(stream)),
            "adding ", count, " elements by multicast");
 }

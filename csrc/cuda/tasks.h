@@ -57,10 +57,14 @@ struct LinkTask {
   std::uint64_t duration_ns;
 };
 
+// Rows of vectors of 16 bytes, between local memory, whose rows are a pitch apart, and dense rows behind a multicast
+// address.
 struct MultimemTask {
-  std::uint64_t out;
+  std::uint64_t local;
   std::uint64_t multicast;
-  std::uint64_t vectors;  // of 16 bytes
+  std::uint64_t vectors;  // of a row
+  std::uint64_t rows;
+  std::uint64_t pitch;  // bytes
 };
 
 cudaError_t launch_wait(const WaitTask& task, cudaStream_t stream);
@@ -75,8 +79,10 @@ cudaError_t launch_release(const std::uint64_t* over_at, cudaStream_t stream);
 cudaError_t launch_reduce(const ReduceTask& task, const WaitTask& wait, DType source, DType out, Grid grid,
                           cudaStream_t stream);
 
-// Any type but fp64.
+// local = the sum of all ranks' memory.  Any type but fp64.
 cudaError_t launch_multimem_reduce(const MultimemTask& task, DType dtype, Grid grid, cudaStream_t stream);
+// All ranks' memory = local.
+cudaError_t launch_multimem_store(const MultimemTask& task, Grid grid, cudaStream_t stream);
 
 // All kernels of a file, for loading them before they are needed.
 std::vector<const void*> signal_kernels();

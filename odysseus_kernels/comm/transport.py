@@ -29,9 +29,11 @@ from odysseus_kernels.comm.pipeline import Pipeline
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.recorder import Traffic, record, record_ahead
 from odysseus_kernels.comm.schedules.steps import Program
+from odysseus_kernels.comm.switch import check_switched
 from odysseus_kernels.comm.tiles import TileGather, TileScatter
 from odysseus_kernels.comm.trace import timed_call
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.planner.switch import switch_traffic
 
 __all__ = [
     "Call",
@@ -108,6 +110,7 @@ class Call:
         copies: an unfused twin, whose callbacks only copy; a trace calls them so.
         prefetch: shards that the next call is expected to gather, sent ahead while this call computes, whatever it
             communicates itself.  Their bytes are counted in the call that gathers them.
+        switched: a switch adds what is scattered, and copies what is gathered (``comm/switch.py``).
     """
 
     operator: str
@@ -123,6 +126,7 @@ class Call:
     continued: bool = False
     copies: bool = False
     prefetch: Prefetch | None = None
+    switched: bool = False
 
     @property
     def program(self) -> Program:
@@ -166,6 +170,8 @@ class Call:
         parts.append(f"{self.config.mode}, chunks_per_rank={self.config.chunks_per_rank}")
         if self.config.reduce_dtype != torch.float32:
             parts.append(f"reduce_dtype={self.config.reduce_dtype}")
+        if self.switched:
+            parts.append("through the switch")
         return ", ".join(part for part in parts if part)
 
     @property
@@ -198,6 +204,7 @@ class Transport(abc.ABC):
         serves_tiles: whether ``mode="tiles"`` can be had.
         serves_exchange: whether calls may have an ``exchange``.
         serves_pipeline: whether calls may have a ``pipeline``.
+        no_switch: why calls may not be ``switched``; empty if they may.
         broken: why the transport can no longer be used, after an error between ranks.
     """
 
@@ -205,6 +212,7 @@ class Transport(abc.ABC):
     serves_tiles: bool = False
     serves_exchange: bool = True
     serves_pipeline: bool = True
+    no_switch: str = "its ranks have no NVLink switch between them"
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank = rank
@@ -227,6 +235,7 @@ class Transport(abc.ABC):
                 f'{call.name}: expected mode "auto", "fused" or "unfused", got "tiles": it needs CUDA tensors and '
                 f"the symmetric transport, this is the {self.name} one"
             )
+        self._check_switched(call)
         if call.exchange is not None:
             call.exchange.check(call.name, self.world)
             if not self.serves_exchange:
@@ -303,6 +312,14 @@ class Transport(abc.ABC):
         """Bytes of buffers that this rank holds for the transport between calls."""
         return 0
 
+    def _check_switched(self, call: Call) -> None:
+        if not call.switched:
+            return
+        summed = None if call.scatter is None else call.scatter.out
+        stored = None if call.gather is None else call.gather.shard
+        setting = "gather" if summed is None and call.collective is None else "reduce"  # an all-reduce is both
+        check_switched(call.name, setting, call.config.mode, self.no_switch, summed, stored)
+
     @abc.abstractmethod
     def _execute(self, call: Call) -> None: ...
 
@@ -325,12 +342,16 @@ class Transport(abc.ABC):
                 if nbytes:
                     traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
                     record(traffic, peers * nbytes, calls)
-        for part, collective in ((call.gather, "all_gather"), (call.scatter, "reduce_scatter")):
+        kinds: tuple[tuple[Gather | Scatter | None, Literal["all_gather", "reduce_scatter"]], ...]
+        kinds = ((call.gather, "all_gather"), (call.scatter, "reduce_scatter"))
+        for part, collective in kinds:
             if part is None or peers == 0:
                 continue
             chunk = part.shard if isinstance(part, Gather) else part.out
             traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
-            record(traffic, peers * chunk.numel() * chunk.element_size(), calls)
+            nbytes = chunk.numel() * chunk.element_size()
+            sent = switch_traffic(collective, nbytes, self.world).sent if call.switched else peers * nbytes
+            record(traffic, sent, calls)
             # Both parts under one name are one collective.
             calls = 0 if call.collective else calls
 
@@ -357,6 +378,7 @@ class LocalTransport(Transport):
 
     name = "local"
     serves_tiles = True  # nothing arrives: the callback for its own chunk is all there is
+    no_switch = ""  # nor is anything added
 
     def __init__(self) -> None:
         super().__init__(0, 1)

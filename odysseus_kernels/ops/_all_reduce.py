@@ -43,10 +43,11 @@ def sum_rows(
     own: str = "",
     bias: Tensor | None = None,
     meanwhile: Callable[[], None] | None = None,
+    switched: bool = False,
 ) -> Tensor:
     """[lines, width] of ``like``'s type, the sum over all ranks, bitwise equal on all of them.
 
-    Each rank sends 2 (N - 1) / N of it, with ``lines`` rounded up to a multiple of N.
+    Each rank sends 2 (N - 1) / N of it, or through a switch (N + 1) / N, with ``lines`` rounded up to a multiple of N.
 
     Args:
         operator, phase, shapes, own: as in :class:`~odysseus_kernels.comm.choice.selection.Phase`.
@@ -59,6 +60,7 @@ def sum_rows(
         flops: of all products on this rank.
         bias: [width], added once to the sum.
         meanwhile: called once in each run while the last rows travel.
+        switched: a switch adds, and copies the sums to all ranks.
     """
     world, rank = group.size(), group.rank()
     # Every rank owns equally many lines of each block; only the last block can have lines beyond the end.
@@ -90,7 +92,9 @@ def sum_rows(
         blocks, settled = _blocks(transport, settled, whole)
 
         def call(scatter: Scatter | None, gather: Gather | None, *, continued: bool = True) -> Call:
-            return Call(operator, phase, settled, gather, scatter, shapes, "all_reduce", continued=continued)
+            return Call(
+                operator, phase, settled, gather, scatter, shapes, "all_reduce", continued=continued, switched=switched
+            )
 
         if settled.mode == "unfused":
             full = like.new_zeros((padded, width))
@@ -120,6 +124,7 @@ def sum_rows(
         flops=flops,
         gathered_bytes=padded // world * width * like.element_size(),
         scattered_bytes=padded // world * width * like.element_size(),
+        switched=switched,
     )
     if lines:
         dispatch(group, config, like.device, run, choice)

@@ -89,7 +89,8 @@ def all_gather_linear(
         bias: [n] or None; with several weights a tuple of these.
         group: the ranks; None is the default group.
         dim: dimension of x along which the shards are concatenated; not the last.
-        config: mode, transport, pieces, what is kept for backward, time limit.
+        config: mode, transport, pieces, what is kept for backward, time limit; ``gather="nvls"`` stores x to all ranks
+            through the NVLink switch (in backward x is fetched, as otherwise).
         prefetch_backward: what every rank gathers next with this group after this operator's backward, sent ahead
             meanwhile (:func:`zero3_linear`).
         prefetch_recomputed: the same where a checkpoint has computed this operator's forward again.
@@ -171,12 +172,13 @@ def _forward(
     def prepare() -> None:
         _tiles.prepare_project(shard[0], group.rank(), world, [out[0] for out in blocks], weights, bias_of)
 
-    can_tile = _tiles.can_serve(layout, weights)
+    switched = config.gather == "nvls"
+    can_tile = _tiles.can_serve(layout, weights) and not switched
     shapes = f"x {list(x.shape)} dim {dim}, gathered={config.gathered!r}"
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         gather = Gather(shard, consume, tiles=tiles if can_tile else None, prepare=prepare)
-        call = Call(_NAME, "forward", settled, gather, shapes=shapes)
+        call = Call(_NAME, "forward", settled, gather, shapes=shapes, switched=switched)
         if settled.mode != "unfused":
             transport.execute(call)
             return
@@ -196,6 +198,7 @@ def _forward(
         tiles=can_tile,
         rows=x.numel() // x.shape[-1] if x.numel() else 0,
         columns=features,
+        switched=switched,
     )
     dispatch(group, config, x.device, run, phase)
     return [*outputs, gathered, recomputed_flag()]

@@ -50,7 +50,7 @@ def linear_all_reduce(
         weight: [n, k], this rank's columns.
         bias: [n], the same on all ranks; added once, not once for each rank.
         group: the ranks; None is the default group.
-        config: mode, transport, pieces, time limit.
+        config: mode, transport, pieces, time limit; ``reduce="nvls"`` lets the NVLink switch add and copy.
 
     Returns:
         [..., n].
@@ -97,6 +97,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, group_name: str, co
         shapes=f"x {[*x.shape[:-1], '*']}, weight {[width, '*']}, bias {bias is not None}",
         own=str(weight.shape[1]),
         bias=bias,
+        switched=config.reduce == "nvls",
     )
     return y.view(*x.shape[:-1], width)
 

@@ -59,7 +59,8 @@ def linear_reduce_scatter(
         bias: [n], the same on all ranks; added once, not once for each rank.
         group: the ranks; None is the default group.
         dim: dimension of x that is cut over the ranks; not the last.
-        config: mode, transport, pieces, time limit.
+        config: mode, transport, pieces, time limit; ``reduce="nvls"`` lets the NVLink switch add y, ``gather="nvls"``
+            bring dy to all ranks.
         prefetch: what every rank gathers next with this group, sent ahead meanwhile (:func:`zero3_linear`).
 
     Returns:
@@ -122,11 +123,12 @@ def _forward(
         _tiles.prepare_scatter(out[0], group.rank(), world, [whole[0]], [weight], bias)
 
     shapes = f"x {[*x.shape[:-1], '*']} dim {dim}, bias {bias is not None}"
-    can_tile = _tiles.can_serve(layout, [weight])
+    switched = config.reduce == "nvls"
+    can_tile = _tiles.can_serve(layout, [weight]) and not switched
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         scatter = Scatter(out, produce, tiles if can_tile else None, prepare)
-        call = Call(_NAME, "forward", settled, None, scatter, shapes, prefetch=prefetch)
+        call = Call(_NAME, "forward", settled, None, scatter, shapes, prefetch=prefetch, switched=switched)
         if settled.mode != "unfused":
             transport.execute(call)
             return
@@ -151,6 +153,7 @@ def _forward(
         tiles=can_tile,
         rows=output.numel() // output.shape[-1] if output.numel() else 0,
         columns=output.shape[-1],
+        switched=switched,
     )
     dispatch(group, config, x.device, run, phase)
     return output
@@ -217,15 +220,16 @@ def _backward(
             _tiles.prepare_weight_gradient(shard[0], group.rank(), world, total, whole[0], gathered_is_grad=True)
 
     shapes = f"x {[*x.shape[:-1], '*']} dim {dim}"
+    switched = config.gather == "nvls"
     # The bias's gradient is a sum over rows, for which there is no kernel that waits.
-    can_tile = _tiles.can_serve(layout, [weight]) and not bias_needed
+    can_tile = _tiles.can_serve(layout, [weight]) and not bias_needed and not switched
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
         nonlocal total, bias
         total = WeightGradient(weight, weight_needed=weight_needed)
         bias = CommonBiasGradient(weight, group.rank(), world)
         gather = Gather(shard, consume, tiles=tiles if can_tile else None, prepare=prepare)
-        call = Call(_NAME, "backward", settled, gather, None, shapes)
+        call = Call(_NAME, "backward", settled, gather, None, shapes, switched=switched)
         if settled.mode != "unfused":
             transport.execute(call)
             return
@@ -253,6 +257,7 @@ def _backward(
         flops=2 * x.numel() * weight.shape[0] * (input_needed + weight_needed),
         gathered_bytes=grad.nbytes,
         tiles=can_tile,
+        switched=switched,
     )
     dispatch(group, config, x.device, run, phase)
     results = [total.weight(), bias.total(shard) if bias_needed else None]

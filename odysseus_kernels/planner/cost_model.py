@@ -4,7 +4,8 @@ All terms are in seconds.  With N ranks, p pieces for each shard and
 
 ====================  ==============================================================================================
 ``product``           flops / (peak of the dtype · :data:`PRODUCT_SHARE`)
-``link``              (N − 1) · (gathered + scattered bytes) / (link rate · :data:`LINK_SHARE`)
+``link``              (N − 1) · (gathered + scattered bytes) / (link rate · :data:`LINK_SHARE`), or through a switch the
+                      bytes of the busier direction, which ``planner/switch.py`` has, instead of the product
 ``memory(bytes)``     bytes / (memory rate · :data:`MEMORY_SHARE`)
 ``launch, latency``   of the hardware
 ``parts``             collectives: 1 for a gather or a scatter, 2 for both, 0 in a group of one rank
@@ -38,6 +39,7 @@ import math
 from collections.abc import Mapping
 
 from odysseus_kernels.planner.hardware import Hardware
+from odysseus_kernels.planner.switch import switch_link_bytes
 from odysseus_kernels.planner.waves import fill
 
 __all__ = [
@@ -85,6 +87,7 @@ class Work:
         unfused_local_bytes: read and written in local memory by the unfused mode only, such as the gathered tensor.
         fused_local_bytes: read and written in local memory by the fused modes only.
         rows, columns: of the output of one chunk's product; 0 where that is not known.
+        switched: a switch adds what is scattered, and copies what is gathered.
     """
 
     flops: float
@@ -97,6 +100,7 @@ class Work:
     fused_local_bytes: float = 0.0
     rows: int = 0
     columns: int = 0
+    switched: bool = False
 
     def __post_init__(self) -> None:
         for name in ("world", "pieces"):
@@ -128,6 +132,8 @@ def product_seconds(work: Work, hardware: Hardware) -> float:
 def link_seconds(work: Work, hardware: Hardware) -> float:
     """Seconds for which the link of one rank is busy, latencies aside."""
     moved = (work.world - 1) * (work.gathered_bytes + work.scattered_bytes)
+    if work.switched:
+        moved = switch_link_bytes(work.gathered_bytes, work.scattered_bytes, work.world)
     return moved / (hardware.link_bytes_per_s * LINK_SHARE)
 
 

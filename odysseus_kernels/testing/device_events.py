@@ -24,6 +24,7 @@ from odysseus_kernels.comm.schedules.device import (
 )
 from odysseus_kernels.comm.schedules.steps import SHARD, ChunkOrder, Program, Region, Schedule, Step
 from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS
+from odysseus_kernels.comm.schedules.switch import PARTS, PUSHED, switch_schedule
 from odysseus_kernels.testing.happens_before import Access, Event, SharedWord
 
 __all__ = ["DeviceCall", "bind_device", "by_stream", "collapsed", "shared"]
@@ -31,6 +32,7 @@ __all__ = ["DeviceCall", "bind_device", "by_stream", "collapsed", "shared"]
 _LOCAL = {SLOT: -1, STAGE: -2, OUT: -3}
 # Windows for shards and windows for partial results are different ones, and so are their words.
 _RECEIVE_WINDOWS = 1000
+_PART_WINDOWS, _PUSHED_WINDOWS = 2000, 3000
 _SLOT_CELLS = 1000
 
 
@@ -40,15 +42,17 @@ class DeviceCall:
 
     Attributes:
         program: what is communicated.
-        kind: chunk by chunk, by one kernel whose tiles wait, or the end of a shard that was sent ahead for nothing.
+        kind: chunk by chunk, by one kernel whose tiles wait, through a switch, or the end of a shard that was sent
+            ahead for nothing.
         windows: index of the window of each buffer that the call uses.
+        slots: local slots for pieces of others; through a switch, sets of cells for pieces of all.
         published: the shard was sent ahead by an earlier call, into this window.
         ahead: pieces of a shard that this call sends ahead.
         captured: the call is captured into a graph.
     """
 
     program: Program
-    kind: Literal["chunks", "tiles", "drop"] = "chunks"
+    kind: Literal["chunks", "tiles", "switch", "drop"] = "chunks"
     windows: tuple[int, int, int] = (0, 0, 1)  # of SHARD, RECEIVE, AHEAD
     gather_pieces: int = 1
     scatter_pieces: int = 1
@@ -62,6 +66,15 @@ class DeviceCall:
         """The steps of one rank."""
         if self.kind == "drop":
             return drop_schedule(world, rank)
+        if self.kind == "switch":
+            return switch_schedule(
+                self.program,
+                world,
+                rank,
+                gather_pieces=self.gather_pieces,
+                scatter_pieces=self.scatter_pieces,
+                sets=self.slots,
+            )
         if self.kind == "tiles":
             return tile_schedule(
                 self.program,
@@ -87,10 +100,11 @@ class DeviceCall:
     def used(self) -> dict[str, int]:
         """Window of each buffer whose use ends with this call."""
         used = {}
+        switched = self.kind == "switch"
         if self.program in ("gather", "gather+scatter"):
-            used[SHARD] = self.windows[0]
+            used[PUSHED if switched else SHARD] = self.windows[0] + (_PUSHED_WINDOWS if switched else 0)
         if self.program in ("scatter", "gather+scatter"):
-            used[RECEIVE] = self.windows[1] + _RECEIVE_WINDOWS
+            used[PARTS if switched else RECEIVE] = self.windows[1] + (_PART_WINDOWS if switched else _RECEIVE_WINDOWS)
         return used
 
 
@@ -133,7 +147,8 @@ class _BoundCall:
 
     def window(self, buffer: str) -> int:
         shard, receive, ahead = self.call.windows
-        return {RECEIVE: receive + _RECEIVE_WINDOWS, AHEAD: ahead}.get(buffer, shard)
+        others = {PARTS: receive + _PART_WINDOWS, PUSHED: shard + _PUSHED_WINDOWS}
+        return {RECEIVE: receive + _RECEIVE_WINDOWS, AHEAD: ahead, **others}.get(buffer, shard)
 
     def event(self, step: Step) -> Event:
         word, value = None, 0
@@ -170,7 +185,7 @@ class _BoundCall:
             return (step.piece, (self.rank - 1 - region.part % (self.world - 1)) % self.world if own else self.rank)
         if region.buffer == OUT:
             return (step.piece, self.rank)
-        return (step.piece, step.rank) if region.buffer in (SLOT, STAGE) else (region.part, region.owner)
+        return (step.piece, step.rank) if region.buffer in (SLOT, STAGE, PARTS, PUSHED) else (region.part, region.owner)
 
 
 def by_stream(events: Sequence[Sequence[Event]]) -> list[list[Event]]:

@@ -12,10 +12,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from odysseus_kernels.comm.device.lowering import BASES, Address, Block, Layout, Operations, Plan, lower, word_index
+from odysseus_kernels.comm.device.lowering import (
+    BASES,
+    KINDS,
+    Address,
+    Block,
+    Layout,
+    Operations,
+    Plan,
+    lower,
+    word_index,
+)
 from odysseus_kernels.comm.schedules.device import AHEAD, RECEIVE, device_schedule, tile_schedule
 from odysseus_kernels.comm.schedules.steps import SHARD, Program, Schedule, Task
 from odysseus_kernels.comm.schedules.streams import STREAMS
+from odysseus_kernels.comm.schedules.switch import PARTS, PUSHED, switch_schedule
 
 __all__ = ["BASE_ADDRESSES", "STREAM_HANDLES", "Launch", "ListedOperations", "RehearsedCall", "rehearsed"]
 
@@ -27,6 +38,9 @@ STREAM_HANDLES = [0x1000 + 16 * index for index in range(len(STREAMS))]
 
 BASE_ADDRESSES = [0, *(index << 44 for index in range(1, len(BASES)))]
 """Stand for the memory of one call."""
+
+
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class ListedOperations:
@@ -113,6 +127,39 @@ class ListedOperations:
         else:
             self.made.append(lambda streams, bases: None)
 
+    def reduce_multicast(
+        self,
+        stream: int,
+        out: Address,
+        multicast: Address,
+        dtype: str,
+        count: int,
+        rows: int = 1,
+        out_pitch: int = 0,
+        beside: int = 0,
+    ) -> None:
+        self._multicast("reduce_multicast", stream, (out, multicast), count * _SIZES[dtype], rows, out_pitch, beside)
+
+    def store_multicast(
+        self,
+        stream: int,
+        multicast: Address,
+        src: Address,
+        row_bytes: int,
+        rows: int = 1,
+        src_pitch: int = 0,
+        beside: int = 0,
+    ) -> None:
+        self._multicast("store_multicast", stream, (src, multicast), row_bytes, rows, src_pitch, beside)
+
+    def _multicast(
+        self, kind: str, stream: int, addresses: Sequence[Address], row_bytes: int, rows: int, pitch: int, beside: int
+    ) -> None:
+        if row_bytes and rows:
+            self._add(kind, stream, addresses, (row_bytes, rows, pitch or row_bytes, beside))
+        else:
+            self.made.append(lambda streams, bases: None)
+
     def record(self, stream: int, event: int) -> None:
         self._add("record", stream, (), (event,))
 
@@ -133,6 +180,7 @@ class RehearsedCall:
         batch, rows, width: of a chunk of bfloat16.
         published: whether the shard was sent ahead.
         ahead: whether another shard is.
+        switched: whether it goes through a switch.
     """
 
     program: Program
@@ -145,9 +193,13 @@ class RehearsedCall:
     width: int = 4096
     published: bool = False
     ahead: bool = False
+    switched: bool = False
 
     def schedule(self) -> Schedule:
         """Its steps."""
+        if self.switched:
+            pieces = {"gather_pieces": self.pieces, "scatter_pieces": self.pieces}
+            return switch_schedule(self.program, self.world, self.rank, **pieces)
         if self.layout == "visits":
             return tile_schedule(self.program, self.world, self.rank, gather_pieces=self.pieces)
         slots = self.pieces * (self.world - 1 if self.layout == "ranks" else 2)
@@ -170,7 +222,10 @@ class _Places:
         self._world = world
 
     def window(self, rank: int, kind: str, window: int) -> int:
-        return (1 << 52) + (rank << 44) + ((kind == RECEIVE) << 43) + (window << 38)
+        return (1 << 52) + (rank << 44) + (KINDS.index(kind) << 42) + (window << 38)
+
+    def multicast(self, kind: str, window: int) -> int:
+        return (1 << 55) + (KINDS.index(kind) << 42) + (window << 38)
 
     def words(self, rank: int) -> int:
         return (1 << 53) + (rank << 20)
@@ -191,8 +246,8 @@ def rehearsed(call: RehearsedCall, operations: Operations, schedule: Schedule | 
     pitch = call.rows * call.width * 2
     block = Block(torch.bfloat16, call.batch, call.rows, call.width, call.pieces, pitch)
     gathers, scatters = "gather" in call.program, "scatter" in call.program
-    windows = {SHARD: 0} if gathers else {}
-    windows |= {RECEIVE: 1} if scatters else {}
+    windows = {PUSHED if call.switched else SHARD: 0} if gathers else {}
+    windows |= {PARTS if call.switched else RECEIVE: 1} if scatters else {}
     windows |= {AHEAD: 2} if call.ahead else {}
     tags = iter(range(1 << 20))
     return lower(
@@ -208,6 +263,6 @@ def rehearsed(call: RehearsedCall, operations: Operations, schedule: Schedule | 
         slots=max((step.writes[0].part + 1 for step in steps.steps if step.task is Task.FETCH), default=0),
         layout=call.layout,
         tag=lambda waits: next(tags),
-        finished=[(kind, windows[kind]) for kind in (SHARD, RECEIVE) if kind in windows],
+        finished=[(kind, windows[kind]) for kind in KINDS if kind in windows],
         beside=4,
     )

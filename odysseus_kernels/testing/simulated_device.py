@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS, word_index
+from odysseus_kernels.comm.device.lowering import KINDS, WINDOWS, WORDS, word_index
 from odysseus_kernels.comm.mismatch import describe_mismatch, signature_hash
 from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS
 from odysseus_kernels.comm.transport import Call
@@ -27,7 +27,8 @@ from odysseus_kernels.testing.simulated_operations import Event, Item, Simulated
 
 __all__ = ["SimulatedDevice", "SimulatedMachine"]
 
-_KINDS = ("shard", "receive")
+_MULTICAST = 1 << 60  # addresses from here on are multicast ones, of as many windows
+_WINDOW_BYTES = 1 << 40
 _Window = tuple[str, int]
 
 
@@ -36,10 +37,11 @@ class SimulatedMachine:
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self.words = [torch.zeros(len(_KINDS) * WINDOWS * WORDS * world, dtype=torch.int32) for _ in range(world)]
+        self.words = [torch.zeros(len(KINDS) * WINDOWS * WORDS * world, dtype=torch.int32) for _ in range(world)]
         self.devices = [SimulatedDevice(self, rank) for rank in range(world)]
         self.calls: list[list[str]] = [[] for _ in range(world)]
         self.windows: dict[tuple[int, _Window], Tensor] = {}  # by rank and place
+        self.order = random.Random(world)  # in which the switch adds
         self._queues: dict[tuple[int, int], deque[Item]] = {}
         self._kept: list[Tensor] = []
         self._graphs: list[Tensor] = []  # memory of graphs, which lasts
@@ -51,6 +53,17 @@ class SimulatedMachine:
         if found is None or found.numel() < nbytes:
             found = self.windows[rank, place] = self.keep(torch.full((max(nbytes, 1),), 0xFF, dtype=torch.uint8))
         return found
+
+    def multicast(self, place: _Window) -> int:
+        """An address that stands for all ranks' windows."""
+        kind, window = place
+        return _MULTICAST + (KINDS.index(kind) * WINDOWS + window) * _WINDOW_BYTES
+
+    def behind(self, multicast: int) -> list[int]:
+        """The addresses that a multicast one reaches, those of all ranks."""
+        number, offset = divmod(multicast - _MULTICAST, _WINDOW_BYTES)
+        kind, window = divmod(number, WINDOWS)
+        return [self.window(rank, (KINDS[kind], window)).data_ptr() + offset for rank in range(self.world)]
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Holds memory for as long as something that is queued may use it."""
@@ -168,9 +181,10 @@ class SimulatedDevice:
         self.waits: list[str] = []
         self.multiprocessors = 0
         self.link_bytes_per_s = 0.0
+        self.no_switch = ""
         self.sums: list[Sum] = []
         self.error: tuple[int, int] | None = None  # tag and index of the first wait that gave up
-        self._epochs = {kind: torch.zeros(WINDOWS, dtype=torch.int32) for kind in _KINDS}
+        self._epochs = {kind: torch.zeros(WINDOWS, dtype=torch.int32) for kind in KINDS}
         self._backed: dict[_Window, int] = {}
         self.most_scratch = 0
 
@@ -189,6 +203,12 @@ class SimulatedDevice:
 
     def window(self, rank: int, kind: str, window: int) -> int:
         return self.machine.window(rank, (kind, window)).data_ptr()
+
+    def own_window(self, kind: str, window: int) -> Tensor:
+        return self.machine.window(self.rank, (kind, window))
+
+    def multicast(self, kind: str, window: int) -> int:
+        return self.machine.multicast((kind, window))
 
     def words(self, rank: int) -> int:
         return self.machine.words[rank].data_ptr()

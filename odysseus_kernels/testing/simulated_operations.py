@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from odysseus_kernels import _ext
 from odysseus_kernels.comm.device.lowering import Address
 from odysseus_kernels.comm.schedules.device import EPOCH
+from odysseus_kernels.comm.switch import SWITCHED_BYTES
 
 if TYPE_CHECKING:
     from odysseus_kernels.testing.simulated_device import SimulatedDevice
@@ -172,6 +177,61 @@ class SimulatedOperations:
 
         self._made.append(make)
 
+    def reduce_multicast(
+        self,
+        stream: int,
+        out: Address,
+        multicast: Address,
+        dtype: str,
+        count: int,
+        rows: int = 1,
+        out_pitch: int = 0,
+        beside: int = 0,
+    ) -> None:
+        machine, kind = self._device.machine, getattr(torch, dtype)
+        nbytes = count * kind.itemsize
+
+        def make(bases: list[int]) -> tuple[int, Item]:
+            to, address = _address(bases, out), _address(bases, multicast)
+            _check_vectors(to, address, nbytes, out_pitch if rows > 1 else 0)
+            places = machine.behind(address)  # as they are now: a later call may make windows larger
+
+            def effect() -> None:
+                self._device.sums.append(Sum(machine.world, count * rows, beside))
+                for row in range(rows):
+                    parts = [_tensor(place + row * nbytes, nbytes, kind) for place in places]
+                    _tensor(to + row * (out_pitch or nbytes), nbytes, kind).copy_(_added(parts, machine.order))
+
+            return stream, Item(effect, label=f"sum of the switch for rank {self._device.rank}")
+
+        self._made.append(make)
+
+    def store_multicast(
+        self,
+        stream: int,
+        multicast: Address,
+        src: Address,
+        row_bytes: int,
+        rows: int = 1,
+        src_pitch: int = 0,
+        beside: int = 0,
+    ) -> None:
+        machine = self._device.machine
+
+        def make(bases: list[int]) -> tuple[int, Item]:
+            here, address = _address(bases, src), _address(bases, multicast)
+            _check_vectors(here, address, row_bytes, src_pitch if rows > 1 else 0)
+            places = machine.behind(address)
+
+            def effect() -> None:
+                for place in places:
+                    for row in range(rows):
+                        ctypes.memmove(place + row * row_bytes, here + row * (src_pitch or row_bytes), row_bytes)
+
+            return stream, Item(effect, label=f"store of rank {self._device.rank}")
+
+        self._made.append(make)
+
     def record(self, stream: int, event: int) -> None:
         def make(bases: list[int]) -> tuple[int, Item]:
             self._events[event] = Event()
@@ -185,6 +245,24 @@ class SimulatedOperations:
             return stream, Item(_nothing, after=self._events.get(event), label=f"depend {event}")
 
         self._made.append(make)
+
+
+def _check_vectors(*values: int) -> None:
+    assert all(value % SWITCHED_BYTES == 0 for value in values), f"no multiples of {SWITCHED_BYTES} bytes: {values}"
+
+
+def _tensor(address: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=dtype)
+
+
+def _added(parts: Sequence[Tensor], order: random.Random) -> Tensor:
+    """In fp32 and in any order, pairs of partial sums included."""
+    left = [part.float() for part in parts]
+    while len(left) > 1:
+        one = left.pop(order.randrange(len(left)))
+        other = left.pop(order.randrange(len(left)))
+        left.append(one + other)
+    return left[0]
 
 
 def _nothing() -> None:

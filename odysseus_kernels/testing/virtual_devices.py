@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.comm.device.cuda import CudaDevice
-from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS, word_index
+from odysseus_kernels.comm.device.lowering import KINDS, WINDOWS, WORDS, word_index
 from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
 from odysseus_kernels.comm.schedules.device import RECEIVE
 from odysseus_kernels.comm.schedules.steps import SHARD
@@ -33,7 +33,6 @@ __all__ = ["SATISFIED", "LinkKind", "SilentPeers", "VirtualPeers", "VirtualRank"
 LinkKind = Literal["device", "pinned"]
 Place = tuple[str, int]  # kind and index of a window
 
-_KINDS = (SHARD, RECEIVE)
 _QUEUES = 32
 
 SATISFIED = 1 << 30
@@ -66,7 +65,7 @@ def link_of(name: str) -> tuple[LinkKind, float]:
 
 
 def _words_count(world: int) -> int:
-    return len(_KINDS) * WINDOWS * WORDS * world
+    return len(KINDS) * WINDOWS * WORDS * world
 
 
 def _synchronize(device: torch.device) -> None:
@@ -89,10 +88,10 @@ class SilentPeers:
 
     def __init__(self, device: torch.device, world: int, rank: int = 0, kind: LinkKind = "device") -> None:
         self.device, self.world, self.rank, self.kind = device, world, rank, kind
-        self.retain = False
+        self.retain = self.multicasts = False
         self._retained: list[Tensor] = []
         words = torch.zeros(_words_count(world), dtype=torch.int32)
-        for buffer in _KINDS:
+        for buffer in KINDS:
             for window in range(WINDOWS):
                 for which in (0, 1):  # the owners' and the peers'; local words are set by this rank's own copies
                     start = word_index(world, buffer, window, which, 0)
@@ -112,6 +111,12 @@ class SilentPeers:
     def window(self, rank: int, place: Place) -> int:
         return self.memory(rank, place).data_ptr()
 
+    def own_window(self, place: Place) -> Tensor:
+        return self.memory(self.rank, place)
+
+    def multicast(self, place: Place) -> int:
+        return 0  # one device has no switch
+
     def memory(self, rank: int, place: Place) -> Tensor:
         """A window's bytes, to be filled and looked at; it must have been grown."""
         return self._windows[place, rank]
@@ -122,7 +127,7 @@ class SilentPeers:
 
     def grow(self, sizes: dict[Place, int]) -> None:
         _synchronize(self.device)  # plans of other windows keep their buffers, which stay as they are
-        for kind in _KINDS:
+        for kind in KINDS:
             most = max((nbytes for place, nbytes in sizes.items() if place[0] == kind), default=0)
             for rank in range(self.world) if most else ():
                 buffer = self._buffer(rank, kind, most)
@@ -208,7 +213,7 @@ class VirtualRank:
     """One rank's view of :class:`VirtualPeers`: a ``PeerMemory``."""
 
     def __init__(self, peers: VirtualPeers, rank: int) -> None:
-        self._peers, self._rank = peers, rank
+        self._peers, self._rank, self.multicasts = peers, rank, False
         self._backed: dict[Place, int] = {}
 
     @property
@@ -228,6 +233,12 @@ class VirtualRank:
 
     def window(self, rank: int, place: Place) -> int:
         return self._peers.memory(rank, place).data_ptr()
+
+    def own_window(self, place: Place) -> Tensor:
+        return self._peers.memory(self._rank, place)
+
+    def multicast(self, place: Place) -> int:
+        return 0  # ranks of one process share a device, or have no switch between them
 
     def backed(self, place: Place) -> int:
         return self._backed.get(place, 0)
@@ -261,7 +272,7 @@ def virtual_transports(devices: Sequence[torch.device], reserve: int = 0) -> lis
     for rank, (device, streams) in enumerate(zip(devices, _streams(devices), strict=True)):
         memory = peers.of(rank)
         if reserve:
-            memory.grow({(kind, window): reserve for kind in _KINDS for window in range(WINDOWS)})
+            memory.grow({(kind, window): reserve for kind in (SHARD, RECEIVE) for window in range(WINDOWS)})
         cuda = CudaDevice(device, rank, world, memory)
         cuda._streams = streams
         transports.append(SymmetricDeviceTransport(cuda, rank, world))

@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from benchmarks.device.compile import Binary, Variant, compile_all, compile_source, table, tool, variants
+from benchmarks.device.compile import Binary, Variant, compile_all, compile_source, table, variants
+from benchmarks.device.native import tool
 from odysseus_kernels.kernels.configs import shipped
 
 pytestmark = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -21,9 +22,15 @@ def _message(function: Callable[[], object]) -> str:
     raise AssertionError("no ValueError")
 
 
+def rs_output(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Whose gradient a switch is to bring."""
+    return ody.linear_reduce_scatter(x, weight, group=None, config=ody.OverlapConfig(gather="nvls"))
+
+
 def messages(rank: int, world: int) -> dict[str, str]:
     x, w = torch.randn(2, 4, 8), torch.randn(6, 8)
     mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("seq", "dp"))
+    stores = rs_output(torch.randn(2, 4, 8, requires_grad=True), w)
     ag, rs, z3 = ody.all_gather_linear, ody.linear_reduce_scatter, ody.zero3_linear
     return {
         "inner": _message(lambda: ag(x, torch.randn(6, 7), group=None)),
@@ -41,5 +48,18 @@ def messages(rank: int, world: int) -> dict[str, str]:
         "length": _message(lambda: rs(torch.randn(2, 2 * world + 1, 8), w, group=None)),
         "mesh": _message(lambda: ag(x, w, group=mesh)),
         "group": _message(lambda: ag(x, w, group="seq")),
+        **{
+            f"switch {name} {transport}": _message(
+                functools.partial(operator, x, w, group=None, config=ody.OverlapConfig(**settings, transport=transport))
+            )
+            for transport in ("symmetric", "collective")
+            for name, operator, settings in (
+                ("rs", rs, {"reduce": "nvls"}),
+                ("ar", ody.linear_all_reduce, {"reduce": "nvls"}),
+                ("ag", ag, {"gather": "nvls"}),
+                ("rs unfused", rs, {"reduce": "nvls", "mode": "unfused"}),
+            )
+        },
+        "switch backward": _message(lambda: torch.autograd.backward(stores.sum())),
         "outsider": _message(lambda: ag(x, w, group=dist.GroupMember.NON_GROUP_MEMBER)),
     }

@@ -25,7 +25,23 @@ EXPECTED = {
     "length": ("divide by 2 ranks", "[2, 5, 8]", "shard_sequence"),
     "mesh": ("one-dimensional", "dp"),
     "group": ("ProcessGroup", "'seq'"),
+    "switch backward": ("linear_reduce_scatter (backward)", "GPUs behind one NVLink switch", 'use gather="ranks"'),
     "outsider": ("member",),
+    **{
+        f"switch {name} {transport}": (
+            operator,
+            "GPUs behind one NVLink switch",
+            "got ranks without",
+            f'use {setting}="ranks"',
+        )
+        for transport in ("symmetric", "collective")
+        for name, operator, setting in (
+            ("rs", "linear_reduce_scatter (forward)", "reduce"),
+            ("ar", "linear_all_reduce (forward)", "reduce"),
+            ("ag", "all_gather_linear (forward)", "gather"),
+            ("rs unfused", "linear_reduce_scatter (forward)", "reduce"),
+        )
+    },
 }
 
 
@@ -52,6 +68,8 @@ def test_without_a_process_group() -> None:
         ({"chunks_per_rank": True}, "1 to 64"),
         ({"reduce_dtype": torch.bfloat16}, "torch.float32"),
         ({"timeout_s": 0}, "above 0"),
+        ({"reduce": "switch"}, "'nvls'"),
+        ({"gather": "pull"}, "'nvls'"),
     ),
 )
 def test_configuration(arguments: dict[str, object], message: str) -> None:
@@ -63,3 +81,9 @@ def test_configuration_survives_its_key() -> None:
     config = ody.OverlapConfig("fused", "collective", 3, "save", torch.float64, 1.5)
     assert ody.OverlapConfig.from_key(config.key()) == config
     assert ody.OverlapConfig.from_key(ody.OverlapConfig().key()) == ody.OverlapConfig()
+
+
+def test_a_configuration_survives_as_a_key() -> None:
+    for settings in ({"reduce": "nvls"}, {"gather": "nvls"}, {"reduce": "nvls", "gather": "nvls", "tile_rows": 8}):
+        config = ody.OverlapConfig(**settings)  # type: ignore[arg-type]
+        assert ody.OverlapConfig.from_key(config.key()) == config != ody.OverlapConfig()

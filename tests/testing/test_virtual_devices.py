@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS
+from odysseus_kernels.comm.device.lowering import KINDS, WINDOWS, WORDS
 from odysseus_kernels.comm.schedules.device import RECEIVE
 from odysseus_kernels.comm.schedules.steps import SHARD
 from odysseus_kernels.comm.schedules.streams import STREAMS
@@ -38,7 +38,7 @@ def test_memory_that_nobody_wrote_is_nan_and_words_are_zero() -> None:
         assert peers.memory(1, _PLACE).view(dtype).isnan().all()
     for rank in range(2):
         words = peers.of(rank).own_words()
-        assert words.shape == (2 * WINDOWS * WORDS * 2,)
+        assert words.shape == (len(KINDS) * WINDOWS * WORDS * 2,)
         assert not words.any()
         assert peers.of(1 - rank).words(rank) == words.data_ptr()
 

@@ -47,6 +47,7 @@ class Phase:
         gathered_bytes, scattered_bytes: of this rank's chunk.
         tiles: whether one kernel whose tiles wait and signal exists for it.
         rows, columns: of the output of one chunk's product, where the phase is such products; else 0.
+        switched: as in :class:`~odysseus_kernels.comm.transport.Call`.
     """
 
     operator: str
@@ -60,6 +61,7 @@ class Phase:
     tiles: bool = False
     rows: int = 0
     columns: int = 0
+    switched: bool = False
 
 
 class Selection:
@@ -121,6 +123,7 @@ class Selection:
 
     def _key(self, transport: Transport, config: OverlapConfig, phase: Phase) -> ChoiceKey:
         settings = f"{config.chunks_per_rank}, {config.gathered}, {config.reduce_dtype}, {config.tile_bytes}"
+        settings += ", through the switch" if phase.switched else ""
         return ChoiceKey(
             phase.operator,
             phase.phase,
@@ -158,6 +161,7 @@ class Selection:
                 fused_local_bytes=2.0 * (phase.gathered_bytes + phase.scattered_bytes),
                 rows=phase.rows,
                 columns=phase.columns,
+                switched=phase.switched,
             )
             mode = variant.partition("/")[0]
             predicted[variant] = predict(work, hardware, (mode,))[mode]

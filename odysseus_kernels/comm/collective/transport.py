@@ -241,6 +241,7 @@ class CollectiveTransport(Transport):
     def all_gather(self, call: Call, out: Tensor) -> None:
         gather = call.gather
         assert gather is not None
+        self._check_switched(call)
         call = dataclasses.replace(call, scatter=None)  # only this part is exchanged and counted here
         with self._lock, self._errors(call), timed_call(call.operator, call.phase, self.name, self.rank):
             lane = self._prepare(call)
@@ -253,6 +254,7 @@ class CollectiveTransport(Transport):
     def reduce_scatter(self, call: Call, full: Tensor) -> None:
         scatter = call.scatter
         assert scatter is not None
+        self._check_switched(call)
         wide = accumulator_dtype(full.dtype, call.config.reduce_dtype) != full.dtype
         if wide or not scatter.out.is_contiguous() or full.device.type == "cpu":
             # A backend adds in the tensors' own type; all-to-all sends the same bytes and we add in a wider one. And

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from odysseus_kernels.comm.device.lowering import Block, Operations, Places, Plan
 from odysseus_kernels.comm.schedules.device import FINAL, PREVIOUS_USE, RECEIVE, SLOT, STAGE, receive_part
-from odysseus_kernels.comm.schedules.steps import SHARD, Region, Step, Task
+from odysseus_kernels.comm.schedules.steps import SHARD, Region, Step, Task, Word
+from odysseus_kernels.comm.schedules.switch import PARTS, PUSHED
 from odysseus_kernels.comm.tiles import TileGather, TileScatter, WaitLimit
 from odysseus_kernels.comm.transport import Call, Gather, Scatter
 from odysseus_kernels.errors import CommunicationError
@@ -38,11 +39,13 @@ class Device(Places, Protocol):
         waits: what each tag of a wait stands for, for errors; it grows.
         multiprocessors: the fewest of any rank's device, so that ranks decide alike; 0 where that means nothing.
         link_bytes_per_s: that the device's link brings in one direction; 0 where that is not known.
+        no_switch: why no switch adds for the ranks, the same on all of them; empty if one can.
     """
 
     waits: list[str]
     multiprocessors: int
     link_bytes_per_s: float
+    no_switch: str
 
     def operations(self) -> Operations:
         """New, empty operations."""
@@ -67,6 +70,9 @@ class Device(Places, Protocol):
 
     def restore(self, held: object) -> set[tuple[str, int]]:
         """Makes windows again what they were, together with all ranks, and gives back the rest; returns which moved."""
+
+    def own_window(self, kind: str, window: int) -> Tensor:
+        """This rank's window: uint8."""
 
     def word_tensor(self, kind: str, window: int) -> Tensor:
         """Local words of a window, int32 [world]."""
@@ -139,6 +145,12 @@ class Scratch:
             if nbytes:
                 self._memory[name] = device.scratch(nbytes)
 
+    def take_windows(self, device: Device) -> None:
+        """Windows in which products read and write: a switch adds and copies between them."""
+        for name, block in ((PARTS, self.out), (PUSHED, self.shard)):
+            if name in self.windows and block is not None and block.nbytes:
+                self._memory[name] = device.own_window(name, self.windows[name])
+
     def bases(self) -> list[int]:
         """Addresses in the order of ``BASES``."""
         whole = 0 if self.whole is None else self.whole.data_ptr()
@@ -172,23 +184,25 @@ class Scratch:
             if own:
                 return lambda: gather.consume(rank, 0, shard.rows, gather.shard)
             start, stop = shard.bounds(step.piece)
-            block = self._cell(SLOT, shard, step.reads[0], stop - start)
+            block = self._cell(gather.shard, shard, step.reads[0], stop - start)
             return lambda: gather.consume(step.rank, start, stop, block)
         scatter, out = self.scatter, self.out
         assert step.task is Task.PRODUCE and scatter is not None and out is not None
         start, stop = out.bounds(step.piece)
-        if own:
+        if own and step.writes[0].buffer != PARTS:
             return lambda: scatter.produce(rank, start, stop, scatter.out[:, start:stop])
-        stage = self._cell(STAGE, out, step.writes[0], stop - start)
+        stage = self._cell(scatter.out, out, step.writes[0], stop - start)
         return lambda: scatter.produce(step.rank, start, stop, stage)
 
-    def _cell(self, name: str, block: Block, region: Region, rows: int) -> Tensor:
-        key = (name, region.part, rows)
+    def _cell(self, like: Tensor, block: Block, region: Region, rows: int) -> Tensor:
+        if not block.nbytes:  # there is no memory for it
+            return like.new_empty((block.batch, rows, block.width))
+        key = (region.buffer, region.part, rows)
         found = self._cells.get(key)
         if found is None:  # there are few, which the pieces of a call use in turn
             begin = region.part * block.cell_bytes
             nbytes = block.batch * rows * block.row_bytes
-            cell = self._memory[name][begin : begin + nbytes]
+            cell = self._memory[region.buffer][begin : begin + nbytes]
             found = self._cells[key] = cell.view(block.dtype).view(block.batch, rows, block.width)
         return found
 
@@ -197,7 +211,9 @@ def describe_wait(operator: str, step: Step, rank: int) -> str:
     """What is waited for, as an error says it."""
     word = step.word
     assert word is not None
-    if word.buffer == SLOT:
+    if word.buffer in (PARTS, PUSHED):
+        what = _describe_switched(word, step, rank)
+    elif word.buffer == SLOT:
         what = f"chunk {step.rank}, piece {step.piece}, to be copied here from rank {step.rank}"
     elif word.is_ready and word.buffer != RECEIVE:
         what = f"rank {word.owner} to publish chunk {word.owner}, piece {step.piece} of its shard"
@@ -208,6 +224,16 @@ def describe_wait(operator: str, step: Step, rank: int) -> str:
     else:
         what = f"rank {word.writer} to finish reading an earlier call's shard (chunk {rank})"
     return f"{operator}: rank {rank} waited for {what}"
+
+
+def _describe_switched(word: Word, step: Step, rank: int) -> str:
+    if word.buffer == PARTS and word.is_ready:
+        return f"rank {word.owner} to add up what all ranks made for it before (chunk {word.owner}, piece {step.piece})"
+    if word.buffer == PARTS:
+        return f"rank {word.writer} to make its part of chunk {rank}, piece {step.piece}"
+    if word.is_ready:
+        return f"rank {word.owner} to store chunk {word.owner}, piece {step.piece}, to all ranks"
+    return f"rank {word.writer} to finish reading what was stored before (chunk {rank})"
 
 
 def check_sums(call: Call) -> None:

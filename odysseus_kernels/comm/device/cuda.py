@@ -23,13 +23,11 @@ from torch import Tensor
 from odysseus_kernels import _ext
 from odysseus_kernels.comm.device.call import WarmUpNeededError
 from odysseus_kernels.comm.device.ledger import Ledger
-from odysseus_kernels.comm.device.lowering import WINDOWS, Operations, word_index
+from odysseus_kernels.comm.device.lowering import KINDS, WINDOWS, Operations, word_index
 from odysseus_kernels.comm.device.peer_memory import Exchange, PeerMemory, TorchSymmetricMemory, Window
 from odysseus_kernels.comm.device.supervisor import Supervisor
 from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
 from odysseus_kernels.comm.mismatch import short_text
-from odysseus_kernels.comm.schedules.device import RECEIVE
-from odysseus_kernels.comm.schedules.steps import SHARD
 from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS, check_queues
 from odysseus_kernels.comm.transport import Call
 from odysseus_kernels.config import shared_memory_directory
@@ -38,7 +36,6 @@ from odysseus_kernels.planner.hardware import hardware_for
 
 __all__ = ["CudaDevice", "connect", "device_identity"]
 
-_KINDS = (SHARD, RECEIVE)
 _HIGH_PRIORITY = -1
 _CLOSED = 4  # a code of ``Control.abort``; the others are the supervisor's
 _MOST_RANKS = 16  # sources that one sum adds
@@ -60,6 +57,7 @@ class CudaDevice:
         ledger: what ranks call; None where they are in one process and call alike.
         link: bytes/s to which copies between ranks are paced (an emulated link), or 0.
         multiprocessors: the fewest of any rank's GPU, or 0 for this one's.
+        no_switch: why no switch adds for these ranks; the same on all of them.
     """
 
     def __init__(
@@ -71,12 +69,14 @@ class CudaDevice:
         ledger: Ledger | None = None,
         link: float = 0.0,
         multiprocessors: int = 0,
+        no_switch: str = "these ranks' memory has no multicast addresses",
     ) -> None:
+        self.no_switch = no_switch
         self.device, self._rank, self._world = device, rank, world
         self._memory, self._ledger, self._link = memory, ledger, link
         self._native = _ext.load().cuda
         # The epochs of all windows, counters of kernels, and last whether a wait gave up.
-        self._state = torch.zeros(len(_KINDS) * WINDOWS + world + 1, dtype=torch.int32, device=device)
+        self._state = torch.zeros(len(KINDS) * WINDOWS + world + 1, dtype=torch.int32, device=device)
         torch.cuda.synchronize(device)
         self._control = self._native.Control(device.index, self._state[-1:].data_ptr())
         self._control_address = torch.tensor([self._control.block], dtype=torch.int64).to(device)
@@ -95,6 +95,12 @@ class CudaDevice:
     def window(self, rank: int, kind: str, window: int) -> int:
         return self._memory.window(rank, (kind, window))
 
+    def own_window(self, kind: str, window: int) -> Tensor:
+        return self._memory.own_window((kind, window))
+
+    def multicast(self, kind: str, window: int) -> int:
+        return self._memory.multicast((kind, window))
+
     def words(self, rank: int) -> int:
         return self._memory.words(rank)
 
@@ -102,7 +108,7 @@ class CudaDevice:
         return self.epoch_tensor(kind, window).data_ptr()
 
     def epoch_tensor(self, kind: str, window: int) -> Tensor:
-        place = _KINDS.index(kind) * WINDOWS + window
+        place = KINDS.index(kind) * WINDOWS + window
         return self._state[place : place + 1]
 
     def counter_tensor(self) -> Tensor:
@@ -273,6 +279,7 @@ def connect(
             raise OSError(reason)
         host = _ext.load().SymmetricHost(rank, world, shared_memory_directory(), 4096, nonce)
         answer = {"path": host.path, "sms": torch.cuda.get_device_properties(device).multi_processor_count}
+        answer["multicast"] = _multicasts(device)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         answer = {"error": short_text(error)}
     answers = [json.loads(text) for text in exchange(json.dumps(answer))]
@@ -284,13 +291,35 @@ def connect(
         except (OSError, ValueError, RuntimeError) as error:
             failure = short_text(error)
     # The second exchange is also what makes it safe to signal: all ranks' words are zero.
-    for other, text in enumerate(exchange(failure)):
-        if text:
+    mapped = memory is not None and memory.multicasts
+    met = [json.loads(text) for text in exchange(json.dumps({"error": failure, "multicast": mapped}))]
+    for other, one in enumerate(met):
+        if one["error"]:
             if host is not None:
                 host.close()
-            raise OSError(f"rank {other}: {text}")
+            raise OSError(f"rank {other}: {one['error']}")
     assert memory is not None
     check_queues()
     sms = min(int(other["sms"]) for other in answers)
-    cuda = CudaDevice(device, rank, world, memory, Ledger(host, rank, world), multiprocessors=sms)
+    reason = why_no_switch([bool(one["multicast"]) for one in answers], [bool(one["multicast"]) for one in met])
+    cuda = CudaDevice(device, rank, world, memory, Ledger(host, rank, world), multiprocessors=sms, no_switch=reason)
     return SymmetricDeviceTransport(cuda, rank, world)
+
+
+def _multicasts(device: torch.device) -> bool:
+    """Whether this GPU and its driver know multicast addresses."""
+    return torch.cuda.get_device_capability(device) >= (9, 0) and _ext.load().cuda.multimem_supported(device.index)
+
+
+def why_no_switch(devices: Sequence[bool], mapped: Sequence[bool]) -> str:
+    """Why no switch can add for the ranks; empty if one can.
+
+    Args:
+        devices: for each rank, whether its GPU and driver know multicast addresses.
+        mapped: for each rank, whether the memory that ranks have mapped got one.
+    """
+    if not all(devices):
+        return f"the GPU or driver of rank {list(devices).index(False)} knows no multicast addresses"
+    if not all(mapped):
+        return f"the memory that ranks share got no multicast address on rank {list(mapped).index(False)}"
+    return ""

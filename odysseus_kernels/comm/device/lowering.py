@@ -17,9 +17,11 @@ from odysseus_kernels.comm.device.operations import Address, Operations
 from odysseus_kernels.comm.schedules.device import AHEAD, OUT, RECEIVE, RECEIVE_SETS, SLOT, STAGE, STAGES
 from odysseus_kernels.comm.schedules.steps import SHARD, Kind, Region, Schedule, Step, Task, Word, piece_bounds
 from odysseus_kernels.comm.schedules.streams import COMPUTE, STREAMS, sums_beside_products
+from odysseus_kernels.comm.schedules.switch import PART_SETS, PARTS, PUSHED
 
 __all__ = [
     "BASES",
+    "KINDS",
     "WINDOWS",
     "WORDS",
     "Action",
@@ -31,6 +33,8 @@ __all__ = [
     "Plan",
     "dtype_name",
     "lower",
+    "parts_bytes",
+    "pushed_bytes",
     "receive_bytes",
     "word_index",
 ]
@@ -42,8 +46,8 @@ BASES = ("absolute", SHARD, SLOT, STAGE, OUT, AHEAD)
 _BASE = {name: index for index, name in enumerate(BASES)}
 _STREAM = {name: index for index, name in enumerate(STREAMS)}
 
-WINDOWS = 8  # of each kind: shards, partial results
-_KINDS = {SHARD: 0, RECEIVE: 1}
+WINDOWS = 8  # of each kind
+KINDS = (SHARD, RECEIVE, PARTS, PUSHED)
 _OWNERS, _PEERS, _LOCAL = range(3)
 _MOST_WORDS = 32
 _ALIGNMENT = 256
@@ -94,6 +98,7 @@ class Places(Protocol):
     """Where the memory that ranks share lies, as this rank's device sees it."""
 
     def window(self, rank: int, kind: str, window: int) -> int: ...
+    def multicast(self, kind: str, window: int) -> int: ...
     def words(self, rank: int) -> int: ...
     def epoch(self, kind: str, window: int) -> int: ...
 
@@ -102,8 +107,8 @@ WORDS = 3  # of each window and rank: the owner's, the peers', local ones
 
 
 def word_index(world: int, kind: str, window: int, which: int, rank: int) -> int:
-    """Place of a word among a rank's words, of which there are ``2 * WINDOWS * WORDS * world``."""
-    return ((_KINDS[kind] * WINDOWS + window) * WORDS + which) * world + rank
+    """Place of a word among a rank's words, of which there are ``len(KINDS) * WINDOWS * WORDS * world``."""
+    return ((KINDS.index(kind) * WINDOWS + window) * WORDS + which) * world + rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,12 +172,12 @@ def lower(
             they are consumed; ``"ranks"``, a tensor [world, batch, rows, width] of all ranks' chunks.
         tag: gives a number to waits that are made in one go, by which an error can say what was waited for.
         finished: (kind, window) whose use is over at the end.
-        beside: multiprocessors that a sum may hold while products run beside it; 0 for all.
+        beside: multiprocessors that a sum, or a store to all ranks, may hold while products run beside it; 0 for all.
     """
     # Where whole tensors are moved, nothing is multiplied meanwhile.
     sums = frozenset() if layout == "ranks" else sums_beside_products(schedule.steps)
     held = dict.fromkeys(sums, beside)
-    lowering = _Lowering(operations, places, world, rank, windows, shard, out, ahead, slots, layout, tag, held)
+    lowering = _Lowering(operations, places, world, rank, windows, shard, out, ahead, slots, layout, tag, held, beside)
     return lowering.run(schedule, finished)
 
 
@@ -190,6 +195,7 @@ class _Lowering:
     layout: Layout
     tag: Callable[[Sequence[Step]], int]
     held: dict[int, int]  # multiprocessors, by the piece of a sum beside products
+    beside: int
 
     def run(self, schedule: Schedule, finished: Sequence[tuple[str, int]]) -> Plan:
         actions: list[Action] = []
@@ -218,7 +224,7 @@ class _Lowering:
         if self.shard and self.layout != "ranks":
             cells = self.slots * self.shard.cell_bytes
             slot_bytes = cells if self.layout == "cells" else (self.world - 1) * self.shard.nbytes
-        if self.out and self.layout == "cells":
+        if self.out and self.layout == "cells" and RECEIVE in self.windows:
             stage_bytes = STAGES * self.out.cell_bytes
         inside_waits = [step for step in schedule.steps if step.inside and step.kind is Kind.WAIT]
         inside_tag = self.tag(inside_waits) if inside_waits else 0
@@ -234,7 +240,7 @@ class _Lowering:
 
     def _place(self, word: Word) -> tuple[str, int]:
         """Kind and index of the window that a word belongs to."""
-        kind = RECEIVE if word.buffer == RECEIVE else SHARD
+        kind = word.buffer if word.buffer in KINDS else SHARD
         return kind, self.windows[AHEAD if word.buffer == AHEAD else kind]
 
     def _epoch(self, word: Word) -> Address:
@@ -324,15 +330,18 @@ class _Lowering:
         block = self.ahead if region.buffer == AHEAD else self.shard
         assert block is not None
         start, _ = block.bounds(step.piece)
-        self.operations.copy(
-            _STREAM[step.stream],
-            self._published(block, region),
-            (_BASE[region.buffer], start * block.row_bytes),
-            block.piece_bytes(step.piece),
-            block.batch,
-            0,
-            block.pitch,
-        )
+        stream, piece = _STREAM[step.stream], block.piece_bytes(step.piece)
+        if region.buffer == PUSHED:
+            here, cell = (_BASE[SHARD], start * block.row_bytes), self._multicast(block, region)
+            self.operations.store_multicast(stream, cell, here, piece, block.batch, block.pitch, self.beside)
+            return
+        here = (_BASE[region.buffer], start * block.row_bytes)
+        self.operations.copy(stream, self._published(block, region), here, piece, block.batch, 0, block.pitch)
+
+    def _multicast(self, block: Block, region: Region) -> Address:
+        """The same cell of all ranks' windows."""
+        window = self.places.multicast(region.buffer, self.windows[region.buffer])
+        return 0, window + region.part * block.cell_bytes
 
     def _received(self, region: Region) -> Address:
         assert self.out is not None
@@ -340,11 +349,20 @@ class _Lowering:
         return 0, window + region.part * self.out.cell_bytes
 
     def _add(self, step: Step) -> None:
-        """``received 0 + received 1 + ... + own + last received``: the order of the sums on a CPU host."""
+        """``received 0 + received 1 + ... + own + last received``: the order of the sums on a CPU host.
+
+        Or the switch's own.
+        """
         assert self.out is not None
         start, _ = self.out.bounds(step.piece)
         own: Address = (_BASE[OUT], start * self.out.row_bytes)
         piece = self.out.piece_bytes(step.piece)
+        if step.reads[0].buffer == PARTS:
+            stream, held = _STREAM[step.stream], self.held.get(step.piece, 0)
+            cell, name, count = self._multicast(self.out, step.reads[0]), dtype_name(self.out.dtype), piece
+            count //= self.out.dtype.itemsize
+            self.operations.reduce_multicast(stream, own, cell, name, count, self.out.batch, self.out.pitch, held)
+            return
         received = [self._received(region) for region in step.reads if region.buffer == RECEIVE]
         name = dtype_name(self.out.dtype)
         self.operations.reduce(
@@ -364,3 +382,13 @@ class _Lowering:
 def receive_bytes(block: Block, world: int, sets: int = RECEIVE_SETS) -> int:
     """Bytes of a window that receives partial results of ``block`` from all others."""
     return sets * (world - 1) * block.cell_bytes
+
+
+def parts_bytes(block: Block, world: int) -> int:
+    """Bytes of a window in which a rank makes partial results of ``block`` for all ranks, through the switch."""
+    return PART_SETS * world * block.cell_bytes
+
+
+def pushed_bytes(block: Block, world: int, sets: int) -> int:
+    """Bytes of a window into which all ranks store chunks as large as ``block``, through the switch."""
+    return min(sets, block.pieces) * world * block.cell_bytes

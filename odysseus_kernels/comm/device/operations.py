@@ -41,6 +41,27 @@ class Operations(Protocol):
         *,
         beside: int = 0,
     ) -> None: ...
+    def reduce_multicast(
+        self,
+        stream: int,
+        out: Address,
+        multicast: Address,
+        dtype: str,
+        count: int,
+        rows: int = 1,
+        out_pitch: int = 0,
+        beside: int = 0,
+    ) -> None: ...
+    def store_multicast(
+        self,
+        stream: int,
+        multicast: Address,
+        src: Address,
+        row_bytes: int,
+        rows: int = 1,
+        src_pitch: int = 0,
+        beside: int = 0,
+    ) -> None: ...
     def record(self, stream: int, event: int) -> None: ...
     def depend(self, stream: int, event: int) -> None: ...
     def play(

@@ -7,24 +7,23 @@ allocation, rendezvous, peers' addresses.  Supported are torch 2.10 and later.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS
+from odysseus_kernels.comm.device.lowering import KINDS, WINDOWS, WORDS
 from odysseus_kernels.comm.device.rendezvous import Rendezvous
 from odysseus_kernels.comm.mismatch import short_text
-from odysseus_kernels.comm.schedules.device import RECEIVE
-from odysseus_kernels.comm.schedules.steps import SHARD
+from odysseus_kernels.comm.schedules.switch import PARTS, PUSHED
 from odysseus_kernels.comm.transport import CapacityExceededError
 from odysseus_kernels.errors import CapacityWarning, CommunicationError
 
 __all__ = ["Exchange", "PeerMemory", "TorchSymmetricMemory", "Window"]
 
-_KINDS = (SHARD, RECEIVE)
+_SWITCHED = (PARTS, PUSHED)
 _GRANULARITY = 2 << 20  # what a driver allocates at once
 Window = tuple[str, int]  # kind and index
 Exchange = Callable[[str], list[str]]
@@ -35,18 +34,26 @@ class PeerMemory(Protocol):
 
     Attributes:
         retain: windows that are replaced by larger ones stay: a captured graph goes on using them.
+        multicasts: whether this rank's memory has multicast addresses, too.
     """
 
     retain: bool
+    multicasts: bool
 
     def words(self, rank: int) -> int:
         """Address of a rank's words."""
 
     def own_words(self) -> Tensor:
-        """This rank's words: int32 [2 * WINDOWS * WORDS * world]."""
+        """This rank's words: int32 [len(KINDS) * WINDOWS * WORDS * world]."""
 
     def window(self, rank: int, place: Window) -> int:
         """Address of a rank's window."""
+
+    def own_window(self, place: Window) -> Tensor:
+        """This rank's window: uint8."""
+
+    def multicast(self, place: Window) -> int:
+        """The address behind which all ranks' windows lie, for a switch that adds them or stores to them."""
 
     def backed(self, place: Window) -> int:
         """Bytes of a window that every rank has."""
@@ -81,7 +88,7 @@ class TorchSymmetricMemory:
         self._retained: list[Any] = []
         failure, words = "", None
         try:
-            words = self._empty(4 * len(_KINDS) * WINDOWS * WORDS * self._world).zero_()
+            words = self._empty(4 * len(KINDS) * WINDOWS * WORDS * self._world).zero_()
             torch.cuda.synchronize(device)
         except RuntimeError as error:
             failure = short_text(error, 200)
@@ -92,6 +99,7 @@ class TorchSymmetricMemory:
         assert words is not None
         self._words: Tensor | None = words.view(torch.int32)
         self._word_addresses, self._word_handle = self._meet(words)
+        self.multicasts = _multicast_of(self._word_handle) != 0
 
     def _empty(self, nbytes: int) -> Tensor:
         from torch._C._distributed_c10d import _SymmetricMemory
@@ -114,6 +122,12 @@ class TorchSymmetricMemory:
 
     def window(self, rank: int, place: Window) -> int:
         return self._windows[place][1][rank]
+
+    def own_window(self, place: Window) -> Tensor:
+        return self._windows[place][0]
+
+    def multicast(self, place: Window) -> int:
+        return _multicast_of(self._windows[place][2])
 
     def backed(self, place: Window) -> int:
         return self._windows[place][0].numel() if place in self._windows else 0
@@ -148,6 +162,20 @@ class TorchSymmetricMemory:
                 self._windows[place] = (memory, *self._meet(memory))
             except RuntimeError as error:
                 raise CommunicationError(f"ranks could not map one another's memory: {short_text(error)}") from error
+        if any(kind in _SWITCHED for kind, _ in made):
+            self._check_multicast(made)
+
+    def _check_multicast(self, made: Iterable[Window]) -> None:
+        """Words have had a multicast address, but a driver has only so many of them to give."""
+        without = [place for place in made if place[0] in _SWITCHED and not self.multicast(place)]
+        lacking = [rank for rank, text in enumerate(self._exchange("none" if without else "")) if text]
+        if lacking:
+            for place in made:
+                del self._windows[place]
+            raise ValueError(
+                f"expected a multicast address for buffers of all ranks, as their first one had, got none on rank "
+                f'{", ".join(map(str, lacking))}: the driver has no more to give; use reduce="ranks", the default'
+            )
 
     def hold(self) -> object:
         self._trial = True  # what graphs use is held, and what is grown now is used by none
@@ -170,3 +198,8 @@ class TorchSymmetricMemory:
         self._windows.clear()
         self._retained.clear()
         self._words = self._word_handle = None
+
+
+def _multicast_of(handle: Any) -> int:
+    """Of memory that ranks have mapped; 0 where the driver or a device cannot."""
+    return int(getattr(handle, "multicast_ptr", 0) or 0)

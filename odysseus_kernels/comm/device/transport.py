@@ -4,11 +4,12 @@ Concurrency contract.  Products run on the caller's current stream.  Copies, wai
 transport's own streams of high priority, which leave the caller's stream at the start of a call and join it at the end:
 what the caller enqueues next happens after the whole call, so memory that was used may be freed at once and the
 allocator needs to know nothing.  ``execute`` returns when everything is enqueued, not when it has happened; the host
-never waits for the device.  No SM is spent on moving data; waiting takes one small block, adding the rest of what
-products leave.
+never waits for the device.  No SM is spent on moving data (but few on storing it through a switch); waiting takes one
+small block, adding the rest of what products leave.
 
-Memory.  A rank's windows hold its published shard and what it receives (two sets of pieces, one from each peer); slots
-and stages are scratch memory of the call.  Windows grow with the first call that needs more, by agreement of all ranks;
+Memory.  A rank's windows hold its published shard and what it receives (two sets of pieces, one from each peer), or for
+calls through a switch what it makes for all ranks, and what all ranks store; slots and stages are scratch memory of
+the call.  Windows grow with the first call that needs more, by agreement of all ranks;
 what they grew by for runs that were only timed is given back.
 
 Errors.  A wait on the device is bounded (``config.timeout_s``).  One that gives up says so in memory that the host
@@ -28,6 +29,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from torch import Tensor
 
 from odysseus_kernels.comm.choice.preparation import check_tiles, prepare_tiles
+from odysseus_kernels.comm.device import pieces
 from odysseus_kernels.comm.device.call import (
     Device,
     Scratch,
@@ -36,7 +38,18 @@ from odysseus_kernels.comm.device.call import (
     describe_wait,
     tile_callback,
 )
-from odysseus_kernels.comm.device.lowering import WINDOWS, Block, Layout, Plan, lower, receive_bytes
+from odysseus_kernels.comm.device.lowering import (
+    KINDS,
+    WINDOWS,
+    Block,
+    Layout,
+    Plan,
+    lower,
+    parts_bytes,
+    pushed_bytes,
+    receive_bytes,
+)
+from odysseus_kernels.comm.device.pieces import held_multiprocessors
 from odysseus_kernels.comm.mismatch import short_text
 from odysseus_kernels.comm.schedules.device import (
     AHEAD,
@@ -48,19 +61,13 @@ from odysseus_kernels.comm.schedules.device import (
 )
 from odysseus_kernels.comm.schedules.leases import Lease, LeaseTable
 from odysseus_kernels.comm.schedules.steps import SHARD, Schedule, Step, Task
+from odysseus_kernels.comm.schedules.switch import PARTS, PUSHED, switch_schedule
 from odysseus_kernels.comm.sent_ahead import SentAhead
-from odysseus_kernels.comm.transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
+from odysseus_kernels.comm.transport import Call, CapacityExceededError, Transport
 from odysseus_kernels.errors import CommunicationError, KernelUnavailableError
-from odysseus_kernels.planner.sums import sum_multiprocessors
-from odysseus_kernels.planner.waves import wave_pieces
 
 __all__ = ["SymmetricDeviceTransport"]
 
-# Rows of a piece below which a product of one piece fills no GPU.
-_PIECE_ROWS = 1024
-# Of pulled chunks: finer, since the product of the last piece is all that follows its arrival.
-_GATHER_ROWS = 2048
-_GATHER_PIECES = 4
 _CHUNKS = 2  # whole chunks that slots may hold together
 _PLANS = 512
 
@@ -77,7 +84,8 @@ class SymmetricDeviceTransport(Transport):
         super().__init__(rank, world)
         self.completed = 0
         self._device = device
-        self._leases = {SHARD: LeaseTable(WINDOWS, 0), RECEIVE: LeaseTable(WINDOWS, 0)}
+        self.no_switch = device.no_switch
+        self._leases = {kind: LeaseTable(WINDOWS, 0) for kind in KINDS}
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
         self._ahead: tuple[SentAhead, Lease] | None = None
 
@@ -130,6 +138,9 @@ class SymmetricDeviceTransport(Transport):
         self._run(call, Scratch(call.gather, call.scatter))
 
     def all_gather(self, call: Call, out: Tensor) -> None:
+        if call.switched:  # by way of windows, into which the switch stores
+            super().all_gather(call, out)
+            return
         gather = call.gather
         assert gather is not None
 
@@ -141,6 +152,9 @@ class SymmetricDeviceTransport(Transport):
         self._run_whole(call, out)
 
     def reduce_scatter(self, call: Call, full: Tensor) -> None:
+        if call.switched:  # by way of windows, out of which the switch adds
+            super().reduce_scatter(call, full)
+            return
         scatter = call.scatter
         assert scatter is not None
 
@@ -202,6 +216,7 @@ class SymmetricDeviceTransport(Transport):
     def _enqueue(self, call: Call, plan: Plan, scratch: Scratch) -> None:
         device = self._device
         scratch.take(device, plan)
+        scratch.take_windows(device)
 
         def compute(step: Step) -> None:
             device.call(scratch.callback(step, self.rank))
@@ -218,29 +233,34 @@ class SymmetricDeviceTransport(Transport):
     def _prepare(self, call: Call, scratch: Scratch) -> tuple[Plan, list[tuple[str, Lease]]]:
         """Leases windows, lets ranks agree on the call, and finds or makes its plan."""
         gather, scatter, whole = call.gather, call.scatter, scratch.whole is not None
-        tiles = call.config.mode == "tiles"
+        tiles, switched = call.config.mode == "tiles", call.switched
         leases: dict[str, Lease] = {}
         sizes: dict[tuple[str, int], int] = {}
         ended: list[tuple[str, Lease]] = []
         taken, ahead = None, self._ahead
         if gather is not None:
-            scratch.shard = Block.of(gather.shard, self._gather_pieces(call, gather.shard))
-        taken = self._take_ahead(call, 0 if scratch.shard is None or tiles or whole else scratch.shard.pieces)
-        if gather is not None and scratch.shard is not None:
-            leases[SHARD] = taken or self._leases[SHARD].lease()
-            sizes[SHARD, leases[SHARD].window] = scratch.shard.nbytes
-            ended.append((SHARD, leases[SHARD]))
+            scratch.shard = Block.of(gather.shard, pieces.of_gather(call, gather.shard, self.world))
+        pulls = scratch.shard is not None and not (tiles or whole or switched)
+        taken = self._take_ahead(call, scratch.shard.pieces if scratch.shard is not None and pulls else 0)
+        if scratch.shard is not None:
+            name = PUSHED if switched else SHARD
+            leases[name] = taken or self._leases[name].lease()
+            stored = pushed_bytes(scratch.shard, self.world, pieces.sets(call, scratch.shard.pieces))
+            sizes[name, leases[name].window] = stored if switched else scratch.shard.nbytes
+            ended.append((name, leases[name]))
         if scatter is not None:
-            sets = 1 if tiles else 2
-            scratch.out = Block.of(scatter.out, 1 if tiles else self._scatter_pieces(call, scatter))
-            leases[RECEIVE] = self._leases[RECEIVE].lease()
-            sizes[RECEIVE, leases[RECEIVE].window] = receive_bytes(scratch.out, self.world, sets)
-            ended.append((RECEIVE, leases[RECEIVE]))
+            name, sms = PARTS if switched else RECEIVE, self._device.multiprocessors
+            out = Block.of(scatter.out, 1 if tiles else pieces.of_scatter(call, scatter, self.world, sms))
+            scratch.out, leases[name] = out, self._leases[name].lease()
+            received = receive_bytes(out, self.world, 1 if tiles else 2)
+            sizes[name, leases[name].window] = parts_bytes(out, self.world) if switched else received
+            ended.append((name, leases[name]))
         prefetch = call.prefetch
-        # What an exchange shares is another transport's.
-        if prefetch is not None and prefetch.kind == "gather" and not (tiles or whole or self._device.capturing()):
+        # What an exchange shares is another transport's; nothing is sent ahead beside what a switch moves.
+        able = not (tiles or whole or switched or self._device.capturing())
+        if prefetch is not None and prefetch.kind == "gather" and able:
             shard = scratch.prefetch = prefetch.shard
-            scratch.ahead = Block.of(shard, self._gather_pieces(call, shard))
+            scratch.ahead = Block.of(shard, pieces.of_gather(call, shard, self.world))
             leases[AHEAD] = self._leases[SHARD].lease()
             sizes[SHARD, leases[AHEAD].window] = scratch.ahead.nbytes
             if not call.keeps_ahead:
@@ -250,7 +270,7 @@ class SymmetricDeviceTransport(Transport):
         if grown:
             try:
                 self._device.grow(call, grown)
-            except (CapacityExceededError, WarmUpNeededError):
+            except (CapacityExceededError, WarmUpNeededError, ValueError):
                 self._undo(leases, taken, ahead)
                 raise
             self._forget(set(grown))
@@ -271,7 +291,7 @@ class SymmetricDeviceTransport(Transport):
         """Gives back what was leased for a call that was not made; what was sent ahead stays to be dropped."""
         for name, lease in reversed(leases.items()):
             if lease is not taken:
-                self._leases[RECEIVE if name == RECEIVE else SHARD].restore(lease)
+                self._leases[SHARD if name == AHEAD else name].restore(lease)
         self._ahead = ahead if taken is not None or ahead is self._ahead else None
 
     def _schedule(self, call: Call, scratch: Scratch, *, published: bool) -> Schedule:
@@ -280,6 +300,15 @@ class SymmetricDeviceTransport(Transport):
         if call.config.mode == "tiles":
             captured = self._device.capturing()
             return tile_schedule(call.program, self.world, self.rank, gather_pieces=gather_pieces, captured=captured)
+        if call.switched:
+            return switch_schedule(
+                call.program,
+                self.world,
+                self.rank,
+                gather_pieces=gather_pieces,
+                scatter_pieces=out.pieces if out else 1,
+                sets=pieces.sets(call, gather_pieces),
+            )
         slots = gather_pieces * (self.world - 1 if scratch.whole is not None else _CHUNKS)
         return device_schedule(
             call.program,
@@ -308,8 +337,8 @@ class SymmetricDeviceTransport(Transport):
             slots=slots,
             layout=layout,
             tag=lambda steps: self._tag(call, steps),
-            finished=[(kind, scratch.windows[kind]) for kind in (SHARD, RECEIVE) if kind in scratch.windows],
-            beside=sum_multiprocessors(self.world, self._device.link_bytes_per_s),
+            finished=[(kind, scratch.windows[kind]) for kind in KINDS if kind in scratch.windows],
+            beside=held_multiprocessors(scratch.windows, self.world, self._device.link_bytes_per_s),
         )
 
     def _remember(self, key: Hashable, plan: Plan) -> None:
@@ -332,23 +361,6 @@ class SymmetricDeviceTransport(Transport):
         for step in steps:
             self._device.waits.append(describe_wait(call.name, step, self.rank))
         return len(self._device.waits) - len(steps)
-
-    def _gather_pieces(self, call: Call, shard: Tensor) -> int:
-        auto = max(1, min(_GATHER_PIECES, shard.shape[0] * shard.shape[1] // _GATHER_ROWS))
-        return row_pieces(call.config.chunks_per_rank, shard.shape[1], auto=auto)
-
-    def _scatter_pieces(self, call: Call, scatter: Scatter) -> int:
-        """As many as there are ranks: then what is on its way, sent and received, stays within two chunks.
-
-        Or up to twice as many, where their products fill the device better; never fewer, for the memory's sake.
-        """
-        batch, rows, width = scatter.out.shape
-        auto = max(1, min(self.world, batch * rows // _PIECE_ROWS))
-        sms = self._device.multiprocessors
-        if sms and auto > 1:
-            most = min(2 * auto, batch * rows // (_PIECE_ROWS // 2))
-            auto = wave_pieces(batch * rows, width, sms, least=auto, most=most)
-        return row_pieces(call.config.chunks_per_rank, rows, auto=auto)
 
     # ---- a shard that was sent ahead ---------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ def expected_traffic(trial: Trial) -> tuple[formulas.Traffic | None, str]:
     family = next((f for f in FAMILIES if type(model).__name__.endswith(f.causal_model)), None)
     if family is None:
         return None, f"no formula for {type(model).__name__}"
+    if "nvls" in (group.config.reduce, group.config.gather):
+        return None, "no formula for what a switch adds and copies"
     if family.expert_names is not None:
         return None, "no formula for mixtures of experts"
     if any(not p.requires_grad for p in model.parameters()):

@@ -24,7 +24,7 @@ from benchmarks.device import report as emulated_report
 from benchmarks.device import workload as emulated_workload
 from benchmarks.device.cases import EmulatedCase, make_emulated_cases
 from benchmarks.device.workload import MODES, EmulatedWorkload, Emulation, fake_group
-from odysseus_kernels.comm.device.lowering import WINDOWS, WORDS
+from odysseus_kernels.comm.device.lowering import KINDS, WINDOWS, WORDS
 from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
 from odysseus_kernels.comm.groups import use_transport
 from odysseus_kernels.comm.schedules.device import RECEIVE
@@ -340,7 +340,7 @@ def test_silent_peers_satisfy_every_wait_and_keep_what_they_were_filled_with() -
             Call("operator", "backward", config, None, Scatter(out, lambda t, start, stop, block: block.fill_(1 + t)))
         )
         assert torch.equal(out, torch.ones_like(out))  # peers send zero
-    words = machine.memory.own_words().view(2, WINDOWS, WORDS, 3)
+    words = machine.memory.own_words().view(len(KINDS), WINDOWS, WORDS, 3)
     assert (words[:, :, :2] == SATISFIED).all()
     assert not (words[:, :, 2] == SATISFIED).any()
     assert machine.memory.backed((RECEIVE, 0)) > 0

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import selection_cases
+import torch
 
 import odysseus_kernels as ody
 from odysseus_kernels import _ext
 from odysseus_kernels.comm import groups
+from odysseus_kernels.comm.choice.selection import Phase, Selection
 from odysseus_kernels.testing.spawn import RankPool
 
 PHASES = [
@@ -67,3 +71,15 @@ def test_bad_settings() -> None:
     config = ody.OverlapConfig(mode="tiles", tune="model", tile_bytes=5, chunks_per_rank=3)
     assert ody.OverlapConfig.from_key(config.key()) == config
     assert groups.explain.__doc__
+
+
+def test_what_a_switch_makes_is_timed_apart() -> None:
+    """A mode that was fastest from rank to rank need not be through the switch; what was kept before stays valid."""
+    selection = Selection(torch.device("cpu"), lambda text: [text])
+    phase = Phase("linear_reduce_scatter", "forward", "x [8]", "8", torch.bfloat16, 1000)
+    transport: Any = SimpleNamespace(name="symmetric", world=2)
+    keys = [
+        selection._key(transport, ody.OverlapConfig(), dataclasses.replace(phase, switched=switched))
+        for switched in (False, True)
+    ]
+    assert keys[0] != keys[1] and "switch" not in keys[0].settings

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import odysseus_kernels as ody
+from odysseus_kernels.comm.device.cuda import why_no_switch
 from odysseus_kernels.comm.device.peer_memory import TorchSymmetricMemory
 from odysseus_kernels.comm.device.rendezvous import CountingStore
 from odysseus_kernels.comm.transport import CapacityExceededError
@@ -62,6 +63,42 @@ def test_too_little_symmetric_memory_is_said_once_and_not_tried_again() -> None:
                 memory.grow({("receive", 1): nbytes})
     exchange.assert_called_once_with("")
     assert memory._windows == {}
+
+
+@pytest.mark.parametrize(
+    ("devices", "mapped", "said"),
+    (
+        ([True, True], [True, True], ""),
+        ([True, False], [False, False], "the GPU or driver of rank 1 knows no multicast addresses"),
+        ([True, True], [False, True], "the memory that ranks share got no multicast address on rank 0"),
+    ),
+)
+def test_why_no_switch_adds(devices: list[bool], mapped: list[bool], said: str) -> None:
+    assert why_no_switch(devices, mapped) == said
+
+
+@pytest.mark.parametrize("given", ("everywhere", "not here", "not there"))
+def test_windows_that_get_no_multicast_address_are_refused_on_all_ranks(given: str) -> None:
+    memory = object.__new__(TorchSymmetricMemory)
+    memory._device, memory._refused, memory._windows, memory.retain = torch.device("cuda", 0), None, {}, False
+    memory._trial = False
+    told = iter(["", "", "none" if given == "not there" else ""])  # the other rank has room, and room, and
+    memory._exchange = exchange = mock.Mock(side_effect=lambda text: [text, next(told)])
+    handle = mock.Mock(multicast_ptr=0 if given == "not here" else 1 << 40)
+    free = mock.patch.object(torch.cuda, "synchronize")
+    made = mock.patch.object(TorchSymmetricMemory, "_empty", return_value=torch.empty(64, dtype=torch.uint8))
+    met = mock.patch.object(TorchSymmetricMemory, "_meet", return_value=([1, 2], handle))
+    with free, made, met:
+        memory.grow({("receive", 1): 64})  # which needs none
+        assert exchange.call_count == 1
+        if given == "everywhere":
+            memory.grow({("parts", 0): 64})
+            assert memory.multicast(("parts", 0)) == 1 << 40 and memory.own_window(("parts", 0)).numel() == 64
+            return
+        rank = 0 if given == "not here" else 1
+        with pytest.raises(ValueError, match=f"got none on rank {rank}: the driver has no more to give; use reduce"):
+            memory.grow({("parts", 0): 64})
+    assert memory.backed(("parts", 0)) == 0 and memory.backed(("receive", 1)) == 64
 
 
 @pytest.mark.parametrize("told", (False, True))

@@ -26,24 +26,33 @@ pytestmark = [
     pytest.mark.skipif(not _ext.has_cuda(), reason="the extension was built without CUDA"),
 ]
 
-CALLS = [
-    RehearsedCall(program, layout, world, rank, pieces, batch, 24, 16, published, ahead)  # type: ignore[arg-type]
-    for world, rank in ((2, 1), (3, 0), (8, 5))
-    for pieces in (1, 3)
-    for batch in (1, 2)
-    for program, layout, published, ahead in (
-        ("gather", "cells", False, False),
-        ("gather", "cells", True, False),
-        ("gather", "cells", False, True),
-        ("gather", "ranks", False, False),
-        ("gather", "visits", False, False),
-        ("scatter", "cells", False, False),
-        ("scatter", "cells", False, True),
-        ("scatter", "ranks", False, False),
-        ("gather+scatter", "cells", False, False),
-        ("gather+scatter", "cells", True, False),
-    )
-] + [RehearsedCall("scatter", "visits", world, 1, 1, rows=24, width=16) for world in (2, 8)]
+CALLS = (
+    [
+        RehearsedCall(program, layout, world, rank, pieces, batch, 24, 16, published, ahead)  # type: ignore[arg-type]
+        for world, rank in ((2, 1), (3, 0), (8, 5))
+        for pieces in (1, 3)
+        for batch in (1, 2)
+        for program, layout, published, ahead in (
+            ("gather", "cells", False, False),
+            ("gather", "cells", True, False),
+            ("gather", "cells", False, True),
+            ("gather", "ranks", False, False),
+            ("gather", "visits", False, False),
+            ("scatter", "cells", False, False),
+            ("scatter", "cells", False, True),
+            ("scatter", "ranks", False, False),
+            ("gather+scatter", "cells", False, False),
+            ("gather+scatter", "cells", True, False),
+        )
+    ]
+    + [
+        RehearsedCall(program, "cells", world, 1, pieces, batch, 24, 16, switched=True)  # type: ignore[arg-type]
+        for world in (2, 8)
+        for pieces, batch in ((1, 2), (3, 1))
+        for program in ("gather", "scatter", "gather+scatter")
+    ]
+    + [RehearsedCall("scatter", "visits", world, 1, 1, rows=24, width=16) for world in (2, 8)]
+)
 
 
 def native(call: RehearsedCall, **options: Any) -> Any:

@@ -7,10 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
+from odysseus_kernels.comm.device.pieces import of_scatter
 from odysseus_kernels.comm.transport import Call, Scatter
 from odysseus_kernels.config import OverlapConfig
-from odysseus_kernels.testing.simulated_device import SimulatedMachine
 
 pytestmark = pytest.mark.without_ranks
 
@@ -26,12 +25,8 @@ pytestmark = pytest.mark.without_ranks
     ),
 )
 def test_pieces_of_a_sum(rows: int, width: int, multiprocessors: int, pieces: int) -> None:
-    machine = SimulatedMachine(8)
     scatter = Scatter(torch.empty(1, rows, width, device="meta"), lambda target, start, stop, block: None)
     call = Call("operator", "forward", OverlapConfig(mode="fused"), scatter=scatter)
-    for rank, device in enumerate(machine.devices):
-        device.multiprocessors = multiprocessors
-        transport = SymmetricDeviceTransport(device, rank, 8)
-        assert transport._scatter_pieces(call, scatter) == pieces
-        given = dataclasses.replace(call, config=dataclasses.replace(call.config, chunks_per_rank=2))
-        assert transport._scatter_pieces(given, scatter) == 2, "what the caller asks for is done"
+    assert of_scatter(call, scatter, 8, multiprocessors) == pieces
+    given = dataclasses.replace(call, config=dataclasses.replace(call.config, chunks_per_rank=2))
+    assert of_scatter(given, scatter, 8, multiprocessors) == 2, "what the caller asks for is done"
