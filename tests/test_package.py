@@ -123,6 +123,15 @@ def test_changed_headers_are_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp
     assert not built["needs_recompile"](str(made), source)
 
 
+def test_changed_cuda_sources_are_linked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """setuptools compares with sources and dependencies; CUDA files are no sources of its own by then."""
+    pytest.importorskip("pybind11.setup_helpers")
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.delenv("ODYSSEUS_BUILD_CUDA", raising=False)
+    built = runpy.run_path(str(ROOT / "setup.py"))
+    assert built["cuda_sources"]() and set(built["cuda_sources"]()) <= set(built["make_extension"]().depends)
+
+
 def test_raw_collectives_stay_in_comm_and_the_reference() -> None:
     offenders = []
     for name, tree in _sources():
