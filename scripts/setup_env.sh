@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
   local candidate
-  for candidate in ${ODYSSEUS_PYTHON:-python3.11 python3 python3.12 python3.13}; do
+  for candidate in ${ODYSSEUS_PYTHON:-python3.11 python3 python3.12 python3.13 python3.14}; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       command -v "$candidate"
       return

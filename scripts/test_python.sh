@@ -21,8 +21,11 @@ if [[ ! -e $venv/complete ]]; then
   pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
   # Stock models, the tests, and what the extension is built with; not what checks and documents the sources.
   wanted='^(numpy|rich|matplotlib|triton|transformers|safetensors|accelerate|peft|pytest|pytest-timeout|hypothesis|setuptools|pybind11|ninja)=='
+  # Every torch asks for a triton, and some for a setuptools, of their own: those pinned go with the pinned one.
+  # Older setuptools than 70.1 makes no wheel by itself.
+  if [[ $torch == "$pinned" ]]; then pins='s/ *#.*//'; else pins='s/ *#.*//; s/^triton==.*/triton/; s/^setuptools==.*/setuptools>=70.1/'; fi
   # shellcheck disable=SC2046
-  "${pip[@]}" "torch==$torch" $(grep -E "$wanted" requirements.txt | sed 's/ *#.*//')
+  "${pip[@]}" "torch==$torch" $(grep -E "$wanted" requirements.txt | sed -E "$pins")
   "${pip[@]}" --no-build-isolation --no-deps --editable .
   touch "$venv/complete"
 fi

@@ -12,6 +12,7 @@ collectives; reading sends nothing.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -182,7 +183,7 @@ class _Writer(dcp.FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         unfinished = Path(self.path)
-        document = {"version": _VERSION, "contents": self._contents, "tensors": _described(metadata)}
+        document = {"version": _VERSION, "contents": self._contents, "tensors": _described(metadata, results)}
         with (unfinished / _DESCRIPTION).open("w") as file:
             json.dump(document, file)
             file.flush()
@@ -205,7 +206,7 @@ class _Reader(dcp.FileSystemReader):
         return self._description.metadata()
 
 
-def _described(metadata: Metadata) -> dict[str, Any]:
+def _described(metadata: Metadata, results: list[list[WriteResult]]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata), f"{name} is no tensor"
@@ -216,7 +217,8 @@ def _described(metadata: Metadata) -> dict[str, Any]:
         if isinstance(entry, TensorStorageMetadata)
         for chunk in entry.chunks
     }
-    for index, info in metadata.storage_data.items():
+    for written in itertools.chain(*results):  # some versions of torch tell a copy of ``metadata`` where it lies
+        index, info = written.index, written.storage_data
         offsets = list(index.offset or ())
         tensors[index.fqn]["chunks"].append(
             [offsets, sizes[MetadataIndex(index.fqn, offsets)], info.relative_path, info.offset, info.length]

@@ -97,7 +97,8 @@ class Offload:
 
     def put_away(self, layer: int, tensor: Tensor) -> Tensor | _Input:
         """Hook: a tensor that autograd saves for layer number ``layer``."""
-        if type(tensor) is not Tensor or tensor.nbytes < self._min_bytes or tensor.is_inference():
+        # An empty one takes no room; torch 2.10 saves one with every checkpoint.
+        if type(tensor) is not Tensor or tensor.nbytes < max(self._min_bytes, 1) or tensor.is_inference():
             return tensor
         before = None if self._last is None else self._last()
         if before is not None and before.layer >= layer:

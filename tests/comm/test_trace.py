@@ -88,6 +88,8 @@ def test_what_all_ranks_wrote_is_a_valid_trace(ranks: RankPools, tmp_path: Path,
     assert problems_of({"traceEvents": merged}) == []
     moved = [event for event in merged if event.get("cat") in ("send", "receive")]
     assert bool(moved) == (transport == "collective")
+    arrows = {event["id"] for event in merged if event["ph"] == "s"}
+    assert len(arrows) == sum(event["cat"] == "send" for event in moved)
 
 
 def test_every_byte_that_links_move_is_in_the_trace(ranks: RankPools, tmp_path: Path) -> None:
@@ -148,13 +150,16 @@ def test_faults_of_a_trace_are_found(ranks: RankPools, tmp_path: Path) -> None:
         return lambda events: first(events, cat="compute").update({field: value})
 
     faults = {
-        "overlap": change("dur", 1e7),
+        "overlap": change("dur", 10_000_000),
         "has no end": lose(ph="f"),
         "has no begin": lose(ph="s"),
         "points at no slice": lose(cat="receive"),
         "has no name": lose(name="thread_name"),
-        "ts: expected a time": change("ts", float("nan")),
-        "dur: expected a time": change("dur", -1.0),
+        "ts: expected <class 'int'>": change("ts", 1.25),
+        "ts: expected a time": change("ts", -1),
+        "dur: expected <class 'int'>": change("dur", 0.5),
+        "dur: expected a time": change("dur", -1),
+        "id: expected <class 'int'>": lambda events: first(events, ph="s").update(id="one"),
         "tid: expected": change("tid", "main"),
         "pid: expected": change("pid", None),
         "ph: expected": change("ph", "Y"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -237,6 +238,25 @@ def test_pytorch_reads_the_folder_too(tmp_path: Path):
     state = {"model.lm_head.weight": torch.zeros_like(model.lm_head.weight)}
     dcp.load(state, checkpoint_id=tmp_path / "saved", no_dist=True)
     assert torch.equal(state["model.lm_head.weight"], model.lm_head.weight)
+
+
+def test_where_tensors_lie_is_known_from_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """torch 2.10 notes it in a copy of the metadata that it was given."""
+    import torch.distributed.checkpoint as dcp
+
+    finish = dcp.FileSystemWriter.finish
+
+    def on_a_copy(self: Any, metadata: Any, results: Any) -> None:
+        finish(self, dataclasses.replace(metadata), results)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "finish", on_a_copy)
+    model, other = GQA.model(), GQA.model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    ody.save_checkpoint(tmp_path / "saved", model)
+    ody.load_checkpoint(tmp_path / "saved", other)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_what_cannot_be_saved(tmp_path: Path):

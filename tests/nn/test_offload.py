@@ -106,6 +106,8 @@ def test_small_tensors_stay_and_other_types_come_back(model: Any, tmp_path: Path
     offload = ody.offload_activations(model, folder=tmp_path, min_bytes=INPUT + 1)
     step(model, make_batch())
     assert offload.bytes_out == 0
+    empty = torch.empty(0)
+    assert ody.offload_activations(make_model(), folder=tmp_path, min_bytes=0).put_away(0, empty) is empty
     store = FileStore(tmp_path, 30)
     for tensor in (
         torch.randn(5, 7).bfloat16(),
