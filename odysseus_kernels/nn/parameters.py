@@ -87,7 +87,26 @@ def local_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None: ...
 
 def local_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """This rank's part of a DTensor parameter, for an operator that returns complete gradients for it."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if not isinstance(parameter, DTensor):
+        return parameter
+    local = parameter.to_local()
+    if _DROPS_GRAPHS and local.requires_grad and not torch.compiler.is_compiling():
+        local.register_hook(_refuse_graph)
+    return local
+
+
+# Their DTensors lose how a gradient was made; later ones keep it, and its derivative is an error of the operators.
+_DROPS_GRAPHS = tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 12)
+
+
+def _refuse_graph(grad: torch.Tensor) -> None:
+    """A hook on a local part: RuntimeError where its gradient is made to be differentiated, and could not be."""
+    if torch.is_grad_enabled() and grad.requires_grad:
+        raise RuntimeError(
+            f"a parallelized parameter has no second derivative, and torch {torch.__version__} would leave it out of "
+            f"gradients made with create_graph=True without a word: expected create_graph=False; penalties on "
+            f"gradients need an unparallelized model"
+        )
 
 
 def sharded_parameter(parameter: torch.Tensor | None, group: SequenceGroup) -> torch.Tensor | None:

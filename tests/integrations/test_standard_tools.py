@@ -17,6 +17,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import odysseus_kernels as ody
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.nn import parameters
 from odysseus_kernels.nn.sequence import shard_sequence
 
 CASE = Case(kv_heads=1, bias=True)  # one key/value head: replicated parameters within the layers, too
@@ -114,7 +115,30 @@ def second_derivative(rank: int, world_size: int) -> None:
 
 
 def test_second_derivatives_are_refused(ranks):
+    if parameters._DROPS_GRAPHS:
+        pytest.skip("with this torch the first derivative is refused already")
     ranks(2).run(second_derivative)
+
+
+def kept_graph(rank: int, world_size: int) -> None:
+    """Where torch's DTensors lose how a gradient was made, a penalty on it would be dropped from a loss's."""
+    mesh, kept = sequence_mesh(world_size), parameters._DROPS_GRAPHS
+    parameters._DROPS_GRAPHS = True
+    try:
+        for strategy in ("tp", "odysseus"):
+            model = ody.parallelize(CASE.model(), mesh, strategy, OverlapConfig(timeout_s=60))
+            loss = model(**shard_sequence(CASE.whole_batch(), mesh, strategy)).loss
+            weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+            with pytest.raises(RuntimeError, match="a parallelized parameter has no second derivative"):
+                torch.autograd.grad(loss, weight, create_graph=True)
+            model(**shard_sequence(CASE.whole_batch(), mesh, strategy)).loss.backward()
+            assert weight.grad is not None
+    finally:
+        parameters._DROPS_GRAPHS = kept
+
+
+def test_graphs_that_torch_would_lose_are_refused(ranks):
+    ranks(2).run(kept_graph)
 
 
 COMPILED = {
