@@ -25,6 +25,7 @@ from pathlib import Path
 
 import docstring_cases as cases
 import pytest
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import odysseus_kernels as ody
 from odysseus_kernels.testing.spawn import RankPools, RanksFailedError
@@ -36,6 +37,8 @@ def test_every_public_name_has_an_example(ranks: RankPools) -> None:
 
 @pytest.mark.parametrize("name", ody.__all__)
 def test_examples_run(ranks: RankPools, name: str, tmp_path: Path) -> None:
+    if name == "offload_activations" and "__call__" in vars(GradientCheckpointingLayer):
+        pytest.skip("with this transformers it is an error, which tests/nn/test_offload.py looks at")
     counts = ranks(2).run(cases.run, name, str(tmp_path))
     assert counts[0] == counts[1] > 0
 

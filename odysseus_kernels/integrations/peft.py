@@ -363,7 +363,7 @@ def save_adapters(model: Any, folder: str | os.PathLike[str]) -> None:
 
 def load_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     """Loads PEFT's directory of one adapter into the active one of a PEFT model; nothing is sent."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     source = Path(folder) / _WEIGHTS
@@ -380,12 +380,10 @@ def load_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     ]
     if problems:
         raise ValueError(f"{source} does not fit adapter {adapter!r}, nothing was loaded:\n" + "\n".join(problems[:20]))
-    distributed = {name: value for name, value in expected.items() if isinstance(value, DTensor)}
-    with torch.no_grad():
-        for name, value in distributed.items():
-            whole = found.pop(name).to(value.device, value.dtype)
+    with torch.no_grad():  # they are the model's own: PEFT's way in knows nothing of DTensors
+        for name, value in expected.items():
+            whole = found[name].to(value.device, value.dtype)
             value.copy_(_like(value, whole))
-    set_peft_model_state_dict(model, found, adapter_name=adapter)
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -16,8 +16,8 @@ def choices(rank: int, world: int) -> None:
     model = parallel_model(Case(), "odysseus", mesh, pipeline=4)
     assert "pipelined in 4 pieces" in ody.explain(model)
     striped = ody.shard_sequence(batch, model)
-    # Pieces of 2, 4, 4 and 2 rows of each rank.
-    stripes = ((0, 2), (4, 4), (12, 4), (20, 2))
+    # Pieces of 1, 6, 4 and 1 rows of each rank.
+    stripes = ((0, 1), (2, 6), (14, 4), (22, 1))
     expected_positions = [begin + rank * rows + row for begin, rows in stripes for row in range(rows)]
     assert striped["position_ids"][0].tolist() == expected_positions
     assert torch.equal(striped["input_ids"], ody.shard_sequence(batch, mesh, pieces=4)["input_ids"])

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -42,7 +43,8 @@ RUNS = {
     "objects": Run(metrics=True, settings=(("eval_use_gather_object", True), *EVALUATED)),
 }
 REBALANCED = Run(settings=(("train_sampling_strategy", "batch_rebalance"), ("gradient_accumulation_steps", 2)))
-if hasattr(transformers.trainer_pt_utils, "BatchRebalanceSampler"):
+# accelerate 1.10 refuses its batches, which have no size, in words of its own.
+if hasattr(transformers.trainer_pt_utils, "BatchRebalanceSampler") and not accelerate.__version__.startswith("1.10."):
     RUNS["rebalanced"] = REBALANCED
     RUNS["rebalanced replicas"] = dataclasses.replace(REBALANCED, mesh=(2, 1, 2), samples=24)
 
