@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from covering import covering, every_pair
 
-ROOT = Path(__file__).resolve().parents[2]
+Beyond = type(pytest.param())  # a row with a mark
 AXES = {
     "families": (range(8), range(5), range(5)),
     "two values each": (range(2),) * 6,
@@ -48,23 +47,26 @@ def test_rows_beyond_are_marked_and_none_is_lost() -> None:
     mark = every_pair(one=range(5), other=range(4), third=range(3), always=[always]).mark
     names, rows = mark.args
     assert names == ("one", "other", "third")
-    beyond = [tuple(row.values) for row in rows if not isinstance(row, tuple)]
-    default = [row for row in rows if isinstance(row, tuple)]
+    beyond = [tuple(row.values) for row in rows if isinstance(row, Beyond)]
+    default = [row for row in rows if not isinstance(row, Beyond)]
     assert always in default and len(beyond) > len(default)
     assert {*default, *beyond} == {*itertools.product(range(5), range(4), range(3))}
     assert _met(default) == _met([*default, *beyond])
 
 
-def _collected(*options: str) -> set[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-qq", "-rN", *options]
-    done = subprocess.run(
-        [*command, "tests/ops/test_sent_ahead.py"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+@pytest.mark.parametrize("complete", (False, True))
+def test_rows_beyond_run_with_complete_only(request: pytest.FixtureRequest, complete: bool) -> None:
+    (ours,) = (
+        plugin
+        for plugin in request.config.pluginmanager.get_plugins()
+        if getattr(plugin, "__file__", None) == str(Path(__file__).parents[1] / "conftest.py")
     )
-    return {line for line in done.stdout.splitlines() if "::" in line}
-
-
-def test_complete_runs_everything_and_the_default_less() -> None:
-    default, complete = _collected(), _collected("--complete")
-    assert default < complete
-    one = sorted(complete - default)[0]
-    assert one not in default
+    left_out: list[object] = []
+    config = SimpleNamespace(
+        getoption={"complete": complete}.__getitem__,
+        hook=SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)),
+    )
+    usual, beyond = (SimpleNamespace(get_closest_marker={name: True}.get) for name in ("usual", "complete"))
+    items = [usual, beyond]
+    ours.pytest_collection_modifyitems(config, items)
+    assert (items, left_out) == (([usual, beyond], []) if complete else ([usual], [beyond]))

@@ -37,9 +37,11 @@ def entries(document: dict[str, Any], name: str, **row_is: Any) -> dict[tuple[fl
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Figures that were drawn."""
+    """Figures that were drawn; nobody looks at their files, which take seconds each (``test_command`` writes one)."""
     figures: list[Any] = []
     monkeypatch.setattr(plot.plt, "close", figures.append)
+    for rendering in ("tight_layout", "savefig"):
+        monkeypatch.setattr(plot.plt.Figure, rendering, lambda *_, **__: None)
     return figures
 
 
