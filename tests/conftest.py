@@ -39,11 +39,15 @@ def ranks() -> Iterator[RankPools]:
         yield pools
 
 
+def _uses_ranks(item: pytest.Item) -> bool:
+    """A parameter of that name, a number of ranks, takes the fixture's place."""
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    return "ranks" in getattr(item, "fixturenames", ()) and "ranks" not in given
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` are skipped where there is none, those marked ``complete`` left out unless asked for."""
-    wrong = [
-        i.nodeid for i in items if i.get_closest_marker("without_ranks") and "ranks" in getattr(i, "fixturenames", ())
-    ]
+    wrong = [i.nodeid for i in items if i.get_closest_marker("without_ranks") and _uses_ranks(i)]
     if wrong:
         raise pytest.UsageError(f"marked without_ranks, and they start ranks: {wrong}")
     if not config.getoption("complete"):

@@ -22,6 +22,8 @@ import pytest
 
 import odysseus_kernels as ody
 
+pytestmark = pytest.mark.without_ranks
+
 ROOT = Path(__file__).resolve().parent.parent
 USER = ROOT / "tests" / "typed_user.py"
 NAME = "odysseus_kernels"

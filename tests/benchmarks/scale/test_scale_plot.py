@@ -13,6 +13,8 @@ from matplotlib.container import ErrorbarContainer
 
 from benchmarks.scale import plot
 
+pytestmark = pytest.mark.without_ranks
+
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "cpu-2cores"
 TESTED = RESULTS / "predictions" / "scale-20261129-043107.json"  # three shapes at three rates
 CALIBRATED = RESULTS / "predictions" / "scale-20261129-041957.json"
