@@ -15,7 +15,7 @@ STEPS, FEW = 50, 20
 LOSS_TOLERANCE = 1e-4
 # One key/value head, which all ranks share whatever their number.
 CASE = Case(kv_heads=1, length=47, changes=(("num_hidden_layers", 1),))
-MESHES = {"tp": (2, 1), "tp_sp": (3, 1), "ulysses": (4, 1), "odysseus": (2, 1), "tsp": (3, 1)}
+MESHES = {"tp": (2, 1), "tp_sp": (3, 1), "ulysses": (4, 1), "odysseus": (2, 1), "tsp": (2, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def _plan():
         yield pytest.param(family, strategy, ((2, 1), (4, 2))[(i + turn) % 2], marks=marks)
 
 
-@pytest.mark.parametrize(("family", "strategy", "mesh"), _plan())
+@pytest.mark.parametrize(("family", "strategy", "mesh"), list(_plan()))
 def test_five_steps_of_every_family(ranks, family, strategy, mesh):
     case, (world_size, ring) = Case(family=family, kv_heads=4), mesh
     losses = optimize(case.model(), [case.whole_batch()] * 5)

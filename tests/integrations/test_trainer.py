@@ -97,7 +97,7 @@ def _filled():
         yield pytest.param(*case, held_out, id=f"{name}-{held_out}", marks=marks)
 
 
-@pytest.mark.parametrize(("sizes", "settings", "held_out"), _filled())
+@pytest.mark.parametrize(("sizes", "settings", "held_out"), list(_filled()))
 def test_evaluation_of_rows_that_replicas_do_not_divide(ranks, tmp_path, sizes, settings, held_out: int):
     """The single process's loss and metrics: rows with which the last batch is filled up count nowhere."""
     settings = dict(settings)
