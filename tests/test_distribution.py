@@ -194,6 +194,6 @@ def test_public_names_have_types_from_outside(installed: Path, tmp_path: Path) -
     # One run for both programs, since most of it is reading torch: nothing is said of the right one.
     with pytest.raises(AssertionError) as said:
         _run([sys.executable, *options, USER, wrong], tmp_path)
-    errors = re.findall(r"^(\S+?):\d+: error: (.*)$", str(said.value), re.MULTILINE)
+    errors = re.findall(r"^\s*(\S+?):\d+: error: (.*)$", str(said.value), re.MULTILINE)
     assert [Path(place).name for place, _ in errors] == ["wrong.py"], str(said.value)
     assert "'fastest'" in errors[0][1] and "arg-type" in errors[0][1]
