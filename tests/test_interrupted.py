@@ -19,6 +19,8 @@ import pytest
 
 from odysseus_kernels.local_ranks import interrupts_held, started_ranks
 
+pytestmark = pytest.mark.without_ranks
+
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
 START_LIMIT_S, GONE_LIMIT_S = 60.0, 10.0

@@ -131,6 +131,7 @@ def test_facts_that_differ_name_their_ranks(ranks_reports: tuple[RankReport, ...
 
 
 @pytest.mark.slow
+@pytest.mark.without_ranks
 def test_missing_extension_and_cache(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(NO_EXTENSION)
     written = tmp_path / "report.json"
@@ -157,6 +158,7 @@ def test_missing_extension_and_cache(tmp_path: Path) -> None:
     ],
     ids=("rank 1", "rank 0"),
 )
+@pytest.mark.without_ranks
 def test_a_rank_that_dies_is_reported(tmp_path: Path, site: str, says: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(site)
     done = _run(_doctor("--ranks", "2" if site == RANK_1_DIES else "1"), site=tmp_path)

@@ -34,6 +34,7 @@ def printed(method: str, ranks: int) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.without_ranks
 def test_same_numbers_on_one_and_two_ranks(method):
     single, double = printed(method, 1), printed(method, 2)
     assert len(single) == len(double) == 3

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.without_ranks
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 SIZES = ["--seq-len", "62", "--batch-size", "2", "--hidden", "48", "--layers", "1", "--heads", "4", "--kv-heads", "2"]
 STEPS, HALF = 6, 3

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.without_ranks
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "trainer.py"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ahead_cases as cases
 import pytest
+from covering import every_pair
 from llama_cases import Case
 
 from odysseus_kernels.testing.spawn import RankPools
@@ -42,9 +43,7 @@ def times(counts: cases.Counts, passes: int) -> cases.Counts:
     return {name: tuple(count * passes for count in found) for name, found in counts.items()}
 
 
-@BOTH
-@EVERYWHERE
-@pytest.mark.parametrize("checkpoint", ("none", "recompute", "reentrant"))
+@every_pair(strategy=("odysseus", "ulysses"), transport=TRANSPORTS, checkpoint=("none", "recompute", "reentrant"))
 def test_all_gathers_but_the_first_are_served(ranks: RankPools, strategy: str, transport: str, checkpoint: str) -> None:
     case = Case(layers=3, checkpointing=checkpoint != "none", reentrant=checkpoint == "reentrant")
     for found, dropped in ranks(2).run(cases.training, case, strategy, transport):

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from covering import every_pair
 from family_cases import Case, traffic_of_a_layer
 
 from odysseus_kernels.planner.formulas import LayerShape, traffic
@@ -41,14 +42,27 @@ def shape(case: Case) -> LayerShape:
     )
 
 
-@pytest.mark.parametrize(("world_size", "ring"), [(2, 1), (3, 1), (4, 1), (4, 2), (2, 2)])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_recorder_equals_formula(ranks, strategy, world_size, ring):
-    runs = [(case, settings) for case, several in CASES for settings in several]
-    if (world_size, ring) != (2, 1):
-        runs = [(case, {}) for case, _ in CASES]
-    if world_size == 3:
-        runs = [(case, settings) for case, settings in runs if case.kv_heads == 12]
+MESHES = ((2, 1), (3, 1), (4, 1), (4, 2), (2, 2))  # ranks in all, ring ranks
+
+
+@every_pair(
+    strategy=STRATEGIES,
+    mesh=MESHES,
+    number=range(len(CASES)),
+    allowed=lambda strategy, mesh, number: mesh[0] != 3 or CASES[number][0].kv_heads == 12,
+)
+def test_recorder_equals_formula(ranks, strategy, mesh, number):
+    world_size, ring = mesh
+    case, several = CASES[number]
+    check(ranks, strategy, world_size, ring, [(case, settings) for settings in (several if mesh == (2, 1) else [{}])])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("strategy", ("tp_sp", "odysseus", "tsp"))
+def test_what_only_some_strategies_can(ranks, strategy, mesh):
+    """Gathers that are kept, attention that is pipelined, and attention that takes all keys at once."""
+    world_size, ring = mesh
+    runs = []
     if strategy in ("tp_sp", "odysseus"):
         runs.append((Case(), {"gathered": "save"}))
         piped: list[tuple[Case, dict]] = [
@@ -60,6 +74,10 @@ def test_recorder_equals_formula(ranks, strategy, world_size, ring):
     if strategy == "tsp":
         eager = Case(kv_heads=4, attention="eager") if world_size != 3 else Case(attention="eager")
         runs += [(eager, {}), (dataclasses.replace(eager, dtype=torch.bfloat16), {})]
+    check(ranks, strategy, world_size, ring, runs)
+
+
+def check(ranks, strategy, world_size, ring, runs):
     for found in ranks(world_size).run(traffic_of_a_layer, runs, strategy, ring):
         for (case, settings), counts in zip(runs, found, strict=True):
             expected = traffic(

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from covering import every_pair
 from family_cases import (
     MIXTURES,
     Case,
@@ -22,22 +23,21 @@ from family_cases import (
 from odysseus_kernels.strategies import STRATEGIES
 from odysseus_kernels.testing.compare import unit_roundoff
 
+MESHES = ((2, 1), (4, 2))  # ranks in all, ring ranks outside
 PACKED = {"llama": Case(packed=True, kv_heads=4), "mistral": Case(family="mistral", packed=True, kv_heads=4)}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("family", PACKED)
-def test_a_token_changes_its_own_document_only(ranks, family, strategy):
-    case = PACKED[family]
+@every_pair(family=PACKED, strategy=STRATEGIES, mesh=MESHES)
+def test_a_token_changes_its_own_document_only(ranks, family, strategy, mesh):
+    case, (world_size, ring) = PACKED[family], mesh
     second = int((packed_positions(case.length)[1:] == 0).nonzero()) + 1
     documents = (slice(0, second), slice(second, case.length))
-    for world_size, ring in ((2, 1), (4, 2)):
-        for token, own, other in ((0, *documents), (second, *reversed(documents))):
-            changed = dataclasses.replace(case, changed_token=token)
-            results = ranks(world_size).run(logits_pair, case, changed, strategy, ring)
-            first, after = (assemble(results, name, case.length) for name in ("first", "second"))
-            assert torch.equal(first[:, other], after[:, other]), f"ring {ring}: exactly nothing may change"
-            assert (first[:, own] != after[:, own]).any(dim=-1).all(), f"ring {ring}: all that see the token change"
+    for token, own, other in ((0, *documents), (second, *reversed(documents))):
+        changed = dataclasses.replace(case, changed_token=token)
+        results = ranks(world_size).run(logits_pair, case, changed, strategy, ring)
+        first, after = (assemble(results, name, case.length) for name in ("first", "second"))
+        assert torch.equal(first[:, other], after[:, other]), f"ring {ring}: exactly nothing may change"
+        assert (first[:, own] != after[:, own]).any(dim=-1).all(), f"ring {ring}: all that see the token change"
 
 
 def _errors(steps, truths):
@@ -52,9 +52,8 @@ def _errors(steps, truths):
     return {name: (error / size) ** 0.5 for name, (error, size) in squares.items()}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("family", ["llama", "starcoder2"])
-def test_bf16(ranks, family, strategy):
+@every_pair(family=("llama", "starcoder2"), strategy=STRATEGIES, mesh=MESHES)
+def test_bf16(ranks, family, strategy, mesh):
     """The contract: at most 1.5 times the error of the single process in bf16, and 2e-3."""
     cases = [Case(family=family, dtype=torch.bfloat16, kv_heads=4, changed_token=token) for token in (None, 3)]
     truths = []
@@ -66,24 +65,24 @@ def test_bf16(ranks, family, strategy):
         gradients = {name: p.grad for name, p in exact.named_parameters()}
         truths.append({"logits": out.logits.detach(), "gradients": gradients})
     single = _errors([stock_step(case) for case in cases], truths)
-    for world_size, ring in ((2, 1), (4, 2)):
-        steps = []
-        for case in cases:
-            results = ranks(world_size).run(parallel_step, case, strategy, ring)
-            logits = assemble(results, "logits", case.length)
-            steps.append({"logits": logits, "gradients": results[0]["gradients"]})
-        for name, error in _errors(steps, truths).items():
-            assert error <= 1.5 * single[name] + 2e-3, f"ring {ring}, {name}: {error:.1e}, single {single[name]:.1e}"
+    world_size, ring = mesh
+    steps = []
+    for case in cases:
+        results = ranks(world_size).run(parallel_step, case, strategy, ring)
+        logits = assemble(results, "logits", case.length)
+        steps.append({"logits": logits, "gradients": results[0]["gradients"]})
+    for name, error in _errors(steps, truths).items():
+        assert error <= 1.5 * single[name] + 2e-3, f"ring {ring}, {name}: {error:.1e}, single {single[name]:.1e}"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [("llama", torch.bfloat16), ("starcoder2", torch.bfloat16), ("llama", torch.float16)],
-    ids=lambda value: str(value).removeprefix("torch."),
+@every_pair(
+    family_and_dtype=(("llama", torch.bfloat16), ("starcoder2", torch.bfloat16), ("llama", torch.float16)),
+    strategy=STRATEGIES,
+    mesh=MESHES,
 )
-def test_autocast(ranks, family, dtype, strategy):
+def test_autocast(ranks, family_and_dtype, strategy, mesh):
     """fp32 weights under autocast: at most 1.5 times the error of a stock model under autocast, gradients in fp32."""
+    (family, dtype), (world_size, ring) = family_and_dtype, mesh
     cases = [Case(family=family, kv_heads=4, autocast_to=dtype, changed_token=token) for token in (None, 3)]
     truths, singles = [], []
     for case in cases:
@@ -93,22 +92,20 @@ def test_autocast(ranks, family, dtype, strategy):
         truths.append({"logits": out.logits.detach(), **{name: p.grad for name, p in exact.named_parameters()}})
         single = stock_step(case)
         singles.append({"logits": single["logits"], **single["gradients"]})
-    for world_size, ring in ((2, 1), (4, 2)):
-        found = []
-        for case in cases:
-            results = ranks(world_size).run(parallel_step, case, strategy, ring)
-            found.append({"logits": assemble(results, "logits", case.length), **results[0]["gradients"]})
-            assert all(gradient.dtype == torch.float32 for gradient in results[0]["gradients"].values())
-        for name in truths[0]:
-            # Of all batches together: a ratio of errors of the few numbers of one bias is noise.
-            error, limit = (
-                sum(
-                    float((one[name].double() - true[name]).square().sum())
-                    for one, true in zip(steps, truths, strict=True)
-                )
-                for steps in (found, singles)
+    found = []
+    for case in cases:
+        results = ranks(world_size).run(parallel_step, case, strategy, ring)
+        found.append({"logits": assemble(results, "logits", case.length), **results[0]["gradients"]})
+        assert all(gradient.dtype == torch.float32 for gradient in results[0]["gradients"].values())
+    for name in truths[0]:
+        # Of all batches together: a ratio of errors of the few numbers of one bias is noise.
+        error, limit = (
+            sum(
+                float((one[name].double() - true[name]).square().sum()) for one, true in zip(steps, truths, strict=True)
             )
-            assert error**0.5 <= 1.5 * limit**0.5, f"ring {ring}, {name}: {error**0.5:.1e}, single {limit**0.5:.1e}"
+            for steps in (found, singles)
+        )
+        assert error**0.5 <= 1.5 * limit**0.5, f"ring {ring}, {name}: {error**0.5:.1e}, single {limit**0.5:.1e}"
 
 
 def test_parts_of_different_types(ranks):

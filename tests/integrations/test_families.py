@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from covering import every_pair
 from family_cases import FAMILIES, Case, assemble, parallel_step, stock_step
 
 from odysseus_kernels.strategies import STRATEGIES
@@ -56,26 +57,21 @@ def check(ranks, case, strategy, world_size, ring, settings=None):
     assert pipelined == bool(settings and settings.get("pipeline")), where
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_family_equals_stock(ranks, family, strategy):
-    for world_size, ring in MESHES:
-        check(ranks, Case(family=family), strategy, world_size, ring)
+@every_pair(family=FAMILIES, strategy=STRATEGIES, mesh=MESHES)
+def test_family_equals_stock(ranks, family, strategy, mesh):
+    check(ranks, Case(family=family), strategy, *mesh)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_stock(ranks, variant, strategy):
-    for world_size, ring in ((2, 1), (4, 1), (4, 2)):
-        check(ranks, VARIANTS[variant], strategy, world_size, ring)
+@every_pair(variant=VARIANTS, strategy=STRATEGIES, mesh=((2, 1), (4, 1), (4, 2)))
+def test_variant_equals_stock(ranks, variant, strategy, mesh):
+    check(ranks, VARIANTS[variant], strategy, *mesh)
 
 
-@pytest.mark.parametrize("transport", ("symmetric", "collective"))
-@pytest.mark.parametrize("mode", ("fused", "unfused"))
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_modes_and_transports(ranks, strategy, mode, transport):
-    for world_size, ring in ((2, 1), (4, 2)):
-        check(ranks, Case(kv_heads=4), strategy, world_size, ring, {"mode": mode, "transport": transport})
+@every_pair(
+    strategy=STRATEGIES, mode=("fused", "unfused"), transport=("symmetric", "collective"), mesh=((2, 1), (4, 2))
+)
+def test_modes_and_transports(ranks, strategy, mode, transport, mesh):
+    check(ranks, Case(kv_heads=4), strategy, *mesh, {"mode": mode, "transport": transport})
 
 
 def test_heads_of_tsp_need_not_divide(ranks):
@@ -85,13 +81,15 @@ def test_heads_of_tsp_need_not_divide(ranks):
         check(ranks, case, "tsp", world_size, ring)
 
 
-@pytest.mark.parametrize("family", ("llama", "mistral", "qwen3"))
-def test_eager_attention_under_tsp(ranks, family):
+@every_pair(
+    family=("llama", "mistral", "qwen3"),
+    changes=({"length": 23}, {"packed": True}, {"padding_mask": True, "length": 22}),
+    mesh=((2, 1), (4, 2)),
+)
+def test_eager_attention_under_tsp(ranks, family, changes, mesh):
     # It takes all keys at once, on meshes with a ring, too: padded lengths, windows, documents, masks.
     eager = Case(family=family, attention="eager", kv_heads=4)
-    for changes in ({"length": 23}, {"packed": True}, {"padding_mask": True, "length": 22}):
-        for world_size, ring in ((2, 1), (4, 2)):
-            check(ranks, dataclasses.replace(eager, **changes), "tsp", world_size, ring)
+    check(ranks, dataclasses.replace(eager, **changes), "tsp", *mesh)
 
 
 def test_saved_gathers(ranks):

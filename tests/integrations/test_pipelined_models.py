@@ -7,31 +7,31 @@ import dataclasses
 import pipelined_model_cases as cases
 import pytest
 import torch
+from covering import every_pair
 from family_cases import FAMILIES, Case, assemble, logits_pair
 from test_families import VARIANTS, check
 
 STRATEGIES = ("odysseus", "tp_sp")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_family_equals_stock(ranks, family, strategy):
-    for world_size, ring, pieces in ((2, 1, 4), (3, 1, 2), (4, 1, 3), (4, 2, 3)):
-        check(ranks, Case(family=family), strategy, world_size, ring, {"pipeline": pieces})
+@every_pair(family=FAMILIES, strategy=STRATEGIES, mesh_and_pieces=((2, 1, 4), (3, 1, 2), (4, 1, 3), (4, 2, 3)))
+def test_family_equals_stock(ranks, family, strategy, mesh_and_pieces):
+    *mesh, pieces = mesh_and_pieces
+    check(ranks, Case(family=family), strategy, *mesh, {"pipeline": pieces})
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_equals_stock(ranks, variant, strategy):
-    for world_size, ring in ((2, 1), (4, 2)):
-        check(ranks, VARIANTS[variant], strategy, world_size, ring, {"pipeline": 4})
+@every_pair(variant=VARIANTS, strategy=STRATEGIES, mesh=((2, 1), (4, 2)))
+def test_variant_equals_stock(ranks, variant, strategy, mesh):
+    check(ranks, VARIANTS[variant], strategy, *mesh, {"pipeline": 4})
 
 
-@pytest.mark.parametrize("settings", ({"gathered": "save"}, {"mode": "unfused"}, {"transport": "collective"}))
-def test_modes_and_transports(ranks, settings):
-    for strategy in STRATEGIES:
-        for world_size, ring in ((2, 1), (4, 2)):
-            check(ranks, Case(kv_heads=4, family="qwen3"), strategy, world_size, ring, {"pipeline": 3, **settings})
+@every_pair(
+    settings=({"gathered": "save"}, {"mode": "unfused"}, {"transport": "collective"}),
+    strategy=STRATEGIES,
+    mesh=((2, 1), (4, 2)),
+)
+def test_modes_and_transports(ranks, settings, strategy, mesh):
+    check(ranks, Case(kv_heads=4, family="qwen3"), strategy, *mesh, {"pipeline": 3, **settings})
 
 
 def test_who_is_pipelined(ranks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -79,18 +80,26 @@ def test_logs_what_one_process_logs(ranks, tmp_path, name: str):
     _weights_equal(results[0], true)
 
 
-@pytest.mark.parametrize("held_out", [1, 3, 7])
-@pytest.mark.parametrize(
-    ("sizes", "settings"),
-    [
-        ((2, 1, 1), {"metrics": True}),
-        ((2, 1, 2), {"metrics": True}),
-        ((2, 1, 2), {}),
-        ((2, 1, 1), {"own_loss": True}),
-        ((2, 1, 1), {"settings": (("label_smoothing_factor", 0.2),)}),
-    ],
-    ids=["dp", "dp x seq", "loss alone", "own loss", "smoothed"],
-)
+FILLED = {
+    "dp": ((2, 1, 1), {"metrics": True}),
+    "dp x seq": ((2, 1, 2), {"metrics": True}),
+    "loss alone": ((2, 1, 2), {}),
+    "own loss": ((2, 1, 1), {"own_loss": True}),
+    "smoothed": ((2, 1, 1), {"settings": (("label_smoothing_factor", 0.2),)}),
+}
+
+
+def _filled():
+    """How rows are filled up knows nothing of what is made of their logits: metrics with every number of rows, which
+    see each row, and every other way once; all of them with --complete.
+    """
+    for (index, (name, case)), held_out in itertools.product(enumerate(FILLED.items()), (1, 3, 7)):
+        default = name == "dp" or (1, 3, 7)[index % 3] == held_out
+        marks = () if default else (pytest.mark.complete,)
+        yield pytest.param(*case, held_out, id=f"{name}-{held_out}", marks=marks)
+
+
+@pytest.mark.parametrize(("sizes", "settings", "held_out"), list(_filled()))
 def test_evaluation_of_rows_that_replicas_do_not_divide(ranks, tmp_path, sizes, settings, held_out: int):
     """The single process's loss and metrics: rows with which the last batch is filled up count nowhere."""
     settings = dict(settings)

@@ -130,6 +130,7 @@ def _command(folder, *arguments):
     )
 
 
+@pytest.mark.without_ranks
 def test_command_line(tmp_path):
     done = _command(tmp_path, "script.py:build", "--json", "report.json", "--strategy", "ulysses")
     assert done.returncode == 0, done.stderr
@@ -137,6 +138,7 @@ def test_command_line(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
 
 
+@pytest.mark.without_ranks
 def test_command_line_fails_with_the_check(tmp_path):
     done = _command(tmp_path, "script.py:loses_labels")
     assert done.returncode == cli.FAILED, done.stdout + done.stderr

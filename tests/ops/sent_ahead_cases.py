@@ -83,24 +83,31 @@ def _outcome(operators: Operators, sender: str, receiver: str, ahead: dict[str, 
     return [y.detach(), z, w.detach(), *gradients]
 
 
-def every_pair(rank: int, world: int, transport: str, dtype: str) -> int:
+WAYS: dict[str, tuple[str, str | int]] = {
+    "fused": ("fused", "auto"),
+    "3 pieces": ("fused", 3),
+    "unfused": ("unfused", 1),
+}
+
+
+def every_pair(rank: int, world: int, transport: str, dtype: str, how: str) -> int:
     """Every operator sends ahead what every other gathers first: same bits, and all is used."""
     checked = 0
-    for mode, pieces in (("fused", "auto"), ("fused", 3), ("unfused", 1)):
-        config = ody.OverlapConfig(mode=mode, transport=transport, chunks_per_rank=pieces, timeout_s=30)  # type: ignore[arg-type]
-        operators = Operators(rank, world, config, getattr(torch, dtype))
-        for sender, receiver in itertools.product(SENDERS, RECEIVERS):
-            shards = operators.shards[receiver]
-            plain = _outcome(operators, sender, receiver, {})
-            with ody.CommRecorder() as record:
-                ahead = _outcome(operators, sender, receiver, {"forward": shards, "backward": shards})
-            for one, other in zip(plain, ahead, strict=True):
-                assert torch.equal(one, other), (mode, sender, receiver)
-            found = record.ahead()
-            if mode == "fused":
-                assert found["served"] == (sender != "gather") + (sender != "scatter"), (sender, receiver, found)
-                assert found["dropped"] == 0, (sender, receiver, found)
-            checked += 1
+    mode, pieces = WAYS[how]
+    config = ody.OverlapConfig(mode=mode, transport=transport, chunks_per_rank=pieces, timeout_s=30)  # type: ignore[arg-type]
+    operators = Operators(rank, world, config, getattr(torch, dtype))
+    for sender, receiver in itertools.product(SENDERS, RECEIVERS):
+        shards = operators.shards[receiver]
+        plain = _outcome(operators, sender, receiver, {})
+        with ody.CommRecorder() as record:
+            ahead = _outcome(operators, sender, receiver, {"forward": shards, "backward": shards})
+        for one, other in zip(plain, ahead, strict=True):
+            assert torch.equal(one, other), (mode, sender, receiver)
+        found = record.ahead()
+        if mode == "fused":
+            assert found["served"] == (sender != "gather") + (sender != "scatter"), (sender, receiver, found)
+            assert found["dropped"] == 0, (sender, receiver, found)
+        checked += 1
     return checked
 
 

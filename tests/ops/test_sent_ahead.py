@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 import sent_ahead_cases as cases
+from covering import every_pair
 
 from odysseus_kernels.testing.spawn import RankPools
 
 TRANSPORTS = ("symmetric", "collective")
 
 
-@pytest.mark.parametrize("world", (2, 3))
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_every_operator_for_every_other(ranks: RankPools, world: int, transport: str, dtype: str) -> None:
-    for checked in ranks(world).run(cases.every_pair, transport, dtype):
-        assert checked == 3 * len(cases.SENDERS) * len(cases.RECEIVERS)
+@every_pair(world=(2, 3), transport=TRANSPORTS, dtype=("float32", "bfloat16"), how=cases.WAYS)
+def test_every_operator_for_every_other(ranks: RankPools, world: int, transport: str, dtype: str, how: str) -> None:
+    for checked in ranks(world).run(cases.every_pair, transport, dtype, how):
+        assert checked == len(cases.SENDERS) * len(cases.RECEIVERS)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -77,6 +77,7 @@ def test_memory_of_all_variants() -> None:
             assert row["bytes"]["torch"]["extra"] >= row["gathered_bytes"]
 
 
+@pytest.mark.without_ranks
 def test_program(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/overlap.py", "--quick", "--repeats", "1", "--cases", "qkv.*forward$"]
     done = subprocess.run(

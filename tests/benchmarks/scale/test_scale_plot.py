@@ -13,6 +13,8 @@ from matplotlib.container import ErrorbarContainer
 
 from benchmarks.scale import plot
 
+pytestmark = pytest.mark.without_ranks
+
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "cpu-2cores"
 TESTED = RESULTS / "predictions" / "scale-20261129-043107.json"  # three shapes at three rates
 CALIBRATED = RESULTS / "predictions" / "scale-20261129-041957.json"
@@ -37,9 +39,11 @@ def entries(document: dict[str, Any], name: str, **row_is: Any) -> dict[tuple[fl
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Figures that were drawn."""
+    """Figures that were drawn; nobody looks at their files, which take seconds each (``test_command`` writes one)."""
     figures: list[Any] = []
     monkeypatch.setattr(plot.plt, "close", figures.append)
+    for rendering in ("tight_layout", "savefig"):
+        monkeypatch.setattr(plot.plt.Figure, rendering, lambda *_, **__: None)
     return figures
 
 

@@ -147,6 +147,7 @@ def test_rows_and_variants_of_hosts() -> None:
     assert not any("symmetric" in variant.name for variant in variants)
 
 
+@pytest.mark.without_ranks
 def test_a_run_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         check_machine()

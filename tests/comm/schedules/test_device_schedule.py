@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
+from covering import every_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_edits import Edit, depends, one_part, swap, waits_for, without
@@ -39,9 +40,7 @@ OPERATORS = {
 WORLDS = range(2, 17)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("order", ("ring", "sequence"))
-@pytest.mark.parametrize("operator", OPERATORS)
+@every_pair(operator=OPERATORS, order=("ring", "sequence"), world=WORLDS)
 def test_operator_is_free_of_races_and_deadlocks(operator: str, order: Any, world: int) -> None:
     pieces = 3 if world <= 5 else 1
     for forward, backward in OPERATORS[operator]:

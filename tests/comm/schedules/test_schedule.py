@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from covering import every_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,9 +40,7 @@ EXCHANGES = ("exchange", "exchange:given", "exchange:made")
 WORLDS = range(2, 17)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("order", ("ring", "sequence"))
-@pytest.mark.parametrize("operator", OPERATORS)
+@every_pair(operator=OPERATORS, order=("ring", "sequence"), world=WORLDS)
 def test_operator_is_free_of_races_and_deadlocks(operator: str, order: Any, world: int) -> None:
     for forward, backward in OPERATORS[operator]:
         for pieces in (1, 3) if world <= 8 else (2,):
@@ -349,11 +348,13 @@ def test_transfers_of_an_exchange_meet(program: Any, world: int) -> None:
             assert target == (rank + (step.piece + 1) * (1 if step.task is Task.MADE else -1)) % world
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("program", ("gather", "scatter", "gather+scatter", *EXCHANGES))
-@pytest.mark.parametrize("pieces", (1, 2, 5))
-@pytest.mark.parametrize("ahead", (0, 1, 2))
-@pytest.mark.parametrize("cuts_own", (False, True))
+@every_pair(
+    world=WORLDS,
+    program=("gather", "scatter", "gather+scatter", *EXCHANGES),
+    pieces=(1, 2, 5),
+    ahead=(0, 1, 2),
+    cuts_own=(False, True),
+)
 def test_collectives_match_and_buffers_are_not_reused_in_flight(
     world: int, program: Any, pieces: int, cuts_own: bool, ahead: int
 ) -> None:
