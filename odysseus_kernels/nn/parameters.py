@@ -30,6 +30,10 @@ __all__ = [
     "token_parameter",
 ]
 
+# DTensors of torch before 2.12 lose how a gradient was made; later ones keep it, and its derivative is an error of the
+# operators.
+_DROPS_GRAPHS = tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 12)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
@@ -93,10 +97,6 @@ def local_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None:
     if _DROPS_GRAPHS and local.requires_grad and not torch.compiler.is_compiling():
         local.register_hook(_refuse_graph)
     return local
-
-
-# Their DTensors lose how a gradient was made; later ones keep it, and its derivative is an error of the operators.
-_DROPS_GRAPHS = tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 12)
 
 
 def _refuse_graph(grad: torch.Tensor) -> None:

@@ -137,9 +137,9 @@ def collective_schedule(
     def gather() -> Iterator[Step]:
         owned = deque(range(gather_pieces) if cuts_own else (-1,))
         # Products of as many rows as without anything ahead, for bits depend on that: each just one place later.
-        late = 1 if ahead and cuts_own else 0
+        behind = 1 if ahead and cuts_own else 0
         for piece in range(gather_pieces):
-            while owned and piece >= late and owned[0] < piece - late + world:
+            while owned and piece >= behind and owned[0] < piece - behind + world:
                 yield Step(Kind.COMPUTE, Task.CONSUME, rank, owned.popleft())
             yield from arrived(piece)
         yield from (Step(Kind.COMPUTE, Task.CONSUME, rank, piece) for piece in owned)
