@@ -378,9 +378,11 @@ def load_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
         for name in sorted(expected.keys() & found.keys())
         if expected[name].shape != found[name].shape
     ]
+    held = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    problems += [f"{name}: PEFT gave a copy of it" for name in expected if _address(expected[name]) not in held]
     if problems:
         raise ValueError(f"{source} does not fit adapter {adapter!r}, nothing was loaded:\n" + "\n".join(problems[:20]))
-    with torch.no_grad():  # they are the model's own: PEFT's way in knows nothing of DTensors
+    with torch.no_grad():  # into the model's own: PEFT's way in knows nothing of DTensors
         for name, value in expected.items():
             whole = found[name].to(value.device, value.dtype)
             value.copy_(_like(value, whole))
@@ -389,6 +391,10 @@ def load_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
 def has_adapters(model: nn.Module) -> bool:
     """Whether a module of ``model`` is a LoRA layer."""
     return next(lora_linears(model.modules()), None) is not None
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
 
 
 def _saved(name: str) -> bool:
