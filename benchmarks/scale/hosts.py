@@ -27,7 +27,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
-__all__ = ["COMMANDS", "HOSTS", "INTERFACE", "Hosts", "HostsError", "ask_hosts", "parse_rate", "run_on_hosts"]
+__all__ = [
+    "COMMANDS",
+    "CONGESTION_CONTROL",
+    "FRAME_BYTES",
+    "HOSTS",
+    "INTERFACE",
+    "Hosts",
+    "HostsError",
+    "ask_hosts",
+    "parse_rate",
+    "run_on_hosts",
+]
 
 HOSTS = 2
 _IPROUTE = "iproute2 (Fedora: iproute and iproute-tc)"
@@ -37,6 +48,7 @@ COMMANDS = {"ip": _IPROUTE, "tc": _IPROUTE} | dict.fromkeys(("unshare", "nsenter
 INTERFACE = "odysseus0"
 """Each host's end of the link."""
 
+_NETWORK = "10.213.0.0/24"
 _PORT = 29500  # in a namespace of its own, where nobody else listens
 # In the mount namespace of the host alone: c10d asks for the names of peers, and no name server can be reached there.
 _NO_NAME_SERVER = "mount --bind /dev/null /etc/resolv.conf 2>/dev/null"
@@ -53,6 +65,9 @@ _BURST_S, _QUEUE_S = 0.004, 0.05
 _LEAST_QUEUE = 256 << 10
 # Bytes of a frame, as networks of machines that compute have them; of 1,500, headers would take 4 % of the link.
 FRAME_BYTES = 9000
+# Every kernel has it, and next to nothing is lost on this link.  BBR, which some machines choose, empties a link for up
+# to 0.2 s every ten seconds to measure its delay, in one direction or in both.
+CONGESTION_CONTROL = "reno"
 
 
 class HostsError(RuntimeError):
@@ -231,6 +246,9 @@ class Hosts:
             _call([*inside, "ip", "address", "add", f"{_address(rank)}/24", "dev", INTERFACE])
             _call([*inside, "tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit])
             _call([*inside, "ip", "link", "set", INTERFACE, "mtu", str(FRAME_BYTES), "up"])
+            # Not by sysctl: containers mount /proc/sys read-only.
+            route = [_NETWORK, "dev", INTERFACE, "src", _address(rank), "congctl", CONGESTION_CONTROL]
+            _call([*inside, "ip", "route", "replace", *route])
 
     def _await_namespace(self, process: subprocess.Popen[bytes]) -> None:
         own = os.readlink("/proc/self/ns/net")

@@ -4,8 +4,8 @@ Time of every variant beside its limit; and, from one or several results, step t
 each strategy and peer, and over the rate for one shape: medians as points, the distance of the quartiles as whiskers,
 limits as lines.  Every panel says that it is a scale model, and of what.
 
-Points are joined only where they are known to be comparable: measured on one machine over frames of one size.  A result
-that does not say its frames' size is joined with no other one.
+Points are joined only where they are known to be comparable: measured on one machine over frames of one size, under one
+congestion control.  A result that does not say its frames' size is joined with no other one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Measured:
     """One row of one result.
 
     Attributes:
-        origin: the machine and the size of frames, in words; rows of equal origins can be compared.
+        origin: the machine, frames and congestion control, in words; rows of equal origins can be compared.
         part, row: of the result.
     """
 
@@ -148,6 +148,8 @@ def measured_rows(document: dict[str, Any]) -> list[Measured]:
     for part in document["parts"]:
         frames = part.get("frame_bytes")
         size = f"frames of {frames:,} bytes" if frames else f"frames not recorded, run of {document.get('date', '?')}"
+        control = part.get("congestion_control")
+        size += f", {control}" if control else ""
         found += [Measured(f"{place}, {size}", part, row) for row in part["rows"]]
     return found
 

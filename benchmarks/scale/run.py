@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.scale.hosts import FRAME_BYTES, HOSTS, INTERFACE, HostsError, ask_hosts, check_machine, parse_rate
+from benchmarks.scale.hosts import (
+    CONGESTION_CONTROL,
+    FRAME_BYTES,
+    HOSTS,
+    INTERFACE,
+    HostsError,
+    ask_hosts,
+    check_machine,
+    parse_rate,
+)
 from odysseus_kernels.planner.scale import LINKS, parse_link, scaled_rate
 
 if TYPE_CHECKING:
@@ -184,7 +193,8 @@ def run(arguments: argparse.Namespace, program: Path, common: dict[str, Any]) ->
     for link in links:
         found: Rows = ask_ranks(link, program, arguments.command_line)
         rows = [report.summarize(row, link["bits_per_s"]) for row in found]
-        parts.append({**link, "frame_bytes": FRAME_BYTES, "rows": rows})
+        carried = {"frame_bytes": FRAME_BYTES, "congestion_control": CONGESTION_CONTROL}
+        parts.append({**link, **carried, "rows": rows})
     names = ("level", "strategies", "pipeline", "shapes", "variants", "link")
     given = {**common["arguments"], **{name: getattr(arguments, name) for name in names}}
     document = {**common, "kind": "scale", "arguments": given, "thread_flops": flops, "parts": parts}

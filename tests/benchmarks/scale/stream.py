@@ -15,7 +15,10 @@ if os.environ["RANK"] == "0":
     received, begin = len(connection.recv(1 << 20)), time.perf_counter()
     while got := len(connection.recv(1 << 20)):
         received += got
-    os.write(report, str(8 * received / (time.perf_counter() - begin)).encode())
+    rate = 8 * received / (time.perf_counter() - begin)
+    # Of the end that accepts; the other end takes it from the same route.
+    control = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+    os.write(report, f"{rate} {control}".encode())
 else:
     for _ in range(200):
         try:

@@ -129,6 +129,11 @@ def test_other_frames_and_machines_are_not_joined(tmp_path: Path, drawn: list[An
     found, title = lines(first, smaller)
     assert found == apart and "frames of 1,500 bytes" in title and "frames of 9,000 bytes" in title
 
+    controlled = copy.deepcopy(second)
+    controlled["parts"][0]["congestion_control"] = "reno"
+    found, title = lines(first, controlled)
+    assert found == apart and "frames of 9,000 bytes, reno" in title
+
     elsewhere = copy.deepcopy(second)
     elsewhere["machine"]["processor"] = "another processor"
     found, title = lines(first, elsewhere)
