@@ -97,12 +97,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings | LayerSettings:
-    """What ranks are told.  ValueError if no row is left."""
+    """What ranks are told.  ValueError if no row or nothing to time is left."""
     if arguments.level != "operator":
         settings = layer_run.make_layer_settings(arguments, world_size)
         return scale_run.on_hosts(settings) if arguments.hosts else settings
-    from benchmarks.operators.workload import Settings
+    from benchmarks.operators.workload import Settings, check_variants
 
+    check_variants(arguments.variants, arguments.transports)
     size: Size = arguments.size
     return Settings(
         rows=tuple(make_cases(world_size, size, arguments.cases)),
@@ -112,6 +113,7 @@ def make_settings(arguments: argparse.Namespace, world_size: int) -> Settings | 
         transports=tuple(arguments.transports),
         memory=arguments.memory,
         count_bytes=arguments.hosts is not None,
+        variants=arguments.variants,
     )
 
 

@@ -97,7 +97,7 @@ class Variant:
         strategy: of ours and of the compute alone.
         ring: ring ranks R outside of seq.
         mode, transport, gathered: of ours.
-        pipeline: pieces in which the attention block of ours is pipelined, or None.
+        pipeline: pieces in which the attention block of ours is pipelined, or None; ``"auto"``: what the model chooses.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Variant:
     mode: str = ""
     transport: str = ""
     gathered: str = "regather"
-    pipeline: int | None = None
+    pipeline: int | Literal["auto"] | None = None
 
     @property
     def family(self) -> str:
@@ -143,15 +143,21 @@ def _targets() -> tuple[LayerTarget, ...]:
         found.append(LayerTarget(hidden, fused, "odysseus alone", odysseus))
         found += [LayerTarget(hidden, fused, peer, 1.0) for peer in (TORCH_TP_SP, FSDP_ULYSSES)]
         found.append(LayerTarget(hidden, "tp_sp fused symmetric", "tp_sp alone", tp_sp))
+    # From 8,192 tokens on, where models pipeline by themselves; what costs little here hides much over a link.
+    found += [
+        LayerTarget(1024, f"{strategy} pipelined symmetric", f"{strategy} fused symmetric", NEVER_SLOWER)
+        for strategy in PIPELINED
+    ]
     return tuple(found)
 
+
+PIPELINED = ("tp_sp", "odysseus")
+"""Strategies that gather the input of attention, and can do so piece by piece."""
 
 LAYER_TARGETS = _targets()
 
 _CONTRACT_SIZES = ((4096, 512), (8192, 1024))
 _HEAD_DIM = 64
-PIPELINED = ("tp_sp", "odysseus")
-"""Strategies that gather the input of attention, and can do so piece by piece."""
 
 
 def _case(label: str, level: Level, tokens: int, hidden: int, *, groups: int = 1, **others: int) -> LayerCase:
@@ -235,11 +241,13 @@ def make_variants(
     gathered: Sequence[str] = ("regather",),
     peers: Sequence[str] = (),
     pipeline: int | None = None,
+    auto: bool = False,
 ) -> list[Variant]:
     """Each strategy's compute alone, then its modes on each transport; the same across a ring; then the peers.
 
     ``gathered="save"`` makes variants of its own for strategies that gather an input, and ``pipeline`` one on each
-    transport whose attention block is pipelined in so many pieces.
+    transport whose attention block is pipelined in so many pieces.  ``auto`` adds what runs where a user sets neither
+    mode nor pieces, and cuts the batch with the model.
     """
     variants = []
     for rings in (1, ring) if ring > 1 else (1,):
@@ -258,6 +266,11 @@ def make_variants(
                 if pipeline is not None and strategy in PIPELINED:
                     variants += [
                         Variant(f"{family} pipelined {t}{suffix}", "ours", strategy, rings, "fused", t, how, pipeline)
+                        for t in transports
+                    ]
+                if auto:
+                    variants += [
+                        Variant(f"{family} auto {t}{suffix}", "ours", strategy, rings, "auto", t, how, "auto")
                         for t in transports
                     ]
     return variants + [Variant(peer, "peer") for peer in peers]

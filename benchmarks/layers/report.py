@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -20,13 +21,14 @@ __all__ = ["judge_layers", "print_layers", "summarize_layer"]
 
 Row = dict[str, Any]
 
+_MODES = re.compile(" (fused|auto) ")
 MEMORY_LIMIT = 0.01
 CHECKS_LIMIT = 0.005
 
 FOOTER = """\
 alone: the strategy's compute on one rank's share without any communication. A peer's is that of the nearest strategy.
-x alone: median of the ratios within rounds. exposed: median of the differences within rounds.
-hidden = 1 - exposed(fused) / exposed(unfused), on one transport; ? where the unfused one is no slower than alone.
+x alone, x unfused: medians of the ratios within rounds. exposed: median of the differences within rounds.
+hidden = 1 - exposed / exposed(unfused), on one transport; ? where the unfused one is no slower than alone.
 checks: what it takes that the batch says how it was cut and the model compares it, by itself; part of the time.
 error: largest relative Frobenius error of output, input gradient and weight gradients against the single process."""
 
@@ -51,12 +53,17 @@ def summarize_layer(row: Row) -> Row:
             found["exposed_s"] = statistics.median(a - b for a, b in zip(values, samples[base], strict=True))
         figures[name] = found
     for name, found in figures.items():
-        unfused = name.replace(" fused ", " unfused ")
+        unfused = _MODES.sub(" unfused ", name)
         if unfused != name and "exposed_s" in found and unfused in figures:
             found["over_unfused"] = paired_ratio(samples[name], samples[unfused])
             exposed = figures[unfused].get("exposed_s", 0.0)
             found["hidden"] = 1 - found["exposed_s"] / exposed if exposed > 0 else None
     return {**row, "figures": figures}
+
+
+def _family_and_mode(row: Row, name: str) -> tuple[str, str]:
+    variant = row["variants"][name]
+    return variant["strategy"], variant["mode"]
 
 
 def judge_layers(rows: Sequence[Row]) -> list[Row]:
@@ -79,12 +86,13 @@ def judge_layers(rows: Sequence[Row]) -> list[Row]:
         for name, figures in row["figures"].items()
         if "over_unfused" in figures
     ]
-    for family in sorted({row["variants"][name]["strategy"] for _, name, row in found}):
-        own = [(ratio, name, row) for ratio, name, row in found if row["variants"][name]["strategy"] == family]
+    for family, mode in sorted({_family_and_mode(row, name) for _, name, row in found}):
+        own = [(ratio, name, row) for ratio, name, row in found if _family_and_mode(row, name) == (family, mode)]
         ratio, name, row = max(own, key=lambda entry: entry[0])
         missed = sum(entry[0] > NEVER_SLOWER for entry in own)
         where = f"worst of {len(own)}: {name}, {row['sizes']}"
-        verdicts.append({**_verdict(f"every {family}: fused / unfused", where, NEVER_SLOWER, ratio), "missed": missed})
+        what = f"every {family}: {mode} / unfused"
+        verdicts.append({**_verdict(what, where, NEVER_SLOWER, ratio), "missed": missed})
     counted = [(entry["equal"], name, row) for row in rows for name, entry in row["bytes"].items()]
     if counted:
         unequal = [f"{name}, {row['sizes']}" for equal, name, row in counted if not equal]
@@ -146,7 +154,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def _times(row: Row) -> Table:
     what = "forward + backward" if row["level"] == "layer" else f"step, loss {row['loss']:.4f}"
     title = f"{row['level']} {row['label']}, {row['sizes']}, {row['world']} ranks: {what}"
-    columns = ("time, ms", "tokens/s", "x alone", "exposed, ms", "fused/unfused", "hidden", "checks, µs", "error")
+    columns = ("time, ms", "tokens/s", "x alone", "exposed, ms", "x unfused", "hidden", "checks, µs", "error")
     table = _table(title, columns)
     for name in row["variants"]:
         if name in row["wrong"]:

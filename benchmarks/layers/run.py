@@ -42,24 +42,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pipeline", type=int, metavar="P", help="also attention pipelined in P pieces (default with --hosts: 8)"
     )
+    group.add_argument(
+        "--auto", action="store_true", help="also what runs where neither mode nor pieces are set, as in most scripts"
+    )
     group.add_argument("--no-peers", action="store_true", help="leave out torch's own parallelism")
     group.add_argument(
         "--variants",
         default="",
         metavar="REGEX",
-        help="only ways to compute a layer whose name this is found in, such as 'pipelined', and their compute alone",
+        help="only ways to compute a layer (with --hosts also an operator) whose name this is found in, such as "
+        "'pipelined', and their compute alone",
     )
 
 
 def check_options(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
     """Ends the program with usage where options do not go together; sets the default number of rounds."""
     if parsed.level == "operator":
-        given = (parsed.strategies, parsed.no_peers, parsed.shapes, parsed.pipeline, parsed.variants)
+        given = (parsed.strategies, parsed.no_peers, parsed.shapes, parsed.pipeline, parsed.auto)
         if parsed.ring != 1 or any(given):
             parser.error(
-                "--ring, --strategies, --shapes, --pipeline, --no-peers and --variants: expected --level layer or "
-                "model beside them"
+                "--ring, --strategies, --shapes, --pipeline, --auto and --no-peers: expected --level layer or model "
+                "beside them"
             )
+        if parsed.variants and parsed.hosts is None and parsed.timeline is None:
+            parser.error("--variants: expected --level layer or model, --hosts or --timeline beside it")
         return
     try:
         parsed.shapes = [parse_shape(text) for text in parsed.shapes]
@@ -106,6 +112,7 @@ def make_layer_settings(arguments: argparse.Namespace, world_size: int) -> Layer
         gathered=arguments.gathered,
         peers=present,
         pipeline=arguments.pipeline,
+        auto=arguments.auto,
     )
     variants = pick_variants(variants, arguments.variants)
     cases = make_layer_cases(

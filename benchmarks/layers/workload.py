@@ -179,7 +179,7 @@ class LayerWorkload:
     def _ours(self, variant: Variant) -> Runnable:
         # A key of its own for each variant: fused and unfused differ in the buffers that they need.
         mesh = self.mesh(variant.ring, variant.name)
-        pieces = variant.pipeline or 1
+        pieces = variant.pipeline if isinstance(variant.pipeline, int) else 1
         if self.case.tokens % (self.world * pieces):
             raise ValueError(
                 f"{variant.name}: expected tokens that {self.world} ranks x {pieces} pieces divide, got "
@@ -192,10 +192,10 @@ class LayerWorkload:
             pipeline=variant.pipeline,
         )
         model = copy.deepcopy(self.stock)
-        numbered = {"input_ids": torch.arange(self.case.tokens)[None]}
-        positions = shard_sequence(numbered, mesh, variant.strategy, pieces=pieces)["input_ids"][0]
         model = parallelize(model, mesh, strategy=variant.strategy, config=settings)
-        batch = shard_sequence(self.batch, mesh, variant.strategy, pieces=pieces)
+        cut = functools.partial(shard_sequence, mesh=model, pieces=None if variant.pipeline == "auto" else pieces)
+        positions = cut({"input_ids": torch.arange(self.case.tokens)[None]})["input_ids"][0]
+        batch = cut(self.batch)
         runnable = self.runnable(model, positions, batch)
         runnable.mesh, runnable.model, runnable.batch = mesh, model, batch
         return runnable

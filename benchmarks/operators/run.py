@@ -6,6 +6,7 @@ Runs in processes that ``overlap.py`` starts, or under torchrun; the process gro
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[s
     work = Workload(
         case, dtype=getattr(torch, settings.dtype), device=device, transports=settings.transports, seed=settings.seed
     )
-    calls = work.calls()
+    calls = {name: call for name, call in work.calls().items() if name == "gemm" or re.search(settings.variants, name)}
     checked = [name for name in calls if work.is_checked(name)]
     errors: dict[str, dict[str, float]] = {name: {} for name in checked}
 

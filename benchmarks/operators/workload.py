@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -29,11 +30,12 @@ from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops import reference
 from odysseus_kernels.testing.compare import relative_error, rounding_tolerance
 
-__all__ = ["TRANSPORTS", "Workload"]
+__all__ = ["TRANSPORTS", "Workload", "check_variants"]
 
 Group = dist.ProcessGroup
 
 TRANSPORTS = ("symmetric", "collective")
+_MODES = ("unfused", "fused", "communication")
 
 _TRUTH_FLOPS = 20e9
 """fp64 operations for which a rank checks all rows of a result; beyond, it checks as many rows as they pay for."""
@@ -53,7 +55,11 @@ class _Tensors:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all ranks must agree on."""
+    """What all ranks must agree on.
+
+    Attributes:
+        variants: a regular expression; of what is timed beside the products, only what it is found in.
+    """
 
     rows: tuple[Case, ...]
     dtype: str
@@ -63,6 +69,18 @@ class Settings:
     memory: bool = False
     seed: int = 1
     count_bytes: bool = False
+    variants: str = ""
+
+
+def check_variants(pattern: str, transports: Sequence[str]) -> None:
+    """Raises ValueError unless ``pattern`` is an expression that is found in something beside the products."""
+    names = [f"{mode} {transport}" for transport in transports for mode in _MODES] + ["torch"]
+    try:
+        found = any(re.search(pattern, name) for name in names)
+    except re.error as error:
+        raise ValueError(f"--variants: {pattern!r} is not a regular expression: {error}") from None
+    if not found:
+        raise ValueError(f"--variants: {pattern!r} is found in no name; the names are\n  " + "\n  ".join(names))
 
 
 class Workload:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import machine
-from benchmarks.layers.cases import Variant, make_layer_cases, make_variants
+from benchmarks.layers.cases import make_layer_cases, make_variants, pick_variants
 from benchmarks.operators.cases import MODELS
 from benchmarks.scale import run as scale_run
 from odysseus_kernels.testing.spawn import RankPool, RanksFailedError
@@ -36,7 +36,7 @@ _LAYER, _QUICK_LAYER = (4096, 512), (512, 256)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of timelines; others say what is drawn: --shapes, --pipeline, --strategies, --hosts, --transports."""
+    """Options of timelines; others say what is drawn: --shapes, --pipeline, --strategies, --variants, --hosts, ..."""
     parser.add_argument(
         "--timeline",
         nargs="?",
@@ -73,7 +73,7 @@ def make_settings(arguments: argparse.Namespace, world_size: int) -> TimelineSet
     """What ranks are told.
 
     Raises:
-        ValueError: no such strategy.
+        ValueError: no such strategy, or no such variant.
     """
     from benchmarks.timeline.ranks import TimelineSettings
     from odysseus_kernels.strategies import STRATEGIES
@@ -85,7 +85,7 @@ def make_settings(arguments: argparse.Namespace, world_size: int) -> TimelineSet
     transport = arguments.transports[0]
     shapes = arguments.shapes or [_QUICK_LAYER if arguments.quick else _LAYER]
     made = make_variants([strategy], [transport], pipeline=arguments.pipeline)
-    variants: list[Variant] = [variant for variant in made if variant.kind == "ours"]
+    variants = [variant for variant in pick_variants(made, arguments.variants) if variant.kind == "ours"]
     return TimelineSettings(
         operator=next(MODELS[0].layers(tokens, _QUICK_DIVISOR if arguments.quick else 1, world_size)),
         layer=make_layer_cases("layer", world_size, shapes=shapes)[0],

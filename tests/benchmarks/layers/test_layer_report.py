@@ -87,6 +87,14 @@ def test_verdicts() -> None:
     assert checks["measured"] == pytest.approx(0.31 / 105)
     assert len(verdicts) == 7  # nothing is said about variants and cases that were not run
 
+    slow = _row()
+    slow["variants"]["odysseus auto symmetric"] = {**slow["variants"]["odysseus fused symmetric"], "mode": "auto"}
+    slow["samples_s"]["odysseus auto symmetric"] = [0.126] * 3
+    verdicts = {v["what"]: v for v in _document(slow)["targets"]}
+    assert verdicts["every odysseus: fused / unfused"]["reached"]
+    auto = verdicts["every odysseus: auto / unfused"]
+    assert auto["measured"] == pytest.approx(1.05) and auto["missed"] == 1
+
     verdicts = {v["what"]: v for v in _document(_row(equal=False, saved=1011))["targets"]}
     assert verdicts["bytes that differ from the formula, variants"]["measured"] == 2
     assert not verdicts["saved for backward: distance from the formula"]["reached"]

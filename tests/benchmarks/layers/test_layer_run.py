@@ -70,7 +70,12 @@ def _plain_all_to_all(rank: int, world_size: int) -> tuple[torch.Tensor, torch.T
 def test_all_variants_and_peers_are_right_counted_and_timed() -> None:
     with RankPool(2, environment={"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}) as pool:
         variants = make_variants(
-            tuple(STRATEGIES), TRANSPORTS, gathered=("regather", "save"), peers=peers.present_peers("layer"), pipeline=2
+            tuple(STRATEGIES),
+            TRANSPORTS,
+            gathered=("regather", "save"),
+            peers=peers.present_peers("layer"),
+            pipeline=2,
+            auto=True,
         )
         settings = LayerSettings((LAYER,), tuple(variants), "float32", repeats=1)
         (row,), again = pool.run(run_layer_rows, settings)

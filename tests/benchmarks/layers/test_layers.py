@@ -69,10 +69,20 @@ def test_variants_stand_beside_their_compute_alone() -> None:
         "odysseus unfused symmetric save",
         "odysseus fused symmetric save",
     ]
-    assert {target.variant for target in LAYER_TARGETS} | {target.base for target in LAYER_TARGETS} <= set(names)
+    pipelined = [v.name for v in make_variants(STRATEGIES, ("symmetric",), pipeline=8) if v.pipeline]
+    assert pipelined == ["tp_sp pipelined symmetric", "odysseus pipelined symmetric"]
+    assert {target.variant for target in LAYER_TARGETS} | {target.base for target in LAYER_TARGETS} <= {
+        *names,
+        *pipelined,
+    }
+    chosen = [v for v in make_variants(STRATEGIES, ("symmetric",), auto=True) if v.mode == "auto"]
+    assert [(v.name, v.alone, v.pipeline) for v in chosen] == [
+        (f"{strategy} auto symmetric", f"{strategy} alone", "auto") for strategy in STRATEGIES
+    ]
     limits = {(t.hidden, t.variant, t.base): t.limit for t in LAYER_TARGETS}
     assert limits[512, "odysseus fused symmetric", "odysseus alone"] == 1.08
     assert limits[1024, "tp_sp fused symmetric", "tp_sp alone"] == 1.06
+    assert limits[1024, "odysseus pipelined symmetric", "odysseus fused symmetric"] == 1.03
 
 
 def test_variants_are_picked_with_their_compute_alone() -> None:

@@ -54,11 +54,26 @@ def test_all_variants_are_right_and_timed(dtype: str) -> None:
                 name.removesuffix(" 0") for name in row["errors"]["fused symmetric"]
             }
 
+        settings = Settings(rows=_CASES[:1], dtype=dtype, device="cpu", repeats=1, variants="^fused|torch")
+        (row,) = pool.run(run_rows, settings)[0]
+        assert list(row["samples_s"]) == ["gemm", "fused symmetric", "fused collective", "torch"]
+
         settings = Settings(rows=_CASES[:1], dtype=dtype, device="cpu", repeats=1)
         (row,) = pool.run(_run_with_a_wrong_operator, settings)[0]
         assert sorted(row["wrong"]) == ["fused collective", "fused symmetric"]
         assert "fused symmetric" not in row["samples_s"]
         assert "unfused symmetric" in row["samples_s"]
+
+
+def test_variants_are_checked_before_ranks_start() -> None:
+    names = {"unfused symmetric", "fused symmetric", "communication symmetric", "torch"}
+    for name in names:
+        workload.check_variants(f"^{name}$", ["symmetric"])
+    with pytest.raises(ValueError, match=r"found in no name; the names are\n  unfused symmetric") as error:
+        workload.check_variants("pipelined", ["symmetric"])
+    assert {line.strip() for line in str(error.value).splitlines()[1:]} == names
+    with pytest.raises(ValueError, match="not a regular expression"):
+        workload.check_variants("(", ["symmetric"])
 
 
 def test_memory_of_all_variants() -> None:

@@ -40,6 +40,18 @@ def _settings(transport: str) -> TimelineSettings:
     )
 
 
+def test_variants_are_picked() -> None:
+    def names(*options: str) -> list[str]:
+        return [
+            variant.name for variant in timeline_run.make_settings(overlap.parse(["--timeline", *options]), 2).variants
+        ]
+
+    assert len(names()) == 3
+    assert names("--variants", "pipelined") == ["odysseus pipelined symmetric"]
+    with pytest.raises(ValueError, match="is found in no name"):
+        names("--variants", "nothing")
+
+
 def _document(panels: list[Panel], transport: str = "symmetric", link: dict[str, Any] | None = None) -> dict[str, Any]:
     return timeline_run.make_document(overlap.describe_run(overlap.parse(["--timeline"]), 2), panels, link, transport)
 
