@@ -30,6 +30,7 @@ from odysseus_kernels.ops import (
     linear_all_to_all,
     linear_reduce_scatter,
     pipelined_attention,
+    pipelined_ulysses,
     ulysses_attention,
     zero3_linear,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "pack_shared_prefix",
     "parallelize",
     "pipelined_attention",
+    "pipelined_ulysses",
     "plan",
     "ring_attention",
     "save_checkpoint",

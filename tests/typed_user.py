@@ -35,6 +35,7 @@ def operators(x: Tensor, weight: Tensor, mesh: DeviceMesh) -> None:
     assert_type(ody.ulysses_attention(x, x, x, group=mesh), Tensor)
     assert_type(ody.ring_attention(x, x, x, group=mesh, causal=True, layout="zigzag"), Tensor)
     assert_type(ody.pipelined_attention(x, (weight,) * 3, weight, group=mesh, head_dim=64), Tensor)
+    assert_type(ody.pipelined_ulysses(x, (weight,) * 3, weight, group=mesh, head_dim=64, head_groups=2), Tensor)
     assert_type(ody.synchronize(mesh), None)
 
 

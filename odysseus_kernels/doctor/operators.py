@@ -203,6 +203,21 @@ OPERATORS: dict[str, Operator] = {
         ),
         _attention_block,
     ),
+    "pipelined_ulysses": Operator(
+        lambda n: {
+            "x": (2, _ROWS * n, _D),
+            "query": (4 * _HEAD * n, _D),
+            "key": (2 * _HEAD * n, _D),
+            "value": (2 * _HEAD * n, _D),
+            "output": (_D, 4 * _HEAD * n),
+        },
+        {"x": -2, "query": 0, "key": 0, "value": 0, "output": 1},
+        -2,
+        lambda t, **s: ops.pipelined_ulysses(
+            t["x"], (t["query"], t["key"], t["value"]), t["output"], head_dim=_HEAD, head_groups=2, **s
+        ),
+        _attention_block,
+    ),
     "linear_log_probs": _loss(_log_probs),
     "vocab_parallel_linear_cross_entropy": _loss(ops.vocab_parallel_linear_cross_entropy),
     "zero3_linear_cross_entropy": _loss(ops.zero3_linear_cross_entropy),

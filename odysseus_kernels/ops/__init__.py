@@ -13,6 +13,7 @@ from odysseus_kernels.ops.linear_all_to_all import linear_all_to_all
 from odysseus_kernels.ops.linear_log_probs import LogProbs, linear_log_probs
 from odysseus_kernels.ops.linear_reduce_scatter import linear_reduce_scatter
 from odysseus_kernels.ops.pipelined_attention import pipelined_attention
+from odysseus_kernels.ops.pipelined_ulysses import pipelined_ulysses
 from odysseus_kernels.ops.ulysses_attention import ulysses_attention
 from odysseus_kernels.ops.vocab_parallel_linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from odysseus_kernels.ops.zero3_experts import zero3_experts
@@ -29,6 +30,7 @@ __all__ = [
     "linear_log_probs",
     "linear_reduce_scatter",
     "pipelined_attention",
+    "pipelined_ulysses",
     "ulysses_attention",
     "vocab_parallel_linear_cross_entropy",
     "zero3_experts",

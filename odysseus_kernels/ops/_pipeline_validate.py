@@ -1,4 +1,4 @@
-"""What :func:`~odysseus_kernels.pipelined_attention` checks before anything is sent."""
+"""What attention blocks that are one operator check before anything is sent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops._attention_pieces import Settings
 from odysseus_kernels.ops._validate import check_bias, check_linear, check_several
 
-__all__ = ["check_pipelined_attention", "piece_edges"]
+__all__ = ["check_pipelined_attention", "check_pipelined_ulysses", "piece_edges"]
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
@@ -120,4 +120,49 @@ def check_pipelined_attention(
         name, x, settings.window, True, settings.scale, settings.dropout, dropout_seed, settings.first_head,
         settings.kernel, config,
     )  # fmt: skip
+    return x, weights, biases, output_weight, output_bias
+
+
+def check_pipelined_ulysses(
+    name: str,
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    output_weight: Tensor,
+    bias: Sequence[Tensor | None] | None,
+    output_bias: Tensor | None,
+    world: int,
+    settings: Settings,
+    head_groups: int,
+    rotation: tuple[Tensor, Tensor] | None,
+    head_norms: tuple[Tensor, Tensor] | None,
+    documents: Tensor | None,
+    key_mask: Tensor | None,
+    dropout_seed: int | None,
+    config: OverlapConfig,
+) -> tuple[Tensor, list[Tensor], list[Tensor | None], Tensor, Tensor | None]:
+    """The same of :func:`~odysseus_kernels.pipelined_ulysses`.
+
+    Raises:
+        ValueError: naming what was expected and given.
+    """
+    x, weights, biases, output_weight, _ = check_pipelined_attention(
+        name, x, weight, output_weight, bias, None, world, 1, settings, rotation, head_norms, documents, key_mask,
+        dropout_seed, config,
+    )  # fmt: skip
+    heads = weights[1].shape[0] // settings.head_dim
+    if isinstance(head_groups, bool) or not isinstance(head_groups, int) or head_groups < 1 or heads % head_groups:
+        raise ValueError(
+            f"{name}: expected head_groups to divide the {heads} key/value heads of a rank, got {head_groups!r}"
+        )
+    if output_bias is None:
+        return x, weights, biases, output_weight, None
+    check_tensors(name, bias=output_bias)
+    (output_bias,) = under_autocast(x.device, output_bias)
+    features, rest = divmod(output_weight.shape[0], world)
+    if rest or output_bias.shape != (features,):
+        raise ValueError(
+            f"{name}: expected output_bias [{output_weight.shape[0] / world:g}], a rank's share, got "
+            f"{list(output_bias.shape)}"
+        )
+    check_bias(name, x, output_weight[:features], output_bias, "output_bias")
     return x, weights, biases, output_weight, output_bias

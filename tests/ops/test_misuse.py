@@ -50,6 +50,7 @@ def test_more_refusals(ranks: RankPools) -> None:
 # These say that they need at least one row.
 NEEDS_ROWS = (
     "pipelined_attention",
+    "pipelined_ulysses",
     "ring_attention",
     "vocab_parallel_linear_cross_entropy",
     "replicated vocab_parallel_linear_cross_entropy",
