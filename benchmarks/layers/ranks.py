@@ -43,6 +43,7 @@ _OPERATORS = (
     "vocab_parallel_linear_cross_entropy",
     "sequence_loss",
     "pipelined_attention",
+    "pipelined_ulysses",
 )
 """Operators that the formulas are about; positions and masks are counted beside them."""
 
@@ -198,6 +199,8 @@ def _traffic_name(phase: str, operator: str, collective: str, *, pipelined: bool
     """A pipelined block is one operator, and sends what its two linear operators would: all three have one name."""
     if pipelined and operator in ("all_gather_linear", "linear_reduce_scatter"):
         operator = "pipelined_attention"
+    if pipelined and operator in ("linear_all_to_all", "all_to_all_linear"):
+        operator = "pipelined_ulysses"
     return f"{phase} {operator} {collective}"
 
 

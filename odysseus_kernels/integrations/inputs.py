@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.comm.announce import speaking_of
 from odysseus_kernels.integrations.peft import lora_linears
-from odysseus_kernels.integrations.pipelining import check_pieces
+from odysseus_kernels.integrations.pipelining import check_pieces, exchanges_heads
 from odysseus_kernels.nn.adapter_sums import summed_together
 from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums, digest
 from odysseus_kernels.nn.group import SequenceGroup
@@ -87,7 +87,7 @@ def opened(
         if tensor is not None:
             check_part(name, tensor, expected)
     if descriptor is None:
-        cut = _by_positions(group, tokens, position_ids)
+        cut = _by_positions(group, tokens, position_ids, striped=not exchanges_heads(model))
     else:
         cut = SequenceCut.read(descriptor)
         cut.check(group)
@@ -250,12 +250,14 @@ def targets_of(cut: SequenceCut, shift_labels: torch.Tensor, ignore_index: int) 
     return shift_labels.masked_fill(cut.positions(shift_labels.device) >= last, ignore_index)
 
 
-def _by_positions(group: SequenceGroup, tokens: torch.Tensor, position_ids: torch.Tensor | None) -> SequenceCut:
+def _by_positions(
+    group: SequenceGroup, tokens: torch.Tensor, position_ids: torch.Tensor | None, *, striped: bool
+) -> SequenceCut:
     """The cut of a batch that does not say how it was cut, which its positions must show."""
     parts = group.slices * group.zigzag_size
     padded = tokens.shape[1] * parts
     pipeline = group.config.pipeline
-    pieces = pipeline if isinstance(pipeline, int) and tokens.shape[1] % pipeline == 0 else 1
+    pieces = pipeline if striped and isinstance(pipeline, int) and tokens.shape[1] % pipeline == 0 else 1
     cut = SequenceCut.of(group, padded, padded, pieces=pieces, declared=True)
     if parts == 1:
         return cut

@@ -80,7 +80,12 @@ def sees_prefix_and_own(numbers: torch.Tensor) -> Callable[..., Any]:
 
 
 def check_shared_prefix(
-    kernel: str, group: SequenceGroup, cut: SequenceCut, kinds: list[str], attention_mask: torch.Tensor | None
+    kernel: str,
+    group: SequenceGroup,
+    cut: SequenceCut,
+    kinds: list[str],
+    attention_mask: torch.Tensor | None,
+    head_groups: int = 1,
 ) -> None:
     """Raises ValueError where a row's prompt cannot be shared.
 
@@ -90,6 +95,7 @@ def check_shared_prefix(
         cut: how the batch is cut.
         kinds: of the model's layers.
         attention_mask: of the batch, or None.
+        head_groups: in which attention is pipelined.
     """
     if attention_mask is not None:
         raise ValueError(
@@ -101,9 +107,10 @@ def check_shared_prefix(
             f"{SHARED_PREFIX}: expected layers that see all of the sequence, got a sliding window, which counts tokens "
             f"of other completions: repeat the prompt in a row for each completion"
         )
-    if cut.pieces > 1:
+    if max(cut.pieces, head_groups) > 1:
+        got = f"{cut.pieces} pieces" if cut.pieces > 1 else f"{head_groups} groups of heads"
         raise ValueError(
-            f"{SHARED_PREFIX}: expected attention that is not pipelined, got {cut.pieces} pieces: cut the batch with "
+            f"{SHARED_PREFIX}: expected attention that is not pipelined, got {got}: cut the batch with "
             f"pieces=1, and parallelize with pipeline=None or 'auto'"
         )
     if group.zigzag_size > 1 and not (group.folded and kernel == "eager"):

@@ -34,7 +34,7 @@ from odysseus_kernels.integrations.outputs import (
     loss_of,
     router_loss,
 )
-from odysseus_kernels.integrations.pipelining import Pipelined
+from odysseus_kernels.integrations.pipelining import Pipelined, head_groups
 from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
 from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut, natural_order
@@ -138,14 +138,21 @@ class SequenceModel(Pipelined):
             positions, natural = self._gather("position_ids", position_ids, expected, tokens.device, cut)
         real = cut.length if cut.padding else None
         check_attention(self.config._attn_implementation, group)
-        visible = None
+        visible, groups = None, head_groups(self, cut.padded)
         if shared_prefix is not None:
-            check_shared_prefix(self.config._attn_implementation, group, cut, self._mask_kinds(), attention_mask)
+            if not isinstance(group.config.pipeline, int):
+                groups = 1
+            check_shared_prefix(
+                self.config._attn_implementation, group, cut, self._mask_kinds(), attention_mask, groups
+            )
             numbers = self._gather(SHARED_PREFIX, shared_prefix, (batch, local), tokens.device, cut)[1]
             visible = sees_prefix_and_own(numbers)
         rotated = self._rotated(positions, natural, real)
-        if cut.pieces > 1 or (group.zigzag_size > 1 and self.config._attn_implementation in RING_KERNELS):
-            return dataclasses.replace(self._ring_mask(batch, natural, whole_mask), pieces=cut.pieces), rotated
+        for attention in self._attentions():
+            attention.head_groups = groups
+        if max(cut.pieces, groups) > 1 or (group.zigzag_size > 1 and self.config._attn_implementation in RING_KERNELS):
+            mask = self._ring_mask(batch, natural, whole_mask)
+            return dataclasses.replace(mask, pieces=cut.pieces, head_groups=groups), rotated
         if natural is None or visible is not None:  # positions that begin again would say that nobody sees the prefix
             natural = torch.arange(self._length(positions), device=tokens.device)[None]
         dtype = self.get_input_embeddings().weight.dtype if tokens.ndim == 2 else tokens.dtype

@@ -9,14 +9,16 @@ from torch import nn
 
 from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.integrations.calls import changed_call
+from odysseus_kernels.nn.adapters import adapters_of
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.cut import KEY, SequenceCut
 from odysseus_kernels.nn.head_parallel_attention import HeadParallelAttention
 from odysseus_kernels.nn.step import Stepped
+from odysseus_kernels.nn.zero3_attention import UlyssesAttention
 from odysseus_kernels.ops._rotation import HeadNorm, rotate
-from odysseus_kernels.planner.pipeline import pick_pieces
+from odysseus_kernels.planner.pipeline import pick_head_groups, pick_pieces
 
-__all__ = ["Pipelined", "check_pieces", "why_whole_only"]
+__all__ = ["Pipelined", "check_pieces", "exchanges_heads", "head_groups", "why_whole_only"]
 
 
 def why_whole_only(spec: AttentionSpec, attention: nn.Module) -> str:
@@ -59,6 +61,9 @@ class Pipelined(Stepped):
         wanted = group.config.pipeline
         if wanted is None or wanted == 1 or group.size == 1:
             return 1
+        if exchanges_heads(self):
+            head_groups(self, length)  # may refuse; the sequence is not cut in another way
+            return 1
         reason = _why_not(self)
         if reason:
             if wanted == "auto":
@@ -75,6 +80,8 @@ class Pipelined(Stepped):
             reason = "the configuration says pipeline=None"
         if reason:
             return f"attention is not pipelined: {reason}"
+        if exchanges_heads(self):
+            return _explain_head_groups(self)
         if wanted != "auto":
             return f"attention is pipelined in {wanted} pieces, as the configuration says"
         chosen = ", ".join(f"{self.pieces_for(length)} for {length:,} tokens" for length in (1 << 12, 1 << 13, 1 << 16))
@@ -88,6 +95,14 @@ def check_pieces(model: Any, cut: SequenceCut) -> None:
     """Raises ValueError if ``model`` does not run batches that are striped as ``cut`` says."""
     config = model.sequence_group.config
     wanted = config.pipeline
+    if exchanges_heads(model) and model.sequence_group.size > 1:
+        if cut.pieces > 1:
+            raise ValueError(
+                f"{KEY}: this batch was cut in {cut.pieces} pieces, and strategy 'ulysses' takes none: its attention "
+                f"is pipelined by groups of heads; cut it with shard_sequence(batch, model), or with pieces=1"
+            )
+        head_groups(model, cut.padded)  # what cannot be is said before anything is sent
+        return
     allowed = wanted == "auto" or cut.pieces == (1 if wanted is None else wanted)
     if not allowed and model.sequence_group.size > 1:
         raise ValueError(
@@ -104,6 +119,75 @@ def check_pieces(model: Any, cut: SequenceCut) -> None:
         )
 
 
+def exchanges_heads(model: Any) -> bool:
+    """Whether attention is Ulysses', which is pipelined by groups of heads instead of pieces of the sequence."""
+    return any(isinstance(attention, UlyssesAttention) for attention in _attentions(model))
+
+
+def head_groups(model: Any, length: int) -> int:
+    """Groups of each rank's heads in which ``model``'s attention takes sequences of ``length`` tokens; 1: at once.
+
+    Raises:
+        ValueError: its configuration names a number, and its attention cannot be pipelined.
+    """
+    group = model.sequence_group
+    wanted = group.config.pipeline
+    if wanted is None or wanted == 1 or group.size == 1 or not exchanges_heads(model):
+        return 1
+    reason = _why_not(model)
+    heads = _attentions(model)[0].attention_spec.kv_heads // group.size
+    if wanted == "auto":
+        # With adapters in a weight its gradient would travel, which beside it does not.
+        return 1 if reason or _has_adapters(model) else pick_head_groups(length, heads)
+    found = next(count for count in range(min(wanted, max(1, heads)), 0, -1) if heads % count == 0)
+    if not reason and found == 1:
+        least = next(count for count in range(2, heads + 1) if heads % count == 0)
+        reason = f"no number from 2 to {wanted} divides the {heads} key/value heads of a rank; {least} does"
+    if reason:
+        raise ValueError(f"pipeline={wanted}: attention cannot be pipelined: {reason}; use pipeline=None")
+    return found
+
+
+def _explain_head_groups(model: Any) -> str:
+    if model.sequence_group.config.pipeline != "auto":
+        try:
+            count = head_groups(model, 1)
+        except ValueError as error:
+            return str(error)
+        return f"attention is pipelined in {count} groups of heads, as the configuration says"
+    if _has_adapters(model):
+        return "attention is not pipelined: it has adapters; pipeline=4 takes them into its weights"
+    chosen = ", ".join(f"{head_groups(model, length)} for {length:,} tokens" for length in (1 << 12, 1 << 13))
+    return f"attention is pipelined in groups of heads, {chosen}; one is no pipeline"
+
+
+def _has_adapters(model: Any) -> bool:
+    return any(adapters_of(layer) for attention in _attentions(model) for layer in _all_projections(attention))
+
+
+def _all_projections(attention: Any) -> tuple[Any, ...]:
+    spec = attention.attention_spec
+    return tuple(getattr(attention, name) for name in (spec.query, spec.key, spec.value, spec.output))
+
+
+def _why_no_groups(attention: UlyssesAttention) -> str:
+    """Why Ulysses' attention has no groups of heads to be pipelined by; empty if it has."""
+    spec, group = attention.attention_spec, attention.sequence_group
+    if group.ring_size > 1:
+        return "its ranks are in a ring, whose keys come between the exchanges; a mesh of 'seq' alone would do"
+    if spec.kv_heads < 2 * group.size:
+        return (
+            f"a rank has one of the {spec.kv_heads} key/value heads, which make no groups on {group.size} ranks; "
+            f"{max(1, spec.kv_heads // 2)} or fewer ranks would do"
+        )
+    dropped = [one for layer in _all_projections(attention) for one in adapters_of(layer) if one.drops]
+    if dropped:
+        return (
+            f"its weights have adapters in them, and lora_dropout is {getattr(dropped[0].dropout, 'p', 0)}; 0 would do"
+        )
+    return ""
+
+
 def _attentions(model: Any) -> list[Any]:
     return [module for module in model.modules() if "attention_spec" in vars(module)]
 
@@ -111,8 +195,11 @@ def _attentions(model: Any) -> list[Any]:
 def _why_not(model: Any) -> str:
     """Why attention cannot be pipelined as the model is now; empty if it can."""
     for attention in _attentions(model):
-        if not isinstance(attention, HeadParallelAttention):
-            return "only strategies 'odysseus' and 'tp_sp' gather tokens for it"
+        if isinstance(attention, UlyssesAttention):
+            if reason := _why_no_groups(attention):
+                return reason
+        elif not isinstance(attention, HeadParallelAttention):
+            return "only strategies 'odysseus', 'tp_sp' and 'ulysses' have a block of it"
         spec = attention.attention_spec
         if spec.whole_only:
             return spec.whole_only

@@ -77,12 +77,14 @@ class SequenceMask:
             where there is one document.  Used by these two.
         keys: bool [B, L], in the same order: which tokens are seen at all, or None for all.  Used by these two.
         pieces: in which attention is to be pipelined; 1: it is not.
+        head_groups: the same under Ulysses, of each rank's heads.
     """
 
     masks: Mapping[str, Any]
     documents: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     pieces: int = 1
+    head_groups: int = 1
 
 
 def local_heads(heads: int, kv_heads: int, rank: int, size: int) -> tuple[int, int, int]:

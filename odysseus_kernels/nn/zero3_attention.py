@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from odysseus_kernels import ops
-from odysseus_kernels.nn.adapters import adapters_of, add_own_tokens, base_of
+from odysseus_kernels.nn.adapters import adapters_of, add_own_tokens, base_of, effective_bias, effective_weight
 from odysseus_kernels.nn.ahead import (
     Shards,
     ahead_in_backward,
@@ -16,9 +16,9 @@ from odysseus_kernels.nn.ahead import (
     is_linked,
     shard_of,
 )
-from odysseus_kernels.nn.attention import Heads, SequenceAttention, SequenceMask
+from odysseus_kernels.nn.attention import NOT_PASSED, Heads, SequenceAttention, SequenceMask
 from odysseus_kernels.nn.key_value import gathered_key_value
-from odysseus_kernels.nn.parameters import local_parameter
+from odysseus_kernels.nn.parameters import head_parameter, local_parameter
 
 __all__ = ["FoldedAttention", "UlyssesAttention"]
 
@@ -27,8 +27,83 @@ class UlyssesAttention(SequenceAttention):
     """Tokens cut over the ranks, exchanged for heads by an all-to-all, with ZeRO-3 weights (DeepSpeed-Ulysses).
 
     Input and output [B, s, d] with s = T/N. Rows of the query, key and value weights and columns of the output weight
-    are cut over all ranks.
+    are cut over all ranks.  Where the mask says so the block is one operator, pipelined by groups of heads; its dropout
+    is then that of Ring attention, and ranks must be seeded alike.
+
+    Attributes:
+        head_groups: of the latest forward of the model: what the module before may send ahead depends on it.
     """
+
+    head_groups = 1
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: object | None = None,
+        sequence_mask: SequenceMask | None = NOT_PASSED,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As :meth:`SequenceAttention.forward`."""
+        if sequence_mask is None or sequence_mask.head_groups == 1 or past_key_values is not None:
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, sequence_mask, **kwargs
+            )
+        spec, group = self.attention_spec, self.sequence_group
+        self.note_changes()
+        self.note_backward(hidden_states)
+        weights, biases = self._effective_heads()
+        output_weight, output_bias = self._effective_output()
+        norms, eps = None, 0.0
+        if spec.query_norm is not None and spec.key_norm is not None:
+            modules: list[Any] = [getattr(self, spec.query_norm), getattr(self, spec.key_norm)]
+            query, key = (head_parameter(module.weight, group) for module in modules)
+            assert query is not None and key is not None
+            norms, eps = (query, key), modules[0].variance_epsilon
+        dropout, seed = self._seeded_dropout()
+        result = ops.pipelined_ulysses(
+            hidden_states,
+            weights,
+            output_weight,
+            biases,
+            output_bias,
+            group=group.group,
+            head_dim=spec.head_dim,
+            head_groups=sequence_mask.head_groups,
+            rotation=position_embeddings,
+            head_norms=norms,
+            norm_eps=eps,
+            documents=sequence_mask.documents,
+            key_mask=sequence_mask.keys,
+            window=self.window,
+            scale=self.scaling,
+            dropout=dropout,
+            dropout_seed=seed,
+            kernel=self.config._attn_implementation,
+            config=group.config,
+            prefetch=ahead_in_forward(self),
+            prefetch_backward=ahead_in_backward(self, hidden_states),
+            prefetch_recomputed=ahead_in_recomputation(self, hidden_states),
+        )
+        return self._dropped(result), None
+
+    def _effective_heads(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...] | None]:
+        """This rank's shards of the first weights and biases, with adapters in them."""
+        group, weights, biases = self.sequence_group, [], []
+        for layer, rows in zip(self._projections(), self._rows(), strict=True):
+            base = base_of(layer)
+            weights.append(effective_weight(local_parameter(base.weight), layer, group, rows=rows))
+            biases.append(effective_bias(local_parameter(base.bias), layer, group, rows))
+        return tuple(weights), None if all(bias is None for bias in biases) else tuple(biases)
+
+    def _effective_output(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same of the output projection, whose bias is cut by its features."""
+        group, layer = self.sequence_group, getattr(self, self.attention_spec.output)
+        base = base_of(layer)
+        weight = effective_weight(local_parameter(base.weight), layer, group, columns=self._rows()[0])
+        features = weight.shape[0] // group.size
+        return weight, effective_bias(local_parameter(base.bias), layer, group, (group.rank * features, features))
 
     def _project(self, hidden_states: torch.Tensor) -> Heads:
         spec, group, layers = self.attention_spec, self.sequence_group, self._layers()
@@ -76,10 +151,16 @@ class UlyssesAttention(SequenceAttention):
         return self._output_adapted() or any(adapters_of(layer) for layer in self._projections())
 
     def first_gathered(self) -> Shards:
-        return self._shared(biases=True)
+        shared = self._shared(biases=True)
+        if self.head_groups == 1 or shared is None:
+            return shared
+        if any(adapters_of(layer) for layer in self._projections()):
+            return None  # what is gathered is made in the call, with adapters in it
+        return tuple(shard[: shard.shape[0] // self.head_groups] for shard in shared)
 
     def first_gathered_in_backward(self) -> Shards:
-        return self._output_shard() if self.gathers_in_backward else None
+        # In groups of heads columns of the weight are copied out of it, in the call.
+        return self._output_shard() if self.gathers_in_backward and self.head_groups == 1 else None
 
     def _shared(self, *, biases: bool) -> Shards:
         """What the exchange of the first product shares; in backward no biases.

@@ -56,7 +56,9 @@ class UlyssesBlock:
             head_groups, settings.head_dim, weights[0].shape[0], weights[1].shape[0], group.size()
         )
         self._length = x.shape[1] * group.size()
-        visits = settings.visits(documents)
+        # Dropout knows a head by its number in the whole model.
+        first = group.rank() * self._groups.queries // settings.head_dim
+        visits = dataclasses.replace(settings, first_head=first).visits(documents)
         self._documents = visits.host_documents
         self._attention = HeadAttention(visits, torch.arange(self._length))
 

@@ -60,7 +60,13 @@ STRATEGIES = ("tp", "tp_sp", "ulysses", "odysseus", "tsp")
 """Strategies that have formulas."""
 
 PIPELINED = ("tp_sp", "odysseus")
-"""Strategies whose attention block can be one operator."""
+"""Strategies whose attention block can be one operator that gathers the sequence piece by piece."""
+
+# What one operator stands for where attention is pipelined, and its name.
+_BLOCKS = {
+    **dict.fromkeys(PIPELINED, (("all_gather_linear", "linear_reduce_scatter"), "pipelined_attention")),
+    "ulysses": (("linear_all_to_all", "all_to_all_linear"), "pipelined_ulysses"),
+}
 
 _ZERO3 = ("ulysses", "odysseus", "tsp")  # strategies whose feed-forward networks and heads are ZeRO-3
 
@@ -156,8 +162,9 @@ def traffic(
         gathered: as in :class:`~odysseus_kernels.OverlapConfig`.
         element_size: bytes of an element of activations and parameters.
         checkpointing: whether the whole layer is recomputed in backward: its forward then counts twice.
-        pipelined: whether attention is one operator, :func:`~odysseus_kernels.pipelined_attention`: the same bytes
-            under its name (strategies ``"tp_sp"`` and ``"odysseus"``).
+        pipelined: whether attention is one operator, :func:`~odysseus_kernels.pipelined_attention` (strategies
+            ``"tp_sp"`` and ``"odysseus"``) or :func:`~odysseus_kernels.pipelined_ulysses` (``"ulysses"`` without a
+            ring): the same bytes under its name.
         keys_at_once: under ``"tsp"``, whether the attention function takes all keys at once, as eager attention does.
         tile_rows: as in :class:`~odysseus_kernels.OverlapConfig`, or None.  With ``checkpointing``
             the layer is then recomputed up to its feed-forward network, which recomputes itself.
@@ -182,9 +189,12 @@ def traffic(
         peers = RingPeers(attending - 1, attending - 1) if ring_peers is None else ring_peers
         add_ring_attention(ledger, peers, 2 * tokens // attending * width)
     if pipelined:
-        if strategy not in PIPELINED:
-            raise ValueError(f"pipelined: expected one of the strategies {PIPELINED}, got {strategy!r}")
-        ledger.rename(("all_gather_linear", "linear_reduce_scatter"), "pipelined_attention")
+        if strategy not in _BLOCKS or (strategy == "ulysses" and ring > 1):
+            raise ValueError(
+                f"pipelined: expected one of the strategies {tuple(_BLOCKS)}, the last without a ring, got "
+                f"{strategy!r} and {ring} ring ranks"
+            )
+        ledger.rename(*_BLOCKS[strategy])
     if tile_rows is None:
         _feed_forward(ledger, shape, strategy, world, ring, tokens, gathered)
     else:

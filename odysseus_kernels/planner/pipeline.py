@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-__all__ = ["pick_pieces", "piece_shares", "pipelined_seconds"]
+__all__ = ["pick_head_groups", "pick_pieces", "piece_shares", "pipelined_seconds"]
 
 # Measured on one core with heads of 64: attention in 8 pieces of 1,024 tokens takes 1.04 times as long as in one,
 # forward, and 1.03 times backward; in 16 of 512 1.18 and 1.17 times.
@@ -18,6 +18,17 @@ _IN_FLIGHT = 2  # gathered pieces: of comm/schedules/collective.py
 def pick_pieces(length: int) -> int:
     """Pieces for a sequence of ``length`` tokens; 1 where cutting would cost more than it can hide."""
     return next((count for count in _PIECES if length >= count * _LEAST_TOKENS), 1)
+
+
+def pick_head_groups(length: int, heads: int) -> int:
+    """Groups of a rank's ``heads`` key/value heads for ``length`` tokens, as Ulysses' attention is pipelined; 1: none.
+
+    What is hidden behind nothing, the first group's projections and the last one's output, is that part of all; each
+    group costs another exchange.
+    """
+    if length < _PIECES[0] * _LEAST_TOKENS:
+        return 1
+    return next(count for count in (4, 3, 2, 1) if heads % count == 0)
 
 
 def piece_shares(pieces: int) -> tuple[int, ...]:

@@ -28,7 +28,8 @@ def choices(rank: int, world: int) -> None:
         (model, ody.shard_sequence(batch, mesh), r"cut in 1 pieces, and the model is parallelized with pipeline=4"),
         (model, ody.shard_sequence(batch, mesh, pieces=2), "cut in 2 pieces, and the model"),
         (parallel_model(Case(), "tp_sp", mesh, pipeline=None), striped, "cut in 4 pieces, .* pipeline=None"),
-        (parallel_model(Case(), "ulysses", mesh), striped, "cannot be pipelined: only strategies"),
+        (parallel_model(Case(), "ulysses", mesh), striped, "cut in 4 pieces, and strategy 'ulysses' takes none"),
+        (parallel_model(Case(), "tsp", mesh), striped, "cannot be pipelined: only strategies"),
         (
             parallel_model(Case(attention="eager"), "odysseus", mesh),
             striped,
@@ -61,12 +62,44 @@ def choices(rank: int, world: int) -> None:
     assert torch.equal(whole[..., 0], batch["input_ids"])
 
 
-def checkpointed(rank: int, world: int, how: str) -> None:
+def choices_of_groups(rank: int, world: int) -> None:
+    mesh, batch = make_mesh(world, 1), Case().whole_batch()
+    part = ody.shard_sequence(batch, mesh, "ulysses")
+    model = parallel_model(Case(), "ulysses", mesh, pipeline=5)
+    # Six key/value heads of each rank: three groups are the most that are no more than five.
+    assert "attention is pipelined in 3 groups of heads, as the configuration says" in ody.explain(model)
+    assert torch.equal(ody.shard_sequence(batch, model)["input_ids"], part["input_ids"]), "the sequence is not striped"
+    expected = model(**part).loss
+    by_hand = {name: tensor for name, tensor in part.items() if name != "sequence_cut"}
+    assert model(**by_hand).loss == expected
+    auto = parallel_model(Case(), "ulysses", mesh)
+    assert "1 for 4,096 tokens, 3 for 8,192 tokens" in ody.explain(auto)
+    with ody.CommRecorder() as record:
+        assert torch.allclose(auto(**part).loss, expected)
+    assert not record.bytes(operator="pipelined_ulysses"), "so short a sequence is not worth a pipeline"
+    hooked = parallel_model(Case(family="qwen3"), "ulysses", mesh, pipeline=2)
+    hooked.model.layers[1].self_attn.q_norm.register_forward_hook(lambda *_: None)
+    five = Case(kv_heads=10, changes=(("num_attention_heads", 10), ("head_dim", 8)))
+    refused = (
+        (parallel_model(Case(kv_heads=2), "ulysses", mesh, pipeline=4), "one of the 2 key/value heads, .*; 1 or fewer"),
+        (parallel_model(five, "ulysses", mesh, pipeline=4), "no number from 2 to 4 divides the 5 .* heads .*; 5 does"),
+        (parallel_model(Case(attention="eager"), "ulysses", mesh, pipeline=2), "attention: expected"),
+        (hooked, "q_norm has hooks"),
+    )
+    for other, match in refused:
+        with ody.CommRecorder() as record, pytest.raises(ValueError, match=f"cannot be pipelined: .*{match}"):
+            other(**part)
+        assert not record.rows()
+        with pytest.raises(ValueError, match="cannot be pipelined"):
+            ody.shard_sequence(batch, other)
+
+
+def checkpointed(rank: int, world: int, how: str, strategy: str) -> None:
     changes: tuple[tuple[str, Any], ...] = (("attention_dropout", 0.3),) if how == "dropout" else ()
     case = Case(kv_heads=4, changes=changes)
-    found = []
+    found, operator = [], "pipelined_ulysses" if strategy == "ulysses" else "pipelined_attention"
     for checkpointing in (False, True):
-        model = parallel_model(case, "odysseus", make_mesh(world, 1), pipeline=4)
+        model = parallel_model(case, strategy, make_mesh(world, 1), pipeline=2 if strategy == "ulysses" else 4)
         if checkpointing:
             settings: dict[str, Any] = {"use_reentrant": False}
             if how == "selective":
@@ -76,7 +109,7 @@ def checkpointed(rank: int, world: int, how: str) -> None:
         loss = model(**ody.shard_sequence(case.whole_batch(), model)).loss
         with ody.CommRecorder() as record:
             loss.backward()
-        again = record.bytes(phase="forward", operator="pipelined_attention")
+        again = record.bytes(phase="forward", operator=operator)
         assert (again > 0) == (checkpointing and how != "selective"), again
         found.append([loss.detach(), *(p.grad.to_local() for p in model.parameters())])
     for one, other in zip(*found, strict=True):

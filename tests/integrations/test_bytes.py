@@ -58,7 +58,7 @@ def test_recorder_equals_formula(ranks, strategy, mesh, number):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("strategy", ("tp_sp", "odysseus", "tsp"))
+@pytest.mark.parametrize("strategy", ("tp_sp", "odysseus", "ulysses", "tsp"))
 def test_what_only_some_strategies_can(ranks, strategy, mesh):
     """Gathers that are kept, attention that is pipelined, and attention that takes all keys at once."""
     world_size, ring = mesh
@@ -71,6 +71,13 @@ def test_what_only_some_strategies_can(ranks, strategy, mesh):
             (Case(), {"mode": "unfused"}),
         ]
         runs += [(case, {**settings, "pipeline": 2}) for case, settings in piped]
+    if strategy == "ulysses" and ring == 1:
+        grouped: list[tuple[Case, dict]] = [
+            (Case(), {}),
+            (Case(family="starcoder2"), {}),
+            (Case(family="qwen3"), {"mode": "unfused"}),
+        ]
+        runs += [(case, {**settings, "pipeline": 3}) for case, settings in grouped]
     if strategy == "tsp":
         eager = Case(kv_heads=4, attention="eager") if world_size != 3 else Case(attention="eager")
         runs += [(eager, {}), (dataclasses.replace(eager, dtype=torch.bfloat16), {})]

@@ -53,7 +53,7 @@ def check(ranks, case, strategy, world_size, ring, settings=None):
     for name, gradient in expected["gradients"].items():
         error = (gradients[name] - gradient).norm() / gradient.norm()
         assert error <= GRADIENT_TOLERANCE, f"{where}, {name}: {error:.1e}"
-    pipelined = any(row["operator"] == "pipelined_attention" for row in results[0]["traffic"])
+    pipelined = any(row["operator"] in ("pipelined_attention", "pipelined_ulysses") for row in results[0]["traffic"])
     assert pipelined == bool(settings and settings.get("pipeline")), where
 
 

@@ -34,6 +34,26 @@ def test_modes_and_transports(ranks, settings, strategy, mesh):
     check(ranks, Case(kv_heads=4, family="qwen3"), strategy, *mesh, {"pipeline": 3, **settings})
 
 
+@every_pair(family=FAMILIES, mesh=((2, 1), (3, 1)))
+def test_family_under_ulysses_equals_stock(ranks, family, mesh):
+    """Groups of heads instead of pieces of the sequence; experts, windows, norms and biases as they are."""
+    check(ranks, Case(family=family), "ulysses", *mesh, {"pipeline": 2})
+
+
+@pytest.mark.parametrize("variant", ("grouped", "tied", "odd_length", "padding_mask", "packed", "packed_sliding"))
+def test_variant_under_ulysses_equals_stock(ranks, variant):
+    check(ranks, VARIANTS[variant], "ulysses", 2, 1, {"pipeline": 2})
+
+
+@pytest.mark.parametrize("settings", ({"mode": "unfused"}, {"transport": "collective"}, {"pipeline": 8}))
+def test_modes_under_ulysses(ranks, settings):
+    check(ranks, Case(family="qwen3"), "ulysses", 2, 1, {"pipeline": 3, **settings})
+
+
+def test_who_is_pipelined_under_ulysses(ranks):
+    ranks(2).run(cases.choices_of_groups)
+
+
 def test_who_is_pipelined(ranks):
     """Batches that do not fit are refused before anything is sent; what is chosen is said."""
     ranks(2).run(cases.choices)
@@ -51,7 +71,8 @@ def test_packed_documents_do_not_leak(ranks, ring):
     assert not torch.equal(first[:, 3:cut], second[:, 3:cut])
 
 
+@pytest.mark.parametrize("strategy", ("odysseus", "ulysses"))
 @pytest.mark.parametrize("how", ("whole", "selective", "dropout"))
-def test_checkpointing(ranks, how):
+def test_checkpointing(ranks, how, strategy):
     """A recomputed layer gives the same bits; forward's bytes are sent again, or not with selective checkpointing."""
-    ranks(2).run(cases.checkpointed, how)
+    ranks(2).run(cases.checkpointed, how, strategy)

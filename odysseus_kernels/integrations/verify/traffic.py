@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from odysseus_kernels.attention.layout import seen_pairs, with_key_mask
 from odysseus_kernels.attention.local import RING_KERNELS
 from odysseus_kernels.integrations.families import FAMILIES
+from odysseus_kernels.integrations.pipelining import head_groups
 from odysseus_kernels.integrations.verify.trial import Trial
 from odysseus_kernels.nn.cut import KEY, RING_LAYOUT, SequenceCut
 from odysseus_kernels.planner import formulas
@@ -68,7 +69,7 @@ def expected_traffic(trial: Trial) -> tuple[formulas.Traffic | None, str]:
             tokens=tokens,
             gathered=group.config.gathered,
             checkpointing=bool(recomputed),
-            pipelined=trial.pieces > 1,
+            pipelined=max(trial.pieces, head_groups(model, local * group.slices)) > 1,
             keys_at_once=config._attn_implementation not in RING_KERNELS,
             tile_rows=group.config.tile_rows,
             ring_peers=peers,

@@ -1,0 +1,325 @@
+"""What ranks run in the tests of Ulysses' attention block: against the same block in fp64, unsharded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pipelined_cases import HEAD, WIDTH, Problem, normed, turned, whole
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import odysseus_kernels as ody
+from odysseus_kernels.comm.recorder import CommRecorder
+from odysseus_kernels.ops import _ulysses_groups
+from odysseus_kernels.ops._attention_pieces import Settings
+from odysseus_kernels.testing.compare import assert_close_to_truth, nan_empty
+
+NORMS = ("nq", "nk")
+
+
+def part(name: str, tensor: Tensor, rank: int, world: int) -> Tensor:
+    """What a rank has of a whole tensor, or of its gradient; norms' gradients are those of its heads."""
+    if name in NORMS:
+        return tensor
+    dim = 1 if name in ("x", "y", "grad", "wo") else 0
+    return tensor.chunk(world, dim)[rank]
+
+
+def inputs(problem: Problem, rank: int, world: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """This rank's, and the gradient of its y."""
+    return {n: part(n, t, rank, world).clone() for n, t in problem.tensors(world, dtype).items()}
+
+
+def settings_of(problem: Problem, world: int, dtype: torch.dtype, groups: int) -> dict[str, Any]:
+    """Arguments beside tensors and norms."""
+    return {
+        "group": None,
+        "head_dim": HEAD,
+        "head_groups": groups,
+        "rotation": problem.tables(world, dtype),
+        "documents": problem.ids(world),
+        "key_mask": problem.seen_keys(world),
+        "window": problem.window,
+    }
+
+
+def apply(mine: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
+    return ody.pipelined_ulysses(
+        mine["x"],
+        (mine["wq"], mine["wk"], mine["wv"]),
+        mine["wo"],
+        (mine["bq"], mine["bk"], mine["bv"]) if "bq" in mine else None,
+        mine.get("bo"),
+        **{"head_norms": (mine["nq"], mine["nk"]) if "nq" in mine else None, **settings},
+    )
+
+
+@contextlib.contextmanager
+def units_of(rows: int | None) -> Iterator[None]:
+    """Units of fewer queries, as far longer sequences have more of them."""
+    before = _ulysses_groups._LEAST_ROWS
+    _ulysses_groups._LEAST_ROWS = before if rows is None else rows
+    try:
+        yield
+    finally:
+        _ulysses_groups._LEAST_ROWS = before
+
+
+def block(mine: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
+    """This rank's y and gradients."""
+    leaves = {name: one.clone().requires_grad_() for name, one in mine.items() if name != "grad"}
+    with nan_empty():
+        y = apply(leaves, settings)
+        return {"y": y.detach()} | dict(
+            zip(leaves, torch.autograd.grad(y, list(leaves.values()), mine["grad"]), strict=True)
+        )
+
+
+def check(
+    rank: int,
+    world: int,
+    dtype: str,
+    modes: tuple[tuple[str, str], ...],
+    problems: list[tuple[dict[str, Any], int]],
+    rows: int | None = None,
+) -> None:
+    """Every problem and number of groups in every (transport, mode); norms' gradients are added over ranks first."""
+    kind = getattr(torch, dtype)
+    for fields, groups in problems:
+        case = Problem(**fields)
+        truth = whole(case, world, kind, torch.float64)
+        baseline = whole(case, world, kind, kind) if kind.itemsize == 2 else None
+        mine = inputs(case, rank, world, kind)
+        for transport, mode in modes:
+            config = ody.OverlapConfig(mode=mode, transport=transport, timeout_s=60)
+            settings = {**settings_of(case, world, kind, groups), "config": config}
+            with units_of(rows):
+                found, again = block(mine, settings), block(mine, settings)
+            for name, tensor in found.items():
+                assert torch.equal(tensor, again[name]), f"{name} differs from run to run"
+                if name in NORMS:
+                    torch.distributed.all_reduce(tensor)
+                # Sums and roundings as in pipelined_cases.check: the same products in another order.
+                assert_close_to_truth(
+                    tensor,
+                    part(name, truth[name], rank, world),
+                    dtype=kind,
+                    terms=16 * max(64, case.rows * world),
+                    roundings=12,
+                    baseline=None
+                    if baseline is None or tensor.numel() < 256
+                    else part(name, baseline[name], rank, world),
+                    name=f"{name} of {case}, {groups} groups, {transport}, {mode}, rank {rank}",
+                )
+
+
+def traffic(record: CommRecorder) -> dict[tuple[str, str], int]:
+    """Bytes by phase and collective, whichever operator sent them."""
+    found: dict[tuple[str, str], int] = {}
+    for row in record.rows():
+        key = (str(row["phase"]), str(row["collective"]))
+        found[key] = found.get(key, 0) + int(row["bytes"])
+    return found
+
+
+def by_two_operators(mine: dict[str, Tensor], problem: Problem, world: int, config: ody.OverlapConfig) -> Tensor:
+    """What runs without a pipeline: two operators and attention between them."""
+    q, k, v = ody.linear_all_to_all(
+        mine["x"],
+        (mine["wq"], mine["wk"], mine["wv"]),
+        (mine["bq"], mine["bk"], mine["bv"]) if "bq" in mine else None,
+        group=None,
+        config=config,
+    )
+    q, k, v = (one.unflatten(-1, (-1, HEAD)).transpose(1, 2) for one in (q, k, v))
+    if "nq" in mine:
+        q, k = normed(q, mine["nq"]), normed(k, mine["nk"])
+    tables = problem.tables(world, q.dtype)
+    if tables is not None:
+        q, k = turned(q, *tables), turned(k, *tables)
+    k, v = (one.repeat_interleave(q.shape[1] // k.shape[1], 1) for one in (k, v))
+    scores = (q @ k.mT / math.sqrt(HEAD)).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf)
+    out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return ody.all_to_all_linear(out, mine["wo"], mine.get("bo"), group=None, config=config)
+
+
+def same_bytes(rank: int, world: int, frozen: tuple[str, ...]) -> None:
+    """What two operators send, to the byte, in every mode, however many groups there are; frozen parameters as well."""
+    problem = Problem(bias=True, norms=True, heads=4, kv_heads=2, rows=4)
+    mine = inputs(problem, rank, world, torch.float32)
+    for transport in ("symmetric", "collective"):
+        for mode in ("fused", "unfused"):
+            config = ody.OverlapConfig(mode=mode, transport=transport, timeout_s=60)
+            counted, gradients = [], []
+            for groups in (None, 1, 2):
+                leaves = {n: one.clone().requires_grad_(n not in frozen) for n, one in mine.items() if n != "grad"}
+                with CommRecorder() as record:
+                    if groups is None:
+                        y = by_two_operators(leaves, problem, world, config)
+                    else:
+                        y = apply(leaves, {**settings_of(problem, world, y.dtype, groups), "config": config})
+                    if y.requires_grad:
+                        y.backward(mine["grad"])
+                counted.append(traffic(record))
+                gradients.append({n: one.grad for n, one in leaves.items()})
+            assert counted[0] == counted[1] == counted[2], (transport, mode, frozen, counted)
+            for found in gradients[1:]:
+                for name, expected in gradients[0].items():
+                    assert (expected is None) == (found[name] is None), name
+                    if expected is not None:
+                        # fp32 sums of at most 16 * L products in another order: a few hundred times 6e-8.
+                        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
+
+
+def graphs(rank: int, world: int) -> None:
+    """opcheck, torch.compile with fullgraph, activation checkpointing: the same bits as without."""
+    problem = Problem(bias=True, norms=True, rows=8, heads=4, kv_heads=2, documents=True)
+    config = ody.OverlapConfig(timeout_s=60)
+    mine = inputs(problem, rank, world, torch.float32)
+    grad = mine.pop("grad")
+    names = list(mine)
+    settings = {**settings_of(problem, world, torch.float32, 2), "config": config}
+
+    def run(*tensors: Tensor) -> Tensor:
+        return apply(dict(zip(names, tensors, strict=True)), settings).sin()
+
+    def gradients(function: Any) -> list[Tensor]:
+        leaves = [mine[name].clone().requires_grad_() for name in names]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    expected = gradients(run)
+    for function in (
+        torch.compile(run, fullgraph=True, backend="aot_eager"),
+        lambda *leaves: checkpoint(run, *leaves, use_reentrant=False),
+        lambda *leaves: checkpoint(run, *leaves, use_reentrant=False, context_fn=ody.selective_checkpoint),
+    ):
+        for one, other in zip(gradients(function), expected, strict=True):
+            assert torch.equal(one, other)
+    for mask in range(1, 2 ** len(names), 37):
+        leaves = [mine[name].clone().requires_grad_(bool(mask >> i & 1)) for i, name in enumerate(names)]
+        run(*leaves).backward(grad)
+        for index, one in enumerate(leaves):
+            if one.requires_grad:
+                # A library's products round by how their operands lie in memory, which depends on what else travels.
+                torch.testing.assert_close(one.grad, expected[index + 1], rtol=1e-5, atol=1e-5)
+            else:
+                assert one.grad is None
+    key = Settings(HEAD, (0, 8), 1e-6, None, 0.3, 0.0, 0, 0, "sdpa").key()
+    x, wq, wk, wv, bq, bk, bv, wo, bo = (
+        mine[name].clone().requires_grad_() for name in ("x", "wq", "wk", "wv", "bq", "bk", "bv", "wo", "bo")
+    )
+    for keep in (False, True):
+        torch.library.opcheck(
+            torch.ops.odysseus.pipelined_ulysses.default,
+            (
+                x, [wq, wk, wv], [bq, bk, bv], [True] * 3, wo.requires_grad_(keep), bo, [], [], None,
+                torch.distributed.group.WORLD.group_name, config.key(), key, 2, keep, [], "",
+            ),
+        )  # fmt: skip
+
+
+def dropped(rank: int, world: int) -> None:
+    """Dropout is that of heads and positions: what one process with the same seed and all heads drops."""
+    problem = Problem(rows=8, window=9, heads=4, kv_heads=2)
+    mine = inputs(problem, rank, world, torch.float64)
+    tensors = problem.tensors(world, torch.float64)
+    q, k, v = (F.linear(tensors["x"], tensors[f"w{n}"]).unflatten(-1, (-1, HEAD)).transpose(1, 2) for n in "qkv")
+    q, k = (turned(one, *problem.tables(world, torch.float64)) for one in (q, k))
+    alone = torch.distributed.new_subgroups(1)[0]
+    out = ody.ring_attention(q, k, v, group=alone, window=9, scale=HEAD**-0.5, dropout=0.4, dropout_seed=3)
+    truth = F.linear(out.transpose(1, 2).flatten(2), tensors["wo"])
+    for groups in (1, 2):
+        for rows in (None, 5):
+            settings = settings_of(problem, world, torch.float64, groups)
+            with units_of(rows):
+                y = apply(mine, {**settings, "dropout": 0.4, "dropout_seed": 3})
+            # fp64: 1e-16 relative for each of a few hundred additions.
+            torch.testing.assert_close(y, part("y", truth, rank, world), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(apply(mine, settings), y), "something is dropped"
+
+
+def refusals(rank: int, world: int) -> list[str]:
+    """Messages of bad input; nothing is sent."""
+    problem = Problem(rows=8, heads=4, kv_heads=2)
+    mine = inputs(problem, rank, world, torch.float32)
+    settings = settings_of(problem, world, torch.float32, 2)
+    wide = torch.zeros(1, 3, HEAD)
+    changes: tuple[tuple[dict[str, Tensor], dict[str, Any]], ...] = (
+        ({}, {"head_groups": 3}),
+        ({}, {"head_groups": 0}),
+        ({}, {"head_groups": "all"}),
+        ({}, {"head_dim": 5}),
+        ({}, {"rotation": (wide, wide)}),
+        ({}, {"kernel": "eager"}),
+        ({}, {"dropout": 0.5}),
+        ({}, {"config": ody.OverlapConfig(mode="tiles", timeout_s=60)}),
+        ({"bo": torch.zeros(WIDTH)}, {}),
+        ({"x": mine["x"][0]}, {}),
+        ({"wo": mine["wo"][:, 1:]}, {}),
+    )
+    found = []
+    for tensors, more in changes:
+        with CommRecorder() as record:
+            try:
+                apply({**mine, **tensors}, {**settings, **more})
+            except ValueError as error:
+                found.append(str(error))
+            else:
+                found.append("no error")
+        assert not record.rows()
+    return found
+
+
+def odd_rank(rank: int, world: int, what: str) -> str:
+    """The error of a call in which rank 1 differs."""
+    problem = Problem(rows=8, heads=4, kv_heads=2, documents=True)
+    other = {
+        "groups": {"head_groups": 1},
+        "documents": {"documents": None},
+        "dropout": {"dropout": 0.5, "dropout_seed": 1},
+    }
+    settings = {**settings_of(problem, world, torch.float32, 2), "config": ody.OverlapConfig(timeout_s=60)}
+    try:
+        apply(inputs(problem, rank, world, torch.float32), {**settings, **(other[what] if rank == 1 else {})})
+    except ody.RankMismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def order_of_work(rank: int, world: int) -> list[list[str]]:
+    """For each exchange of forward what is done at each of its visits, attention by its heads."""
+    from odysseus_kernels.ops._ulysses_heads import ForwardHeads
+
+    said: list[list[str]] = []
+    attend, exchange = ForwardHeads._attend, ForwardHeads.exchange
+
+    def noted_attend(self: ForwardHeads, unit: _ulysses_groups.Unit) -> None:
+        said[-1].append(f"heads {unit.kv_heads.start}, rows {unit.rows.start}")
+        attend(self, unit)
+
+    def noted_exchange(self: ForwardHeads, stage: int, shared: tuple[Tensor, ...]) -> Any:
+        said.append([])
+        made = exchange(self, stage, shared)
+
+        def visit(source: int, given: tuple[Tensor, ...], made_for: tuple[Tensor, ...]) -> None:
+            said[-1].append(f"visit {source}")
+            made.visit(source, given, made_for)
+
+        return dataclasses.replace(made, visit=visit)
+
+    problem = Problem(rows=8, heads=4, kv_heads=2, batch=1)
+    mine = inputs(problem, rank, world, torch.float32)
+    ForwardHeads._attend, ForwardHeads.exchange = noted_attend, noted_exchange  # type: ignore[method-assign]
+    try:
+        with units_of(4):
+            apply(mine, settings_of(problem, world, torch.float32, 2))
+    finally:
+        ForwardHeads._attend, ForwardHeads.exchange = attend, exchange  # type: ignore[method-assign]
+    return said
