@@ -19,7 +19,14 @@ from odysseus_kernels.nn.checkpointing import selective_checkpoint
 from odysseus_kernels.nn.sequence import shard_sequence
 
 Counts = dict[str, tuple[int, int, int]]
-OPERATORS = ("zero3_linear", "linear_all_to_all", "all_to_all_linear", "zero3_linear_cross_entropy", "zero3_experts")
+OPERATORS = (
+    "zero3_linear",
+    "linear_all_to_all",
+    "all_to_all_linear",
+    "zero3_linear_cross_entropy",
+    "zero3_experts",
+    "pipelined_ulysses",
+)
 
 
 @contextlib.contextmanager
@@ -51,8 +58,8 @@ def counts(record: CommRecorder) -> Counts:
     return found
 
 
-def _model(case: Case | FamilyCase, strategy: str, transport: str) -> Any:
-    config = OverlapConfig(transport=transport, timeout_s=30)
+def _model(case: Case | FamilyCase, strategy: str, transport: str, groups: int | None = None) -> Any:
+    config = OverlapConfig(transport=transport, timeout_s=30, pipeline="auto" if groups is None else groups)
     model = parallelize(case.model(), sequence_mesh(torch.distributed.get_world_size()), strategy, config)
     if getattr(case, "reentrant", False):
         model.enable_input_require_grads()
@@ -75,15 +82,20 @@ def _trained(model: Any, step: Callable[[Any, int], None], steps: int) -> list[t
 
 
 def _same(
-    case: Any, strategy: str, transport: str, step: Callable[[Any, int], None], steps: int = 2
+    case: Any,
+    strategy: str,
+    transport: str,
+    step: Callable[[Any, int], None],
+    steps: int = 2,
+    groups: int | None = None,
 ) -> tuple[Counts, int]:
     """Trains with and without what is sent ahead, compares to the bit; returns counts, and all that was dropped."""
     with CommRecorder() as record:
-        ahead = _trained(_model(case, strategy, transport), step, steps)
+        ahead = _trained(_model(case, strategy, transport, groups), step, steps)
     with CommRecorder() as alone:
-        plain = _trained(unlinked(_model(case, strategy, transport)), step, steps)
+        plain = _trained(unlinked(_model(case, strategy, transport, groups)), step, steps)
     with nothing_serves():
-        opened = _trained(_model(case, strategy, transport), step, steps)
+        opened = _trained(_model(case, strategy, transport, groups), step, steps)
     for one, other, third in zip(ahead, plain, opened, strict=True):
         assert torch.equal(one, other) and torch.equal(one, third)
     assert record.rows() == alone.rows(), "what is sent ahead is sent once"
@@ -91,7 +103,14 @@ def _same(
 
 
 def training(
-    rank: int, world: int, case: Case, strategy: str, transport: str, batches: int = 2, pieces: int = 1
+    rank: int,
+    world: int,
+    case: Case,
+    strategy: str,
+    transport: str,
+    batches: int = 2,
+    pieces: int = 1,
+    groups: int | None = None,
 ) -> tuple[Counts, int]:
     """Steps of an optimizer, ``batches`` accumulated for each; one step for a single batch."""
     batch = _batch(case, strategy, pieces)
@@ -100,7 +119,7 @@ def training(
         for _ in range(batches):
             model(**batch).loss.backward()
 
-    return _same(case, strategy, transport, step, steps=batches)
+    return _same(case, strategy, transport, step, steps=batches, groups=groups)
 
 
 def selective(rank: int, world: int, strategy: str, transport: str) -> tuple[Counts, int]:

@@ -59,6 +59,19 @@ def test_pipelined_attention_sends_ahead(ranks: RankPools, transport: str, check
         assert (found, dropped) == (expected("odysseus", checkpointing=checkpointing), 0)
 
 
+@EVERYWHERE
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_groups_of_heads_send_ahead(ranks: RankPools, transport: str, checkpointing: bool) -> None:
+    """Four of five exchanges share weights; backward's first one copies, and nobody can send that ahead of it."""
+    case = Case(layers=3, kv_heads=4, checkpointing=checkpointing)
+    counts = expected("ulysses", checkpointing=checkpointing)
+    again = 2 if checkpointing else 1
+    counts = {name: found for name, found in counts.items() if "all_to_all" not in name}
+    counts |= {"pipelined_ulysses forward": (11 * again, again, 0), "pipelined_ulysses backward": (9, 3, 0)}
+    for found, dropped in ranks(2).run(cases.training, case, "ulysses", transport, 1, 1, 2):
+        assert (found, dropped) == (counts, 0)
+
+
 @BOTH
 @EVERYWHERE
 def test_a_selective_checkpoint(ranks: RankPools, strategy: str, transport: str) -> None:
