@@ -18,6 +18,9 @@ feed-forward network      the next layer's attention, under Ulysses;  the same l
 language head                                                         the last layer's feed-forward network
 ========================= =========================================== ================================================
 
+Ulysses' attention in groups of heads is one operator, which sends ahead what its own exchanges share; of the first one
+that is the first group's rows in forward, and in backward a copy that is made in the call: nothing is sent ahead of it.
+
 A layer that a checkpoint computes again runs forward within backward.  Its feed-forward network is then followed by its
 own backward, and its backward by the forward of the layer before.
 """
