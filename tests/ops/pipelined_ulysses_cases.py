@@ -207,7 +207,7 @@ def graphs(rank: int, world: int) -> None:
         run(*leaves).backward(grad)
         for index, one in enumerate(leaves):
             if one.requires_grad:
-                # A library's products round by how their operands lie in memory, which depends on what else travels.
+                # fp32 rounding: last bits differ where less travels, probably by where operands lie in memory.
                 torch.testing.assert_close(one.grad, expected[index + 1], rtol=1e-5, atol=1e-5)
             else:
                 assert one.grad is None
