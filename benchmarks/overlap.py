@@ -195,12 +195,15 @@ def print_document(document: dict[str, Any]) -> None:
 
 
 def write(document: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes the JSON file and, for times, where matplotlib is installed, the plot; returns their paths."""
+    """Writes the JSON file and, for times, the plot, or says that matplotlib is missing; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     path = folder / f"{document['kind']}-{stamp}.json"
     path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
-    if document["kind"] == "memory" or importlib.util.find_spec("matplotlib") is None:
+    if document["kind"] == "memory":
+        return [path]
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: no plot")
         return [path]
     from benchmarks.layers import plot as layer_plot
     from benchmarks.operators import plot

@@ -124,6 +124,7 @@ def test_without_rich_and_matplotlib_the_figures_are_in_the_file(
     overlap.print_document(document)
     assert "rich is not installed: no tables" in capsys.readouterr().out
     (path,) = overlap.write(document, tmp_path)
+    assert "matplotlib is not installed: no plot" in capsys.readouterr().out
     assert json.loads(path.read_text())["rows"][0]["wrong"] == []
 
 
