@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,9 +37,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the script runs from a checkout, installed or not
 
-# What draws and prints is imported where it is used: a run on one GPU does without rich and matplotlib.
+# What draws and prints is imported where it is used: runs on GPUs do without rich and matplotlib.
 from benchmarks.common import machine
 from benchmarks.common.cases import Size
+from benchmarks.common.rows import ROWS_FILE
 from benchmarks.device import emulated
 from benchmarks.layers import run as layer_run
 from benchmarks.operators.cases import make_cases
@@ -48,6 +51,7 @@ from odysseus_kernels.testing.spawn import RankPool, RanksFailedError
 
 if TYPE_CHECKING:
     from benchmarks.layers.ranks import LayerSettings
+    from benchmarks.operators.apart import Apart
     from benchmarks.operators.workload import Settings
 
 SCHEMA = 1
@@ -87,6 +91,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     layer_run.check_options(parser, parsed)
     alone = parsed.device == "cuda" and "RANK" not in os.environ and torch.cuda.device_count() < 2
     parsed.emulated = alone and not parsed.memory
+    if parsed.row_limit is not None and not parsed.emulated and (parsed.level != "operator" or parsed.memory):
+        parser.error("--row-limit: it is for times of operators")
     if parsed.repeats is None and not parsed.emulated:
         parsed.repeats = 5 if parsed.quick else 9
     for name in ("ranks", "threads", "repeats"):
@@ -149,7 +155,10 @@ def make_document(arguments: argparse.Namespace, world_size: int, rows: Sequence
 
 
 def print_document(document: dict[str, Any]) -> None:
-    """The tables, as wide on a terminal as in a file."""
+    """The tables, as wide on a terminal as in a file; where rich is missing, a line that says so."""
+    if importlib.util.find_spec("rich") is None:
+        print("rich is not installed: no tables; all figures and verdicts are in the JSON file")
+        return
     from rich.console import Console
 
     from benchmarks.operators import report
@@ -186,12 +195,15 @@ def print_document(document: dict[str, Any]) -> None:
 
 
 def write(document: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes the JSON file and, for times, the plot; returns their paths."""
+    """Writes the JSON file and, for times, the plot, or says that matplotlib is missing; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     path = folder / f"{document['kind']}-{stamp}.json"
     path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
     if document["kind"] == "memory":
+        return [path]
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: no plot")
         return [path]
     from benchmarks.layers import plot as layer_plot
     from benchmarks.operators import plot
@@ -224,13 +236,37 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def finish(arguments: argparse.Namespace, world_size: int, rows: Sequence[dict[str, Any]]) -> int:
-    """Prints and writes; returns the exit status: 1 if any result was wrong."""
+def finish(
+    arguments: argparse.Namespace, world_size: int, rows: Sequence[dict[str, Any]], apart: Apart | None = None
+) -> int:
+    """Prints and writes; returns the exit status: 1 if any result was wrong, or a row of a run apart failed."""
     document = make_document(arguments, world_size, rows)
+    if apart is not None:
+        document |= {"failed": apart.failed, "not_run": apart.not_run, "interrupted": apart.interrupted}
     print_document(document)
     folder = arguments.output or _RESULTS / machine.machine_tag(arguments.device)
     print("\n" + "\n".join(f"wrote {os.path.relpath(path)}" for path in write(document, folder)))
-    return int(any(row.get("wrong") for row in document["rows"]))
+    wrong = any(row.get("wrong") for row in document["rows"])
+    return int(wrong or (apart is not None and bool(apart.failed or apart.interrupted)))
+
+
+def run_apart(arguments: argparse.Namespace, pool: RankPool, settings: Settings) -> int:
+    """Rows of real ranks, each with a limit of its own: a hang costs one, and what ended is in a file already."""
+    from benchmarks.operators.apart import measure_apart
+    from benchmarks.overlap import measure_rows as run
+
+    folder = arguments.output or _RESULTS / machine.machine_tag(arguments.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, deadline = folder / ROWS_FILE.format("links"), time.monotonic() + arguments.budget
+    done = measure_apart(pool, run, settings, path, limit_s=arguments.row_limit, deadline=deadline)
+    for row in done.failed:
+        print(f"{row['name']}: failed: {row['failed']}", file=sys.stderr, flush=True)
+    if done.not_run:
+        why = "interrupted" if done.interrupted else "for lack of time"
+        print(f"not run, {why}: {len(done.not_run)} rows, the first {done.not_run[0]}", file=sys.stderr, flush=True)
+    if not done.rows:
+        return 1
+    return finish(arguments, pool.world_size, done.rows, done)
 
 
 def run_under_torchrun(arguments: argparse.Namespace) -> int:
@@ -297,6 +333,8 @@ def main() -> int:
         arguments.ranks, threads=arguments.threads, timeout=RUN_LIMIT_S, backend=backend, environment=environment
     )
     with pool:
+        if arguments.row_limit is not None:
+            return run_apart(arguments, pool, settings)
         try:
             rows = pool.run(run, settings)[0]
         except RanksFailedError as error:

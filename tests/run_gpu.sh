@@ -241,18 +241,19 @@ part_native() {
 
 part_full() { tests full_device 20 tests/gpu/test_full_device.py; }
 
-# bench KIND WHAT: a row at a time, each in a process of its own; none begins that the part has no time for.
+# bench KIND ROW_SECONDS ARGUMENTS...: a row at a time, each with a limit of its own and written as it ends; none begins
+# that the part has no time for.
 bench() {
   # As many hardware queues as there are: with few, streams wait for one another.
   export CUDA_DEVICE_MAX_CONNECTIONS=32
-  # Each row is a process of its own: here they may be timed before anybody has seen them run.
+  # A row that hangs costs itself: here they may be timed before anybody has seen them run.
   export ODYSSEUS_SPECIALIZED_TILES=1
   rm -f "$OUT/$1"-2*.{json,md,png}
-  exec "$PYTHON" benchmarks/overlap.py --device cuda --output "$OUT" --row-limit 20 \
-    --budget $((LEFT_S > 24 ? LEFT_S - 20 : 4)) --measure "$2"
+  exec "$PYTHON" benchmarks/overlap.py --device cuda --output "$OUT" --row-limit "$2" \
+    --budget $((LEFT_S > $2 + 4 ? LEFT_S - $2 : 4)) "${@:3}"
 }
 
-part_cublas() { step cublas 40 bash -c 'bench library kernels'; }
+part_cublas() { step cublas 40 bash -c 'bench library 20 --measure kernels'; }
 
 part_virtual() { tests virtual_ranks 35 tests/gpu/test_virtual_ranks.py; }
 
@@ -281,10 +282,9 @@ part_faults() { tests cuda_faults 73 tests/gpu/test_cuda_faults.py; }
 part_links() {
   local status=0
   if ((GPUS > 1)); then
-    step links 108 "$PYTHON" benchmarks/overlap.py --device cuda --dtype bfloat16 --quick --ranks "$GPUS" --output "$OUT" ||
-      status=1
+    step links 75 bash -c 'bench overlap 30 --dtype bfloat16 --quick --ranks "$GPUS" --measure links' || status=1
   else
-    step links 75 bash -c 'bench emulated links' || status=1
+    step links 75 bash -c 'bench emulated 20 --measure links' || status=1
   fi
   tests emulated_links 40 tests/gpu/test_emulated_links.py || status=1
   return $status

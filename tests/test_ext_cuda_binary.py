@@ -126,6 +126,45 @@ def test_signals_have_system_scope(machine_code: dict[str, str]) -> None:
         assert "NANOSLEEP" in wait
 
 
+def words_that_are_polled(body: str) -> int:
+    """Loads with an order that a loop repeats: a function that waits for a word has one."""
+    instructions = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", body)]
+    loops = []
+    for address, text in instructions:
+        branch = re.search(r"\bBRA\S*\s+(?:[^,]+,\s*)?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address:
+            loops.append((int(branch[1], 16), address))
+    loads = [address for address, text in instructions if re.search(r"\bLDG?\.E\S*\.STRONG\b", text)]
+    return sum(any(first <= address <= last for first, last in loops) for address in loads)
+
+
+def test_every_wait_is_bounded_and_nothing_else_waits(machine_code: dict[str, str]) -> None:
+    """By the device's clock and by the host's word; and it can say that it gave up.
+
+    What goes by a multicast address waits for nothing: a wait of its own stands before it.
+    """
+    for architecture, code in machine_code.items():
+        waiting = [*functions(code, "11wait_kernel"), *functions(code, "reduce_kernel")]
+        assert len(waiting) == 1 + REDUCTIONS
+        for body in waiting:
+            name = (architecture, body.splitlines()[0])
+            assert words_that_are_polled(body) >= 1, name
+            assert body.count("SR_GLOBALTIMER") >= 2, (name, "when it begins, and again while it waits")
+            # The word, the host's word, and the first once more before it gives up; and whether another wait has.
+            assert len(re.findall(r"\bLDG\.E\.STRONG\.SYS\b", body)) >= 3, name
+            assert len(re.findall(r"\bLDG\.E\.STRONG\.GPU\b", body)) >= 1, name
+            assert len(re.findall(r"\bATOMG?\.E\.CAS\b", body)) == 1 and "NANOSLEEP" in body, name
+        paced = [*functions(code, "11book_kernel"), *functions(code, "14release_kernel")]
+        for body in paced:  # until a time that was computed before
+            assert body.count("SR_GLOBALTIMER") >= 2 and "NANOSLEEP" in body
+        others = [body for body in code.split("Function :")[1:] if body not in waiting and body not in paced]
+        assert len(others) == 2 + SWITCHED
+        for body in others:
+            name = (architecture, body.splitlines()[0])
+            assert words_that_are_polled(body) == 0, name
+            assert not re.search(r"\bNANOSLEEP\b|\bATOM|SR_GLOBALTIMER|\bSR_CLOCK", body), name
+
+
 def test_multicast_accesses_only_where_there_are_any(machine_code: dict[str, str]) -> None:
     """Four accesses of 16 bytes in flight, and a fence for the second address on the side of memory that others use."""
     for architecture, code in machine_code.items():

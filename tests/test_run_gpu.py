@@ -53,14 +53,16 @@ def test_without_python_it_says_so_in_one_line() -> None:
     assert done.stderr == "no Python: /nonexistent/python is not a program; set ODYSSEUS_PYTHON\n"
 
 
-# Stands for Python, torch, a GPU and a sanitizer, and takes no time: notes what it was told, reports PRETENDED_PASSED
-# tests, measures the first of two rows; a command line with one of HANGS (a line each) in it gets half way and hangs.
+# Stands for Python, torch, PRETENDED_GPUS and a sanitizer, and takes no time: notes what it was told, and a benchmark
+# with how many hardware queues; reports PRETENDED_PASSED tests, measures the first of two rows; a command line with one
+# of HANGS (a line each) in it gets half way and hangs.
 _PRETENDED_PYTHON = r"""#!/bin/sh
 echo "$*" >>"$TOLD"
+case "$*" in *overlap.py*) echo "queues: $CUDA_DEVICE_MAX_CONNECTIONS" >>"$TOLD" ;; esac
 hangs=$(printf '%s\n' "$HANGS" | while read -r line; do case "$* " in *"$line"*) echo yes ;; esac; done)
 case "$*" in
   *summary.py) exec "$REAL_PYTHON" "$@" ;;
-  *benchmarks.common*) printf '\npretended\n0123\n1\n' ;;
+  *benchmarks.common*) printf '\npretended\n0123\n%d\n' "$PRETENDED_GPUS" ;;
   "-m pytest "*)
     for argument; do
       case "$argument" in
@@ -108,6 +110,7 @@ def _pretend(
     hangs: str = "nothing",
     seconds: int = 480,
     stop_at: str | None = None,
+    gpus: int = 1,
 ) -> _Pretended:
     """Runs the script; ``stop_at`` is a step whose log ends the run, by a signal, once it is half done."""
     for name in ("python", "compute-sanitizer"):
@@ -123,6 +126,7 @@ def _pretend(
         "REAL_PYTHON": sys.executable,
         "TOLD": str(told),
         "PRETENDED_PASSED": str(passed),
+        "PRETENDED_GPUS": str(gpus),
         "HANGS": hangs,
     }
     command = ["bash", _SCRIPT, str(results), *arguments]
@@ -205,6 +209,32 @@ _HANGS = {
 }
 
 
+def _benchmarks(done: _Pretended) -> list[tuple[str, str]]:
+    """Command lines of the benchmark, each with how many hardware queues its processes have."""
+    return [
+        (line, done.told[index + 1].removeprefix("queues: "))
+        for index, line in enumerate(done.told)
+        if "overlap.py" in line
+    ]
+
+
+def test_benchmarks_have_queues_and_a_limit_for_each_row_on_one_gpu_and_on_several(
+    whole: _Pretended, tmp_path: Path
+) -> None:
+    several = _pretend(tmp_path, "--only", "links", gpus=4)
+    assert several.status == 0, several.printed
+    assert several.outcomes["links", "links"] == several.outcomes["links", "emulated_links"] == "passed"
+    assert "Links: 2 rows measured, in rows-links.jsonl" in (several.results / "summary.md").read_text()
+    alone, together = _benchmarks(whole), _benchmarks(several)
+    assert [line.split()[-1] for line, _ in alone] == ["kernels", "links"]
+    ((line, _),) = together
+    assert "--ranks 4 " in line and "--dtype bfloat16" in line
+    for line, queues in (*alone, *together):
+        assert queues == "32"
+        limit, budget = (int(re.search(rf"--{name} (\d+)", line)[1]) for name in ("row-limit", "budget"))  # type: ignore[index]
+        assert 0 < budget <= 75 - limit, "the last row that begins has time to end"
+
+
 @pytest.mark.slow
 def test_every_part_is_stopped_in_its_middle_and_loses_nothing(tmp_path: Path) -> None:
     """What was measured is kept, the rest is named, and the whole run ends in the time of its limits."""
@@ -239,6 +269,14 @@ def test_a_run_that_is_told_to_stop_sums_up(tmp_path: Path) -> None:
     assert done.outcomes["native", "copies"] == "stopped with its part"
     assert done.outcomes["native", "native_cuda_data"] == "not run: its part was stopped before it"
     assert done.status == _declared()["native"][1]
+
+
+def test_a_row_of_several_gpus_that_hangs_loses_no_other(tmp_path: Path) -> None:
+    done = _pretend(tmp_path, "--only", "links", gpus=2, seconds=24, hangs="--ranks 2 ")
+    assert done.status == _declared()["links"][1]
+    assert done.outcomes["links", "links"].startswith("timed out after")
+    summary = (done.results / "summary.md").read_text()
+    assert "1 rows measured, in rows-links.jsonl\n- not measured: second of links" in summary
 
 
 def test_one_part_again_and_its_exit_status(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 __all__ = [
     "EventTimer",
     "hidden_share",
+    "host_seconds",
     "interquartile_spread",
     "median",
     "paired_ratio",
@@ -132,6 +133,20 @@ class EventTimer:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e-3, result
+
+
+def host_seconds(
+    calls: Mapping[str, Callable[[], Any]], synchronize: Callable[[], None], attempts: int = 2
+) -> dict[str, float]:
+    """Seconds in which the host enqueues each call, at the last attempt: the first one compiles and loads."""
+    seconds = {}
+    for _ in range(attempts):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            seconds[name] = time.perf_counter() - begin
+            synchronize()
+    return seconds
 
 
 def slowest_rank(samples: Samples, world_size: int) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +11,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 __all__ = ["bytes_on_interface", "gather_texts", "largest_over_ranks", "with_progress", "worse"]
 
@@ -28,9 +27,12 @@ Row = TypeVar("Row", bound=_Named)
 
 
 def with_progress(rows: Sequence[Row], *, visible: bool) -> Iterator[Row]:
-    """The rows, with a bar on a terminal and a line for each row elsewhere."""
-    console = Console(file=sys.stderr)
-    if visible and console.is_terminal:
+    """The rows, with a bar on a terminal (where rich is installed) and a line for each row elsewhere."""
+    if visible and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(file=sys.stderr)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("", total=len(rows))

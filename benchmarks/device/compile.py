@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.device.native import native_table, read_output
+from benchmarks.device.native import native_tables, read_output
 from odysseus_kernels.kernels.configs import Kernel, TileConfig, shipped
 
 ARCHITECTURES = (80, 90, 100)
@@ -225,6 +225,22 @@ def compile_all(wanted: list[Variant], processes: int = 2) -> dict[Variant, Bina
         return dict(zip(wanted, pool.map(compile_variant, wanted), strict=True))
 
 
+def described(variant: Variant) -> list[str]:
+    """The cells of a row that say what was compiled."""
+    c = variant.config
+    cells = [
+        variant.kernel,
+        variant.architecture,
+        _TYPES[variant.dtype] + (f" → {_TYPES[variant.out]}" if variant.out != variant.dtype else ""),
+        f"{c.block_m}×{c.block_n}×{c.block_k}",
+        "4 + 4 + 1" if c.specialized else c.warps,
+        c.stages,
+        ("descriptors" if c.descriptors else "pointers") + f", {c.schedule}" * c.specialized,
+        f"{variant.count}" + (", columns contiguous" if variant.deep else ""),
+    ]
+    return [str(cell) for cell in cells]
+
+
 def table(binaries: dict[Variant, Binary]) -> str:
     """Markdown: one row for each variant."""
     import triton
@@ -238,26 +254,17 @@ def table(binaries: dict[Variant, Binary]) -> str:
         "those of one thread; shared memory is that of one program; instructions are counted in the machine code, "
         "not as executed. Spills are local loads and stores (LDL, STL). Seconds are those of compiling, on one core of "
         "that machine. `cooperative` and `pingpong` are warp-specialized: one warp loads, two groups of four multiply; "
-        "registers are those at the start, before warps exchange them.",
+        "registers are those at the start, before warps exchange them (setmaxnreg). Clock reads are what bounds waits.",
         "",
         "| kernel | sm | dtype | tile | warps | stages | loads | operands | registers | stack | spills | shared | "
-        "HMMA | HGMMA | tcgen05 | TMA | code bytes | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "HMMA | HGMMA | tcgen05 | TMA | setmaxnreg | clock reads | code bytes | seconds |",
+        "|---" * 20 + "|",
     ]
     for variant, binary in binaries.items():
-        c = variant.config
-        types = _TYPES[variant.dtype] + (f" → {_TYPES[variant.out]}" if variant.out != variant.dtype else "")
-        operands = f"{variant.count}" + (", columns contiguous" if variant.deep else "")
-        counts = [binary.count(name) for name in (r"HMMA", r"HGMMA", r"UTC\w*MMA", r"UTMALDG")]
+        units = (r"HMMA", r"HGMMA", r"UTC\w*MMA", r"UTMALDG", r"USETMAXREG")
+        counts = [*map(binary.count, units), binary.clocks]
         cells = [
-            variant.kernel,
-            variant.architecture,
-            types,
-            f"{c.block_m}×{c.block_n}×{c.block_k}",
-            "4 + 4 + 1" if c.specialized else c.warps,
-            c.stages,
-            ("descriptors" if c.descriptors else "pointers") + f", {c.schedule}" * c.specialized,
-            operands,
+            *described(variant),
             binary.registers,
             binary.stack,
             binary.count(r"(LDL|STL)\b"),
@@ -276,9 +283,9 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=RESULT)
     parser.add_argument("--native", action="store_true", help="only the kernels of csrc/cuda, in place")
     arguments = parser.parse_args()
-    native = native_table()
+    native = native_tables()
     if arguments.native:
-        before = arguments.output.read_text().partition(native.split("\n", 1)[0])[0].rstrip("\n") + "\n"
+        before = arguments.output.read_text().partition("\n## ")[0].rstrip("\n") + "\n"
     else:
         # Processes inherit it: what an earlier run left in Triton's cache would take no time.
         with tempfile.TemporaryDirectory() as empty, mock.patch.dict(os.environ, TRITON_CACHE_DIR=empty):

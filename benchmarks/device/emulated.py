@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine
-from benchmarks.common.measure import EventTimer, median, take_turns
+from benchmarks.common.measure import EventTimer, host_seconds, median, take_turns
+from benchmarks.common.rows import ROWS_FILE
 from benchmarks.device import isolated, kernels
 from benchmarks.device import report as emulated_report
 from benchmarks.device.cases import DEFAULT_LINKS, WORLD, EmulatedCase, make_emulated_cases
@@ -41,8 +42,6 @@ SCHEMA = 1
 KIND = "emulated"
 ROUNDS, QUICK_ROUNDS = 15, 7
 MEASURED = ("kernels", "links")
-ROWS_FILE = "rows-{}.jsonl"
-"""Of rows that are measured in processes of their own, with what a run measures; see ``isolated.py``."""
 _CHOICE_ROUNDS = 3
 _RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -61,14 +60,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "behind it, or a rate: 120mbit, 1gbit, or a number of Mb/s",
     )
     parser.add_argument(
-        "--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no row on one GPU after so long"
+        "--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no row on GPUs after so long"
     )
     parser.add_argument(
         "--row-limit",
         type=float,
         metavar="SECONDS",
-        help="measure each row on one GPU in a process of its own, which is ended after so long; rows are written to a "
-        "file as they end",
+        help="measure each row on one GPU in a process of its own, or on several by ranks that are started anew behind "
+        "a row that failed; a row is ended after so long, and written to a file as it ends",
     )
     parser.add_argument(
         "--measure", nargs="+", choices=MEASURED, default=list(MEASURED), help="what a run on one GPU measures"
@@ -110,7 +109,7 @@ def measure_case(
     """
     work = EmulatedWorkload(case, emulation, seed=seed, **options)
     calls = work.calls()
-    host_s = kernels.host_seconds(calls, synchronize)
+    host_s = host_seconds(calls, synchronize)
     work.fill()
     if isinstance(timed, EventTimer):
         timed.stay_ahead(max(host_s.values()))
@@ -223,12 +222,17 @@ class _Run:
             self.failed.append({"name": case.name, "failed": f"{type(error).__name__}: {error}"})
             print(f"{case.name}: {error}", file=sys.stderr, flush=True)
             return False
-        row["predicted_s"] = predicted_seconds(case, torch.cuda.get_device_name(self.device), row["pieces"])
-        self.rows.append(emulated_report.summarize(row))
+        self.rows.append(_summary(case, row, self.device))
         with contextlib.suppress(RuntimeError):  # the device may be what failed; the next row will say so
             torch.cuda.empty_cache()
         print(f"{case.name} ({time.monotonic() - begin:.1f} s)", file=sys.stderr, flush=True)
         return True
+
+
+def _summary(case: EmulatedCase, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A row as it is written: with figures, and what was predicted for it."""
+    row["predicted_s"] = predicted_seconds(case, torch.cuda.get_device_name(device), row["pieces"])
+    return emulated_report.summarize(row)
 
 
 def measure_alone(case: EmulatedCase, rounds: int) -> dict[str, Any]:
@@ -241,7 +245,7 @@ def measure_alone(case: EmulatedCase, rounds: int) -> dict[str, Any]:
     with fake_group(WORLD) as group, emulate(device, group, case.link, [case]) as emulation:
         row = measure_case(case, emulation, rounds=rounds, timed=EventTimer(device), synchronize=synchronize)
         emulation.transport.synchronize()
-        return {"row": emulated_report.summarize(row), "copies": _how_copies_ran()}
+        return {"row": _summary(case, row, device), "copies": _how_copies_ran()}
 
 
 def _measure_separately(

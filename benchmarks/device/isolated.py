@@ -1,7 +1,7 @@
 """Rows that are measured each in a process of its own: one that hangs or crashes costs itself and no other.
 
-Results are lines of a file (JSON), written as each row ends, so that whoever is stopped in the middle keeps what there
-is.  The first line names all rows.  Processes are forked from one that has imported everything and used no device.
+Results are written as each row ends (``benchmarks/common/rows.py``).  Processes are forked from one that has imported
+everything and used no device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from benchmarks.common.rows import Outcome, RowWriter, read_rows
 
 __all__ = ["Job", "Outcome", "measure_each", "read_rows"]
 
@@ -28,16 +30,6 @@ class Job:
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a row ended: with a result, or with a text that says why there is none."""
-
-    name: str
-    seconds: float
-    result: Any = None
-    failed: str = ""
 
 
 def measure_each(
@@ -54,28 +46,13 @@ def measure_each(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    with path.open("w") as file:
-        _write_line(file, {"planned": [job.name for job in jobs]})
+    with RowWriter(path, [job.name for job in jobs]) as rows:
         for job in jobs:
             if time.monotonic() > deadline:
                 return
             outcome = _measure(context, job, limit_s)
-            _write_line(file, dataclasses.asdict(outcome))
+            rows.add(outcome)
             yield outcome
-
-
-def read_rows(path: Path) -> tuple[list[Outcome], list[str]]:
-    """The outcomes in a file of :func:`measure_each`, and the names of rows that have none."""
-    # A line that its writer did not end is none.
-    first, *lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] or [{"planned": []}]
-    outcomes = [Outcome(**line) for line in lines]
-    there = {outcome.name for outcome in outcomes}
-    return outcomes, [name for name in first["planned"] if name not in there]
-
-
-def _write_line(file: TextIO, line: dict[str, Any]) -> None:
-    file.write(json.dumps(line) + "\n")
-    file.flush()
 
 
 def _measure(context: multiprocessing.context.ForkServerContext, job: Job, limit_s: float) -> Outcome:

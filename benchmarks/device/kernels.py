@@ -16,24 +16,28 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common.measure import EventTimer, median, take_turns
+from benchmarks.common.measure import EventTimer, host_seconds, median, take_turns
 from benchmarks.device.cases import WORLD, gather_shapes
 from odysseus_kernels import _ext
+from odysseus_kernels.planner.cost_model import MEMORY_SHARE, TILE_LOSS, Work, product_seconds
+from odysseus_kernels.planner.hardware import Hardware, hardware_for
 from odysseus_kernels.testing.compare import relative_error, rounding_tolerance
 
 __all__ = [
     "Measured",
     "gather_problem",
-    "host_seconds",
     "measure",
     "measure_named",
+    "measure_problem",
     "note_multicast",
+    "predicted_product",
+    "predicted_sum",
     "problem_names",
     "reduce_problem",
 ]
@@ -62,6 +66,7 @@ class Problem:
     Attributes:
         amount, library_amount: operations or bytes of a call.
         unit: of ``amount`` a second, and by what to divide it.
+        predicted_s: seconds of both calls by the planner's cost model.
         tried: of a kernel whose configuration is chosen by timing: the seconds of each, by its name.
     """
 
@@ -73,7 +78,24 @@ class Problem:
     amount: float
     library_amount: float
     unit: tuple[str, float]
+    predicted_s: dict[str, float]
     tried: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def predicted_product(hardware: Hardware, flops: float) -> dict[str, float]:
+    """Seconds of the library's product in bf16, and of the kernel whose tiles wait."""
+    library = product_seconds(Work(flops=flops, world=1), hardware)
+    return {"kernel": library * (1 + TILE_LOSS), "library": library}
+
+
+def predicted_sum(hardware: Hardware, moved: float) -> dict[str, float]:
+    """Seconds in which a sum, and a copy, read and write ``moved`` bytes."""
+    seconds = moved / (hardware.memory_bytes_per_s * MEMORY_SHARE)
+    return {"kernel": seconds, "library": seconds}
+
+
+def _hardware(device: torch.device) -> Hardware:
+    return hardware_for(torch.cuda.get_device_name(device))
 
 
 def gather_problem(device: torch.device, rows: int, depth: int, width: int, world: int = WORLD) -> Problem:
@@ -135,6 +157,7 @@ def gather_problem(device: torch.device, rows: int, depth: int, width: int, worl
         flops,
         flops,
         ("TFLOP/s", 1e12),
+        predicted_product(_hardware(device), flops),
         tried,
     )
 
@@ -166,6 +189,7 @@ def reduce_problem(device: torch.device, sources: int, count: int) -> Problem:
         moved,
         2 * origin.numel(),
         ("TB/s", 1e12),
+        predicted_sum(_hardware(device), moved),
     )
 
 
@@ -187,20 +211,6 @@ def measure_named(name: str, rounds: int, quick: bool) -> dict[str, Any]:
     device = torch.device("cuda", torch.cuda.current_device())
     problem = dict(_problems(device, quick))[name]()
     return measure_problem(problem, EventTimer(device), rounds, lambda: torch.cuda.synchronize(device))
-
-
-def host_seconds(
-    calls: Mapping[str, Callable[[], Any]], synchronize: Callable[[], None], attempts: int = 2
-) -> dict[str, float]:
-    """Seconds in which the host enqueues each call, at the last attempt: the first one compiles and loads."""
-    seconds = {}
-    for _ in range(attempts):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            seconds[name] = time.perf_counter() - begin
-            synchronize()
-    return seconds
 
 
 def measure(
@@ -256,6 +266,9 @@ def measure_problem(problem: Problem, timed: Any, rounds: int, synchronize: Call
         "speed": f"{speed / scale:.3g} {unit}" if right else "WRONG",
         "library": f"{library / scale:.3g} {unit}",
         "share": speed / library if right else None,
+        "medians_s": times if right else {"library": times["library"]},
+        "host / kernel": host_s["kernel"] / times["kernel"] if right else None,
+        "predicted_s": problem.predicted_s,
         "tried_s": problem.tried,
     }
 

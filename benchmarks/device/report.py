@@ -40,6 +40,9 @@ PREDICTIONS = "Predicted by the cost model beside measured (in parentheses: meas
 _LEAST_OF_NOMINAL = 0.9
 """Share of a paced link's nominal rate below which its rows are marked."""
 
+HOST_LIMIT = 1.0
+"""Of the host's time over the device's, for kernels by themselves."""
+
 FOOTER = (
     "One rank of {world} on one GPU; its peers are silent and the links are EMULATED: paced:<GB/s> copies within the "
     "GPU's memory at that rate, both directions together; pcie copies from and to pinned host memory at the bus's "
@@ -144,7 +147,28 @@ def judge_kernels(rows: Sequence[Row]) -> list[Row]:
                 "reached": missed == 0,
             }
         )
-    return verdicts
+    return verdicts + _judge_hosts(rows)
+
+
+def _judge_hosts(rows: Sequence[Row]) -> list[Row]:
+    """Whether the host launches kernels faster than the device runs them."""
+    found = [row for row in rows if row.get("host / kernel") is not None]
+    if not found:
+        return []
+    worst = max(found, key=lambda row: row["host / kernel"])
+    missed = sum(row["host / kernel"] > HOST_LIMIT for row in found)
+    return [
+        {
+            "what": "kernels: host / kernel",
+            "relation": "<=",
+            "limit": HOST_LIMIT,
+            "measured": worst["host / kernel"],
+            "shape": f"{worst['kernel']} {worst['shape']}",
+            "rows": len(found),
+            "rows_missed": missed,
+            "reached": missed == 0,
+        }
+    ]
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -178,9 +202,7 @@ def _cells(row: Row) -> list[str]:
 def _predicted_cells(row: Row) -> list[str]:
     cells = [f"{row['operator']} {row['phase']}", f"{row['label']} {row['shape']}", row["link"]]
     for name in PREDICTED:
-        predicted, measured = row["predicted_s"][name], row["medians_s"].get(name)
-        beside = f"{measured * 1e3:.3f} ({measured / predicted:.2f})" if measured is not None else _time(row, name)
-        cells += [f"{predicted * 1e3:.3f}", beside]
+        cells += _beside(row["predicted_s"][name], row["medians_s"].get(name), _time(row, name))
     return cells
 
 
@@ -215,6 +237,19 @@ def _kernel_cells(row: Row) -> list[str]:
     return [row["kernel"], row["shape"], row["speed"], row["library"], share, host_ms, chosen]
 
 
+def _predicted_kernel_cells(row: Row) -> list[str]:
+    cells = [row["kernel"], row["shape"]]
+    for name in ("kernel", "library"):
+        cells += _beside(row["predicted_s"][name], row["medians_s"].get(name), "WRONG")
+    return cells
+
+
+def _beside(predicted: float, measured: float | None, otherwise: str) -> list[str]:
+    """Milliseconds of a prediction, and of what was measured or why nothing was."""
+    ratio = otherwise if measured is None else f"{measured * 1e3:.3f} ({measured / predicted:.2f})"
+    return [f"{predicted * 1e3:.3f}", ratio]
+
+
 def _target_cells(verdict: Row) -> list[str]:
     measured = "no figure" if verdict["measured"] is None else f"{verdict['measured']:.3f}"
     missed = f"missed in {verdict['rows_missed']} of {verdict['rows']}"
@@ -236,6 +271,11 @@ def _tables(document: Row) -> Iterable[tuple[str, list[str], list[list[str]]]]:
     if document["kernels"]:
         names = ["kernel", "shape", "kernel's", "library's", "kernel/library", "host ms", "tiles"]
         yield "Kernels", names, [_kernel_cells(row) for row in document["kernels"]]
+    predicted = [row for row in document["kernels"] if row.get("predicted_s")]
+    if predicted:
+        names = ["kernel", "shape", "kernel predicted ms", "measured", "library predicted ms", "measured"]
+        title = f"Kernels: {PREDICTIONS[0].lower()}{PREDICTIONS[1:]}"
+        yield title, names, [_predicted_kernel_cells(row) for row in predicted]
     if document["targets"]:
         names = ["must reach (worst row)", "limit", "measured", "outcome", "worst row"]
         yield "Targets", names, [_target_cells(verdict) for verdict in document["targets"]]

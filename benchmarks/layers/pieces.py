@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -64,8 +63,7 @@ def measure_pieces(case: PiecesCase, rounds: int) -> dict[str, list[float]]:
             limit = rounding_tolerance(case.dtype, terms=case.tokens, roundings=2)
             if not (error := relative_error(found, expected.double())) <= limit:
                 raise ArithmeticError(f"{phase}: expected the whole's numbers within {limit:.1e}, got {error:.1e}")
-    nothing = functools.partial(bool)
-    return take_turns(calls, rounds=rounds, barrier=nothing, synchronize=nothing)
+    return take_turns(calls, rounds=rounds, barrier=lambda: None, synchronize=lambda: None)
 
 
 def _calls(case: PiecesCase) -> dict[str, Run]:

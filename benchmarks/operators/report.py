@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common.cases import CONTRACT, NEVER_SLOWER
 from benchmarks.common.measure import hidden_share, interquartile_spread, median, paired_ratio
 from benchmarks.operators.cases import TARGETS, Target
+from benchmarks.operators.predictions import PREDICTED
 from benchmarks.operators.torch_fused import TORCH_FUSED
+
+if TYPE_CHECKING:  # figures and verdicts do without
+    from rich.console import Console
+    from rich.table import Table
 
 __all__ = ["MEMORY_LIMIT_CHUNKS", "judge", "judge_memory", "print_memory", "print_time", "summarize"]
 
@@ -34,6 +36,13 @@ Each ratio is the median of the ratios within rounds.
 hidden = (unfused - fused) / min(GEMM, comm), of medians, on one transport; ? where the quartiles of fused or unfused
 are further apart than all that could be hidden, so that this run cannot tell.
 error: largest relative Frobenius error of any variant's output or gradient against fp64 on unsharded data."""
+
+HOST_FOOTER = """\
+host: what the slowest rank's host takes to enqueue the fused call of the symmetric transport; host/fused above 1 keeps
+the devices idle.  predicted: by the cost model, in parentheses measured / predicted."""
+
+HOST_LIMIT = 1.0
+"""Of the host's time over the devices': a host that enqueues more slowly than devices work leaves them idle."""
 
 MEMORY_FOOTER = """\
 extra: most bytes held at one moment beside inputs, outputs and gradients (allocations through torch, plus buffers
@@ -62,7 +71,9 @@ def summarize(row: Row) -> Row:
             unfused, fused, gemm, communication = (medians[name] for name in names)
             hidden[transport] = hidden_share(unfused=unfused, fused=fused, gemm=gemm, communication=communication)
     spreads = {name: interquartile_spread(values) for name, values in samples.items()}
-    return {**row, "medians_s": medians, "spreads": spreads, "ratios": ratios, "hidden": hidden}
+    enqueued = row.get("host_s", {}).get(_FUSED)
+    host = enqueued / medians[_FUSED] if enqueued is not None and _FUSED in medians else None
+    return {**row, "medians_s": medians, "spreads": spreads, "ratios": ratios, "hidden": hidden, "host / fused": host}
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
@@ -89,7 +100,27 @@ def judge(rows: Sequence[Row]) -> list[Row]:
                     "rows_missed": slower,
                 }
             )
-    return verdicts
+    return verdicts + _judge_hosts(rows)
+
+
+def _judge_hosts(rows: Sequence[Row]) -> list[Row]:
+    """Whether hosts keep ahead of their devices, in the rows of devices."""
+    enqueued = [(row["host / fused"], row) for row in rows if row["host / fused"] is not None]
+    if not enqueued:
+        return []
+    worst, row = max(enqueued, key=lambda pair: pair[0])
+    missed = sum(ratio > HOST_LIMIT for ratio, _ in enqueued)
+    return [
+        {
+            "what": f"every row: host / {_FUSED}",
+            "shape": f"worst of {len(enqueued)}: {row['operator']} {row['label']} {row['part']}",
+            "limit": HOST_LIMIT,
+            "measured": worst,
+            "of_medians": worst,
+            "reached": missed == 0,
+            "rows_missed": missed,
+        }
+    ]
 
 
 def _verdict(row: Row, target: Target) -> Row:
@@ -179,9 +210,28 @@ def print_time(
         ratios.add_row(*_label(row), *cells, _error(row))
     console.print(times, ratios)
     console.print(TIME_FOOTER, style="dim", soft_wrap=True)
+    if any(row.get("predicted_s") for row in rows):
+        console.print(_devices(rows))
+        console.print(HOST_FOOTER, style="dim", soft_wrap=True)
     for reason in _no_torch_fused(rows):
         console.print(reason, style="dim", soft_wrap=True, markup=False)
     _print_targets(console, verdicts, note, "{:.3f}", judged)
+
+
+def _devices(rows: Sequence[Row]) -> Table:
+    """What the host took, and predictions beside what was measured, in milliseconds: rows of devices."""
+    names = ("GEMM", "comm\nsym", "unfused\nsym", "fused\nsym")
+    columns = [column for name in names for column in (f"{name}\npredicted", "measured")]
+    table = _table("host and predictions, ms", ("host\nfused sym", "host/fused", *columns))
+    for row in _with_headings(table, [row for row in rows if row.get("predicted_s")]):
+        host, ratio = row["host_s"].get(_FUSED), row["host / fused"]
+        cells = ["" if host is None else f"{host * 1e3:.3f}", "" if ratio is None else f"{ratio:.2f}"]
+        for name in PREDICTED:
+            predicted, measured = row["predicted_s"][name], row["medians_s"].get(name)
+            beside = "" if measured is None else f"{measured * 1e3:.3f} ({measured / predicted:.2f})"
+            cells += [f"{predicted * 1e3:.3f}", beside]
+        table.add_row(*_label(row), *cells)
+    return table
 
 
 def print_memory(console: Console, rows: Sequence[Row], verdicts: Sequence[Row], *, note: str) -> None:
@@ -226,6 +276,8 @@ def _print_targets(console: Console, verdicts: Sequence[Row], note: str, form: s
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
+    from rich.table import Table
+
     table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in ("", ""):
         table.add_column(column, no_wrap=True)

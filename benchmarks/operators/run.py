@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.common.measure import slowest_rank, take_turns
+from benchmarks.common.measure import host_seconds, slowest_rank, take_turns
 from benchmarks.common.ranks import largest_over_ranks, with_progress, worse
 from benchmarks.operators.cases import Case
 from benchmarks.operators.memory import measure_memory
+from benchmarks.operators.predictions import predicted_seconds
 from benchmarks.operators.workload import Settings, Workload
 from odysseus_kernels.comm.recorder import CommRecorder
 
@@ -55,6 +56,11 @@ def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[s
             torch.cuda.synchronize(device)
 
     work.truth  # noqa: B018 - takes long the first time, which must not fall between two timed calls
+    host_s: dict[str, float] = {}
+    predicted_s: dict[str, float] = {}
+    if device.type == "cuda":  # elsewhere a call is complete when it returns
+        host_s = largest_over_ranks(host_seconds(calls, synchronize))
+        predicted_s = predicted_seconds(case, work.world, settings.dtype, torch.cuda.get_device_name(device))
     take_turns(calls, rounds=WARM_UP_ROUNDS, barrier=dist.barrier, synchronize=synchronize, last=check)
     wrong = _wrong(errors, work.tolerance)
     timed = {name: call for name, call in calls.items() if name not in wrong}
@@ -78,6 +84,8 @@ def measure_time(case: Case, settings: Settings, device: torch.device) -> dict[s
         "wrong": wrong,
         "no_torch_fused": work.no_torch_fused,
         "bytes": sent,
+        "host_s": host_s,
+        "predicted_s": predicted_s,
         # A time of a wrong result is no time.
         "samples_s": {name: values for name, values in samples.items() if name not in wrong},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import logging
 import multiprocessing.util
 import threading
@@ -24,6 +25,7 @@ from odysseus_kernels.comm.collective.transport import CollectiveTransport
 from odysseus_kernels.comm.device import cuda
 from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
 from odysseus_kernels.comm.host.transport import SymmetricHostTransport
+from odysseus_kernels.comm.meeting.backend import nccl_of
 from odysseus_kernels.comm.meeting.texts import Introduction, Meeting
 from odysseus_kernels.comm.transport import CapacityExceededError, LocalTransport, NotServedError, Transport
 from odysseus_kernels.config import OverlapConfig, shared_memory_directory
@@ -89,6 +91,7 @@ class GroupTransports:
         self._collective: CollectiveTransport | None = None
         self._fixed: Transport | None = None
         self._no_symmetric: str | None = None
+        self._compares_nccl = False
         self._selection: Selection | None = None
         self._completed = 0
         self._step = 0
@@ -178,7 +181,11 @@ class GroupTransports:
         with self._lock:
             if self._selection is None:
                 self._selection = Selection(device, lambda text: self._meeting.exchange(text, config))
-        return self._selection.settle(transport, config, phase, run)
+        compared = self._compares_nccl and self._fixed is None and config.transport == config.mode == "auto"
+        library = None
+        if compared and isinstance(transport, SymmetricDeviceTransport) and not phase.switched:
+            library = functools.partial(self.collective, config, device)
+        return self._selection.settle(transport, config, phase, run, library)
 
     def begin_step(self) -> None:
         """A step of all ranks begins."""
@@ -304,6 +311,8 @@ class GroupTransports:
 
         if device.type == "cuda":
             peers = [(one.device_name, one.device_uuid) for one in everyone]
+            # NCCL serves no two ranks of one GPU.
+            self._compares_nccl = nccl_of(group) is not None and len(set(peers)) == len(peers)
             return cuda.connect(group, device, peers, nonce, exchange)
         directory = shared_memory_directory()
         return SymmetricHostTransport.connect(
@@ -383,6 +392,8 @@ def dispatch(
     with autocast, announcing(group.group_name):
         try:
             settled = config if phase is None else transports.settle(transport, config, phase, device, run)
+            if settled.transport != config.transport:  # NCCL was faster than everything else
+                transport = transports.collective(config, device)
             run(transport, settled)
         except CapacityExceededError as error:
             if isinstance(error, NotServedError):

@@ -7,19 +7,15 @@ that is missing or refuses, too little shared memory.  In the middle of a call p
 from __future__ import annotations
 
 import contextlib
-import subprocess
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
-from triton.errors import TritonError
 
 from odysseus_kernels.errors import KernelUnavailableError
 from odysseus_kernels.kernels.configs import Kernel
 
 __all__ = ["prepare", "translated"]
 
-# Besides Triton's own errors: what its passes, its drivers, torch's launches raise; files; the compiler's exit status.
-_ERRORS = (TritonError, RuntimeError, OSError, ImportError, subprocess.SubprocessError)
 _REASON_CHARACTERS = 600
 
 # Why a kernel cannot be had, or "" for one that can.
@@ -28,12 +24,18 @@ _prepared: dict[Hashable, str] = {}
 
 @contextlib.contextmanager
 def translated(kernel: Kernel) -> Iterator[None]:
-    """Turns what goes wrong when a kernel is compiled, loaded or launched into KernelUnavailableError."""
+    """Turns what goes wrong when a kernel is compiled, loaded or launched into KernelUnavailableError.
+
+    Whatever it is.  Triton's errors have no common base, its passes assert, another version's Gluon lacks a name or
+    takes other arguments, and what the C compiler or ptxas does is told by the standard library.  An error of a kind
+    that nobody thought of would leave this rank alone, while its peers wait for what it was to say of its kernels.
+    A ValueError stays one: of operands that a kernel does not take.
+    """
     try:
         yield
-    except KernelUnavailableError:
+    except (KernelUnavailableError, ValueError):
         raise
-    except _ERRORS as error:
+    except Exception as error:
         # The last lines of a compiler's message say what, those before it quote the source.
         text = " ".join(f"{type(error).__name__}: {error}".split())
         if len(text) > _REASON_CHARACTERS:

@@ -150,13 +150,10 @@ def load_stages(
 @gluon.jit
 def multiply_stages(
     PART: gl.constexpr,
-    outs,
-    biases,
     stages,
+    results,
     sizes,
     widths,
-    bias_widths,
-    out_strides,
     GROUP: gl.constexpr,
     COUNT: gl.constexpr,
     RING: gl.constexpr,
@@ -170,6 +167,7 @@ def multiply_stages(
 ):
     """Group ``PART`` of the multiplying warps: its rows of every tile, or all rows of every second one."""
     a_stages, b_stages, full, empty, passed = stages
+    outs, out_strides, biases, bias_widths = results
     rows, depth, rank, world = sizes
     TURNS: gl.constexpr = 3 - PARTS
     PART_M: gl.constexpr = BLOCK_M // PARTS
@@ -307,75 +305,21 @@ def gather_matmul_specialized_kernel(
     # The copy engine completes barriers through another proxy than the one that made them.
     fence_async_shared()
     signals = (words, epoch, aborted, control, ticks, tag, pieces)
-    result_sizes = (rows, depth, rank, world)
+    results = (outs, out_strides, biases, bias_widths)
+    sizes = (rows, depth, rank, world)
     load_sizes = (rows, depth, gathered_rows, world)
+    # Triton keeps constants in a list of arguments, but not in a variable: hence twice what differs in one number.
+    # fmt: off
     gl.warp_specialize(
         [
-            (
-                multiply_stages,
-                (
-                    0,
-                    outs,
-                    biases,
-                    stages,
-                    result_sizes,
-                    widths,
-                    bias_widths,
-                    out_strides,
-                    GROUP,
-                    COUNT,
-                    RING,
-                    DEEP,
-                    BIASED,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                    PARTS,
-                ),
-            ),
-            (
-                multiply_stages,
-                (
-                    1,
-                    outs,
-                    biases,
-                    stages,
-                    result_sizes,
-                    widths,
-                    bias_widths,
-                    out_strides,
-                    GROUP,
-                    COUNT,
-                    RING,
-                    DEEP,
-                    BIASED,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                    PARTS,
-                ),
-            ),
-            (
-                load_stages,
-                (
-                    (here, there, b0, b1, b2),
-                    stages,
-                    signals,
-                    load_sizes,
-                    widths,
-                    GROUP,
-                    COUNT,
-                    DEEP,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    STAGES,
-                    PARTS,
-                ),
-            ),
+            (multiply_stages, (0, stages, results, sizes, widths, GROUP, COUNT, RING, DEEP, BIASED,
+                               BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS)),
+            (multiply_stages, (1, stages, results, sizes, widths, GROUP, COUNT, RING, DEEP, BIASED,
+                               BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS)),
+            (load_stages, ((here, there, b0, b1, b2), stages, signals, load_sizes, widths, GROUP, COUNT, DEEP,
+                           BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS)),
         ],
         [4, 1],
         [_MULTIPLYING_REGISTERS, _LOADING_REGISTERS],
     )
+    # fmt: on

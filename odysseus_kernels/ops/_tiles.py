@@ -75,9 +75,11 @@ def _prepare(
     kernel: Kernel, problem: Problem, like: Tensor, operands: Hashable, trial: Callable[[], Trial], layout: Hashable
 ) -> None:
     from odysseus_kernels.kernels.prepare import prepare
-    from odysseus_kernels.kernels.tuning import fastest
 
     def run() -> None:
+        # Here and not before: that Triton cannot be imported is one of the reasons why there is no kernel.
+        from odysseus_kernels.kernels.tuning import fastest
+
         launch = trial()
         launch(fastest(kernel, problem, like, lambda: launch, layout=layout))
 

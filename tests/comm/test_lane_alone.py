@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import lane_cases
 import pytest
 
 from odysseus_kernels.comm.collective.lanes import StreamLane
+from odysseus_kernels.testing.spawn import run_ranks
 
 pytestmark = pytest.mark.without_ranks
 
@@ -40,3 +42,13 @@ def test_without_a_communicator_of_its_own_everything_takes_the_callers() -> Non
     assert lane.group == "the caller's"
     with lane.alone():
         assert lane.group == "the caller's"
+
+
+def test_what_is_unfused_is_alone_and_what_is_fused_is_not() -> None:
+    """A reduce-scatter of 16 bits, too, which is sent as an all-to-all and added in fp32."""
+    for told in run_ranks(lane_cases.told, 2):
+        assert set(told) == {
+            f"{name} {mode}" for name in ("all_gather_linear", "linear_reduce_scatter") for mode in ("unfused", "fused")
+        }
+        for name, alone in told.items():
+            assert alone and set(alone) == {name.endswith("unfused")}, (name, alone)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks.device.isolated import read_rows
+from benchmarks.common.rows import read_rows
 
 _COUNTS = ("tests", "failures", "errors", "skipped")
 

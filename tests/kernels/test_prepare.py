@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -42,6 +43,15 @@ def nothing_is_known() -> Iterator[None]:
         subprocess.CalledProcessError(1, ["gcc"]),
         FileNotFoundError("ptxas"),
         ImportError("libcuda.so.1"),
+        # What passes and other versions of Triton raise, which no list of types would have foreseen.
+        AssertionError("arguments do not fit"),
+        AttributeError("module 'triton.experimental.gluon.language' has no attribute 'warp_specialize'"),
+        TypeError("make_tensor_descriptor() takes 4 positional arguments but 5 were given"),
+        KeyError("arguments do not fit"),
+        IndexError("arguments do not fit"),
+        NotImplementedError("arguments do not fit"),
+        ArithmeticError("arguments do not fit"),
+        Exception("arguments do not fit"),
     ),
     ids=lambda error: type(error).__name__,
 )
@@ -55,6 +65,12 @@ def test_whatever_goes_wrong_is_one_error_and_is_not_tried_again(error: Exceptio
         assert text.endswith(" ".join(str(error).split())[-20:]) and len(text) < 800
     run.assert_called_once_with()
     prepare.prepare("gather_matmul", "other shapes", mock.Mock())
+
+
+def test_a_user_who_stops_is_not_the_kernels_fault() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare("gather_matmul", "shapes", mock.Mock(side_effect=KeyboardInterrupt))
+    prepare.prepare("gather_matmul", "shapes", mock.Mock())
 
 
 def test_a_lack_of_memory_is_not_for_ever() -> None:
@@ -125,6 +141,16 @@ def test_scatters_and_gradients_are_launched_once() -> None:
             _tiles.prepare_weight_gradient(own, RANK, WORLD, total, x, gathered_is_grad=True)
             _tiles.prepare_weight_gradient(own, RANK, WORLD, none, x, gathered_is_grad=True)
     assert launched == ["scatter", "gradient"]
+
+
+def test_a_triton_that_cannot_be_imported_is_an_error_of_the_preparation() -> None:
+    """It is installed, but what it is built with is not there."""
+    own, x, weight = torch.ones(2, 2), torch.ones(4, 3), torch.ones(2, 3)
+    with (
+        mock.patch.dict(sys.modules, {"odysseus_kernels.kernels.tuning": None}),
+        pytest.raises(KernelUnavailableError, match="matmul_scatter cannot be had .* ModuleNotFoundError: import of"),
+    ):
+        _tiles.prepare_scatter(own, 0, 2, [x], [weight], None)
 
 
 def test_a_kernel_that_fails_is_an_error_of_the_preparation() -> None:

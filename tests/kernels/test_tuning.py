@@ -75,6 +75,18 @@ def test_configurations_that_do_not_fit_are_left_out() -> None:
         fastest("gather_matmul", PROBLEM, like(), refuse(), layout="none", seconds=lambda run: 1.0)
 
 
+@pytest.mark.parametrize("kind", (AssertionError, AttributeError, TypeError, KeyError))
+def test_a_configuration_that_fails_in_any_way_leaves_the_others(kind: type[Exception]) -> None:
+    """Such as a specialized one with a Triton whose Gluon has other names."""
+    configs = candidates("gather_matmul", TARGET, torch.bfloat16, PROBLEM)
+
+    def run(config: Any) -> None:
+        if config != configs[1]:
+            raise kind("of the compiler")
+
+    assert fastest("gather_matmul", PROBLEM, like(), lambda: run, seconds=lambda run: 1.0) == configs[1]
+
+
 def test_what_specialized_kernels_do_not_serve_others_do() -> None:
     special = next(each for each in shipped("gather_matmul", 90, torch.bfloat16) if each.specialized)
 

@@ -29,9 +29,12 @@ from odysseus_kernels.config import Mode, OverlapConfig, cache_directory
 from odysseus_kernels.planner.cost_model import Work, predict
 from odysseus_kernels.planner.hardware import hardware_for
 
-__all__ = ["Phase", "Selection"]
+__all__ = ["LIBRARY", "Phase", "Selection"]
 
 _PIECES = ("/1", "/2", "/4", "/8")
+LIBRARY = "unfused/library"
+"""Unfused over the process group's collectives, beside the modes of a transport that moves bytes by itself."""
+
 Run = Callable[[Transport, OverlapConfig], None]
 
 
@@ -79,12 +82,25 @@ class Selection:
     def decisions(self) -> tuple[Decision, ...]:
         return self._choices.decisions
 
-    def settle(self, transport: Transport, config: OverlapConfig, phase: Phase, run: Run) -> OverlapConfig:
+    def settle(
+        self,
+        transport: Transport,
+        config: OverlapConfig,
+        phase: Phase,
+        run: Run,
+        library: Callable[[], Transport] | None = None,
+    ) -> OverlapConfig:
         """``config`` with a mode that is not ``"auto"``.  Ranks call it together; the first time may take a second.
 
-        ``run`` runs the phase in the mode that it is given, any number of times.
+        Args:
+            transport: of the phase.
+            config: what the caller asks for.
+            phase: what is chosen for.
+            run: runs the phase in the mode that it is given, any number of times.
+            library: the collective transport, where that is a choice, too; the same on all ranks.  What it is fastest
+                with comes back as unfused with ``transport="collective"``.
         """
-        key = self._key(transport, config, phase)
+        key = self._key(transport, config, phase, compared=library is not None)
         if config.mode != "auto":
             self._choices.note(key, config.mode)
             return config
@@ -100,6 +116,8 @@ class Selection:
             candidates: dict[str, Callable[[], None]] = {
                 variant: functools.partial(run, transport, _as(config, variant)) for variant in variants
             }
+            if library is not None and measure:
+                candidates[LIBRARY] = functools.partial(run, library(), _as(config, LIBRARY))
             prepare = {}
             if any(variant.partition("/")[0] == "tiles" for variant in variants):
                 stand_in = Preparation(transport.rank, transport.world)
@@ -121,9 +139,10 @@ class Selection:
         variants = [*modes[:1], *(f"fused{count}" for count in pieces)]
         return variants + [f"tiles{count}" for count in pieces] if phase.tiles else variants
 
-    def _key(self, transport: Transport, config: OverlapConfig, phase: Phase) -> ChoiceKey:
+    def _key(self, transport: Transport, config: OverlapConfig, phase: Phase, *, compared: bool = False) -> ChoiceKey:
         settings = f"{config.chunks_per_rank}, {config.gathered}, {config.reduce_dtype}, {config.tile_bytes}"
         settings += ", through the switch" if phase.switched else ""
+        settings += ", beside the process group's collectives" if compared else ""
         return ChoiceKey(
             phase.operator,
             phase.phase,
@@ -145,9 +164,15 @@ class Selection:
         return agreed, refusal_of_any([one["refused"] for one in everyone])
 
     def _prior(self, config: OverlapConfig, phase: Phase, world: int, variants: Sequence[str]) -> dict[str, float]:
-        """Predictions for ``variants``."""
+        """Predictions for ``variants``, each for the number of pieces in which it runs.
+
+        Where some name a number, those that leave it to the transport have none: it knows no product's waves.
+        """
         hardware, predicted = hardware_for(self._name), dict[str, float]()
+        numbered = {variant.partition("/")[0] for variant in variants if "/" in variant}
         for variant in variants:
+            if variant in numbered:
+                continue
             pieces = _as(config, variant).chunks_per_rank
             work = Work(
                 flops=phase.flops,
@@ -169,7 +194,9 @@ class Selection:
 
 
 def _as(config: OverlapConfig, variant: str) -> OverlapConfig:
-    """``config`` in a variant: a mode, or a mode and a number of pieces (``"fused/4"``)."""
+    """``config`` in a variant: a mode, a mode and a number of pieces (``"fused/4"``), or :data:`LIBRARY`."""
+    if variant == LIBRARY:
+        return dataclasses.replace(config, mode="unfused", transport="collective")
     mode, _, pieces = variant.partition("/")
     settled = dataclasses.replace(config, mode=cast(Mode, mode))
     return dataclasses.replace(settled, chunks_per_rank=int(pieces)) if pieces else settled

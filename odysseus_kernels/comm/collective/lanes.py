@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.collective.links import Links, LostConnectionError, Transfer
-from odysseus_kernels.comm.meeting.backend import WaitTimeoutError, all_gather_single, wait
+from odysseus_kernels.comm.meeting.backend import WaitTimeoutError, all_gather_single, nccl_of, wait
 from odysseus_kernels.comm.meeting.lingering import keep_for_ever
 from odysseus_kernels.errors import SignalTimeoutError
 
@@ -271,8 +271,8 @@ class StreamLane:
 
 def _communicator(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup | None:
     """A communicator of the same ranks, made by all of them together; None if they are not NCCL's."""
-    nccl = getattr(dist, "ProcessGroupNCCL", None)
-    if nccl is None or not isinstance(group._get_backend(torch.device("cuda")), nccl):
+    nccl = nccl_of(group)
+    if nccl is None:
         return None
     options = nccl.Options(is_high_priority_stream=True)
     options.config.max_ctas = _MOST_BLOCKS

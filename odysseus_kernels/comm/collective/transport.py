@@ -206,7 +206,9 @@ class CollectiveTransport(Transport):
                 raise
             # Unfused, a whole is gathered by one collective, which has no first piece.
             sends = not (self._capturing or self.stands_in or call.keeps_ahead or call.config.mode == "unfused")
-            ahead = run.steps(lambda work: self._wait(call, work), call.prefetch if sends else None)
+            # Beside what only copies, as an unfused reduce-scatter does, there is no product to leave the GPU to.
+            with lane.alone() if call.copies else contextlib.nullcontext():
+                ahead = run.steps(lambda work: self._wait(call, work), call.prefetch if sends else None)
             if ahead is not None:
                 self._ahead = ahead
 

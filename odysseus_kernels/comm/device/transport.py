@@ -179,9 +179,12 @@ class SymmetricDeviceTransport(Transport):
             self._prepare_tiles(call)
         try:
             plan, ended = self._prepare(call, scratch)
-        except CommunicationError as error:
-            self.broken = short_text(error)
-            self._device.give_up(error)
+        except BaseException as error:
+            alike = isinstance(error, (CapacityExceededError, WarmUpNeededError, ValueError))  # on all ranks
+            if isinstance(error, CommunicationError) or not alike:
+                # Such as too little memory for a program: peers may know already that this rank makes the call.
+                self.broken = short_text(error)
+                self._device.give_up(error)
             raise
         try:
             self._enqueue(call, plan, scratch)

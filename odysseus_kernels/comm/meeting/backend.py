@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["WaitTimeoutError", "all_gather_single", "exchange_device", "reduce_scatter_single", "wait"]
+__all__ = ["WaitTimeoutError", "all_gather_single", "exchange_device", "nccl_of", "reduce_scatter_single", "wait"]
 
 # Renamed in 2.13, where the older names warn.
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -36,6 +36,14 @@ def exchange_device(group: dist.ProcessGroup) -> torch.device:
     if torch.device("cpu") in group._device_types:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def nccl_of(group: dist.ProcessGroup) -> Any:
+    """NCCL's class of backends if the group's collectives of CUDA tensors are NCCL's, else None."""
+    nccl, cuda = getattr(dist, "ProcessGroupNCCL", None), torch.device("cuda")
+    if nccl is None or cuda not in group._device_types or not isinstance(group._get_backend(cuda), nccl):
+        return None
+    return nccl
 
 
 def wait(work: dist.Work, timeout_s: float, look: Callable[[], None], *, on_gpu: bool = False) -> None:

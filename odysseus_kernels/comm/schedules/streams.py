@@ -1,7 +1,8 @@
 """Streams of a device, and the order between steps that they do not give by themselves.
 
 A rank has six streams, fewer than the hardware queues that a process has unless it asks for another number
-(``CUDA_DEVICE_MAX_CONNECTIONS``, 8); two are left for the streams of others, such as a collective library's.
+(``CUDA_DEVICE_MAX_CONNECTIONS``, 8); two are left for the streams of others, such as a collective library's.  Each
+group of a process has its own, besides the caller's, so that two groups may have to share queues.
 
 ``COMPUTE``
     the caller's stream: products.

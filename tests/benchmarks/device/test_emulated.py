@@ -23,6 +23,7 @@ from benchmarks.device import emulated, isolated, kernels
 from benchmarks.device import report as emulated_report
 from benchmarks.device import workload as emulated_workload
 from benchmarks.device.cases import EmulatedCase, make_emulated_cases
+from benchmarks.device.predictions import PREDICTED
 from benchmarks.device.workload import MODES, EmulatedWorkload, Emulation, fake_group
 from odysseus_kernels.comm.device.lowering import KINDS, WINDOWS, WORDS
 from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
@@ -266,6 +267,33 @@ def test_rows_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert document["failed"] == [{"name": "reduce of 2", "failed": "it was ended after 9 s, the limit of a row"}]
     assert document["not_run"] == names[1:]
     assert document["notes"] == ["multimem_reduce: not measured.", "Copies run on copy engines."]
+
+
+def test_a_row_alone_is_the_row_of_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With what was predicted for it, which a report prints beside what was measured."""
+
+    class Wall(EventTimer):
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def __call__(self, call: Callable[[], Any]) -> tuple[float, Any]:
+            return _wall(call)
+
+        def stay_ahead(self, host_s: float) -> None:
+            pass
+
+    _pretend_a_gpu(monkeypatch)
+    monkeypatch.setattr(emulated, "make_emulated_cases", lambda *arguments, **others: [_CASES[2]])
+    monkeypatch.setattr(emulated, "emulate", _emulate)
+    monkeypatch.setattr(emulated, "EventTimer", Wall)
+    alone = json.loads(json.dumps(emulated.measure_alone(_CASES[2], 2)))  # as it leaves its process
+    assert emulated.run(_arguments(tmp_path)) == 0
+    whole = json.loads(next(tmp_path.glob("emulated-*.json")).read_text())["rows"][0]
+    assert alone["copies"] == "Copies run on copy engines."
+    assert whole.keys() == alone["row"].keys() and whole["name"] == alone["row"]["name"]
+    for row in (whole, alone["row"]):
+        assert set(row["predicted_s"]) == set(PREDICTED) and min(row["predicted_s"].values()) > 0
+        assert row["host_s"]["fused"] > 0
 
 
 def test_what_is_compiled_before_is_what_rows_launch() -> None:

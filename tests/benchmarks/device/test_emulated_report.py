@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks.device import emulated, kernels
 from benchmarks.device import report as emulated_report
 from benchmarks.device.cases import TARGETS, WORLD, EmulatedCase, make_emulated_cases
 from benchmarks.device.predictions import PREDICTED, predicted_seconds
+from odysseus_kernels.planner.hardware import hardware_for
 from odysseus_kernels.testing.virtual_devices import link_of
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -62,6 +64,7 @@ def test_cases_are_the_ones_that_limits_are_for() -> None:
     cases = make_emulated_cases()
     assert len({case.name for case in cases}) == len(cases) == 3 * 3 * 2 * 5
     assert {case.link for case in cases} == {"paced:80", "paced:450", "pcie"}
+    assert list(dict.fromkeys(case.link for case in cases)) == ["paced:80", "pcie", "paced:450"], "surest first"
     assert {case.tokens for case in cases if case.judged} == {32768, 65536}
     assert {(c.inner, c.outer) for c in cases if c.operator == "all_gather_linear"} == {
         (4096, 1536),
@@ -147,16 +150,49 @@ def test_every_row_has_a_prediction_of_what_it_measures() -> None:
         assert predicted_seconds(case, "NVIDIA A100-SXM4-80GB", {})["gemm"] > found["gemm"]
 
 
+_UNTIMED: dict[str, Any] = {"host / kernel": None}
+
+
+def test_every_kernel_has_a_prediction_and_a_host_that_keeps_ahead() -> None:
+    """As a run measures them, with a stand-in for the kernels and for the clock."""
+    hardware = hardware_for("NVIDIA H200")
+    predicted = kernels.predicted_product(hardware, 989e12)
+    assert predicted == {"kernel": pytest.approx(1.35), "library": pytest.approx(1.25)}  # 0.8 of the rate, 8 % more
+    assert kernels.predicted_sum(hardware, 4.32e12) == {"kernel": pytest.approx(1.0), "library": pytest.approx(1.0)}
+    times = {"kernel": 0.5, "library": 0.25}
+
+    def named(name: str) -> Callable[[], str]:
+        return lambda: name
+
+    def row(error: float) -> dict[str, Any]:
+        calls = {name: named(name) for name in times}
+        problem = kernels.Problem("reduce", "b", calls, lambda: error, 1.0, 8.0, 8.0, ("TB/s", 1.0), predicted)
+        return kernels.measure_problem(problem, lambda call: (times[call()], None), 3, lambda: None)
+
+    right, wrong = row(0.5), row(2.0)
+    assert right["predicted_s"] == predicted and right["medians_s"] == times
+    assert 0 < right["host / kernel"] == right["host_s"]["kernel"] / 0.5 < 1
+    assert wrong["medians_s"] == {"library": 0.25} and wrong["host / kernel"] is None
+    late = {**right, "shape": "c", "host / kernel": 1.5}
+    share, host = emulated_report.judge_kernels([right, wrong, late])
+    assert (host["what"], host["measured"], host["limit"]) == ("kernels: host / kernel", 1.5, 1.0)
+    assert (host["rows"], host["rows_missed"], host["reached"], host["shape"]) == (2, 1, False, "reduce c")
+    assert share["rows"] == 3
+
+
 def test_a_wrong_result_reaches_nothing() -> None:
     row = emulated_report.summarize(_row({"gemm": 2.0, "link": 4.0, "serial": 6.0, "fused": 4.0}, wrong=("fused",)))
     for verdict in emulated_report.judge([row]):
         assert not verdict["reached"]
         assert verdict["measured"] is None
         assert verdict["rows_missed"] == 1
-    (verdict,) = emulated_report.judge_kernels([{"kernel": "reduce", "shape": "8 x 1", "share": None}])
+    (verdict,) = emulated_report.judge_kernels([{"kernel": "reduce", "shape": "8 x 1", "share": None, **_UNTIMED}])
     assert not verdict["reached"]
     (verdict,) = emulated_report.judge_kernels(
-        [{"kernel": "reduce", "shape": "a", "share": 0.9}, {"kernel": "reduce", "shape": "b", "share": 0.86}]
+        [
+            {"kernel": "reduce", "shape": "a", "share": 0.9, **_UNTIMED},
+            {"kernel": "reduce", "shape": "b", "share": 0.86, **_UNTIMED},
+        ]
     )
     assert (verdict["reached"], verdict["measured"], verdict["shape"]) == (True, 0.86, "b")
 
@@ -170,6 +206,7 @@ def _document(monkeypatch: pytest.MonkeyPatch, *rows: dict[str, Any]) -> dict[st
     done.failed = [{"name": "some row", "failed": "RuntimeError: out of memory"}]
     kernel = {"kernel": "reduce", "shape": "8 x 64", "speed": "4 TB/s", "library": "4.2 TB/s", "share": 0.95}
     kernel["host_s"] = {"kernel": 0.125e-3, "library": 1.0}
+    kernel["predicted_s"], kernel["medians_s"] = {"kernel": 0.2e-3, "library": 0.1e-3}, {"library": 0.15e-3}
     kernel["tried_s"] = {"128x256x64": 2.0, "128x128x64 pingpong": 1.0}
     measured = kernels.Measured([kernel], [], ["another row"], ["multimem_reduce: not measured."])
     return emulated.make_document(arguments, done, measured)
@@ -220,6 +257,8 @@ def test_documents_label_links_as_emulated(
         "| fused predicted ms | measured |",
         "| 1600.000 | 2000.000 (1.25) | 4000.000 | 4000.000 (1.00) | 5000.000 | 6000.000 (1.20) | 3200.000 | WRONG |",
         "| 3200.000 | 4000.000 (1.25) | 3500.000 | - |",  # tiles are impossible
+        "## Kernels: predicted by the cost model beside measured",
+        "| reduce | 8 x 64 | 0.200 | WRONG | 0.100 | 0.150 (1.50) |",
     ):
         assert part in text, text
     emulated_report.print_document(document)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import switch_bench_cases as cases
 
-from benchmarks.device.switch import switch_cases
+from benchmarks.device.switch import _line, switch_cases
 from odysseus_kernels.planner.switch import switch_link_bytes
 
 
@@ -26,6 +26,9 @@ def test_rows_have_times_errors_bytes_and_predictions(ranks: Any) -> None:
             assert all(len(values) == 2 for values in row["samples_s"].values())
             assert set(row["sent_bytes"].values()) == {sent}
             assert all(math.isfinite(seconds) and seconds > 0 for seconds in row["predicted_s"].values())
+            assert row["host_s"] == {}, "CPU ranks have no host beside them"
+            assert "(predicted " in _line(row) and "host/device" not in _line(row)
+            assert "host/device 0.50" in _line({**row, "host_s": {"fused ranks": row["median_s"]["fused ranks"] / 2}})
 
 
 @pytest.mark.parametrize("world", (2, 4, 8))

@@ -15,6 +15,8 @@ from benchmarks import overlap
 from benchmarks.common import machine
 from benchmarks.common.cases import CONTRACT
 from benchmarks.operators import plot, report
+from benchmarks.operators.cases import Case, make_cases
+from benchmarks.operators.predictions import PREDICTED, predicted_seconds
 
 _TIMES = {
     "gemm": 10.0,
@@ -78,6 +80,52 @@ def test_verdicts() -> None:
     assert slower["rows_missed"] == 1
     assert slower["measured"] == pytest.approx(1.1)
     assert len(verdicts) == 4  # nothing is said about rows that were not run
+
+
+def test_rows_of_devices_have_predictions_and_a_host_that_keeps_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    predicted = {"gemm": 8e-3, "communication symmetric": 3e-3, "unfused symmetric": 13e-3, "fused symmetric": 21e-3}
+    ahead = _row(host_s={"fused symmetric": 5.25e-3, "unfused symmetric": 1.0}, predicted_s=predicted)
+    late = _row(label="late", host_s={"fused symmetric": 12.6e-3}, predicted_s=predicted)
+    document = _document(ahead, late)
+    assert [row["host / fused"] for row in document["rows"]] == [pytest.approx(0.5), pytest.approx(1.2)]
+    (verdict,) = [verdict for verdict in document["targets"] if "host" in verdict["what"]]
+    assert verdict["what"] == "every row: host / fused symmetric" and verdict["measured"] == pytest.approx(1.2)
+    assert (verdict["limit"], verdict["reached"], verdict["rows_missed"]) == (1.0, False, 1)
+    text = _print(document, monkeypatch)
+    for part in ("host and predictions, ms", "5.250", "0.50", "10.000 (1.25)", "3.000 (1.00)", "10.500 (0.50)"):
+        assert part in text, text
+    wrong = _document(_row(wrong=("fused symmetric",), host_s={"fused symmetric": 1e-3}, predicted_s=predicted))
+    assert wrong["rows"][0]["host / fused"] is None
+    assert "host and predictions" in _print(wrong, monkeypatch)
+    assert "host and predictions" not in _print(_document(_row(host_s={}, predicted_s={})), monkeypatch)
+
+
+@pytest.mark.parametrize("case", make_cases(8), ids=lambda case: case.name)
+def test_every_row_of_devices_has_a_prediction(case: Case) -> None:
+    found = predicted_seconds(case, 8, "bfloat16", "NVIDIA H200")
+    assert tuple(found) == PREDICTED
+    gemm, communication, unfused, fused = found.values()
+    assert gemm == pytest.approx(case.flops(8) / 791.2e12)  # 0.8 of the data sheet's rate
+    # Seven chunks for each gather and each scatter: one forward, and backward what autograd adds.
+    rows, outer = case.tokens // 8, sum(case.outer)
+    chunk = {"all_gather_linear": rows * case.inner, "linear_reduce_scatter": rows * outer}.get(
+        case.operator, outer // 8 * case.inner
+    )
+    moved = (2 if case.operator == "linear_reduce_scatter" else 3) if case.backward else 1
+    assert communication == pytest.approx(7 * 2 * chunk * moved / 360e9)  # 0.8 of 450 GB/s
+    assert unfused > gemm + communication and fused > max(gemm, communication)
+
+
+def test_without_rich_and_matplotlib_the_figures_are_in_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(overlap.importlib.util, "find_spec", lambda name: None)
+    document = _document(_row())
+    overlap.print_document(document)
+    assert "rich is not installed: no tables" in capsys.readouterr().out
+    (path,) = overlap.write(document, tmp_path)
+    assert "matplotlib is not installed: no plot" in capsys.readouterr().out
+    assert json.loads(path.read_text())["rows"][0]["wrong"] == []
 
 
 def test_wrong_result_has_no_time_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

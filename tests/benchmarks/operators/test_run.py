@@ -48,6 +48,7 @@ def test_all_variants_are_right_and_timed(dtype: str) -> None:
         assert rows == again
         for row in rows:
             assert row["wrong"] == []
+            assert row["host_s"] == row["predicted_s"] == {}, "of devices alone"
             assert len(row["samples_s"]) == 8
             assert all(len(samples) == 3 and min(samples) > 0 for samples in row["samples_s"].values())
             assert {"output", "input gradient", "weight gradient"} <= {

@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 
 import odysseus_kernels as ody
+from odysseus_kernels import _ext
+from odysseus_kernels.comm.device import cuda
 from odysseus_kernels.comm.device.cuda import why_no_switch
 from odysseus_kernels.comm.device.peer_memory import TorchSymmetricMemory
 from odysseus_kernels.comm.device.rendezvous import CountingStore
+from odysseus_kernels.comm.schedules import streams
 from odysseus_kernels.comm.transport import CapacityExceededError
 
 
@@ -43,6 +46,34 @@ def test_peers_on_another_host_are_named(ranks: Any) -> None:
 def test_ranks_with_tensors_of_different_devices(ranks: Any) -> None:
     for message in ranks(2).run(cuda_meeting_cases.kinds_of_tensors):
         assert "with cpu tensors" in message and "with cuda tensors" in message
+
+
+def test_connecting_looks_at_the_number_of_hardware_queues_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Megatron's setting: it is read when ranks connect, and said once in a process."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    streams.check_queues.cache_clear()
+    native = mock.Mock()
+    native.cuda.why_unavailable.return_value, native.SymmetricHost.return_value.path = "", "path"
+    group: Any = mock.Mock(rank=lambda: 0, size=lambda: 2)
+    with (
+        mock.patch.object(_ext, "load", return_value=native),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=mock.Mock(multi_processor_count=132)),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 0)),
+        mock.patch.object(cuda, "unreachable", return_value=[]),
+        mock.patch.object(cuda, "TorchSymmetricMemory", return_value=mock.Mock(multicasts=False)),
+        mock.patch.multiple(
+            cuda, Ledger=mock.DEFAULT, CudaDevice=mock.DEFAULT, SymmetricDeviceTransport=mock.DEFAULT
+        ) as made,
+    ):
+        for _ in range(2):
+            peers = [("GPU", "0"), ("GPU", "1")]
+            found = cuda.connect(group, torch.device("cuda", 0), peers, 7, lambda text: [text, text])
+            assert found is made["SymmetricDeviceTransport"].return_value
+    streams.check_queues.cache_clear()
+    (warning,) = [one for one in recwarn if issubclass(one.category, ody.FallbackWarning)]
+    assert "expected at least 6, a queue for each stream" in str(warning.message) and "got 1." in str(warning.message)
 
 
 def test_too_little_symmetric_memory_is_said_once_and_not_tried_again() -> None:

@@ -13,6 +13,7 @@ import pytest
 from odysseus_kernels import _ext
 from odysseus_kernels.comm.device.lowering import Plan
 from odysseus_kernels.comm.schedules.steps import Kind
+from odysseus_kernels.comm.schedules.streams import COPY_STREAMS, STREAMS
 from odysseus_kernels.testing.rehearsal import (
     BASE_ADDRESSES,
     STREAM_HANDLES,
@@ -122,6 +123,27 @@ def test_a_broken_variant_of_any_program_differs(call: RehearsedCall) -> None:
     later = dataclasses.replace(steps[signal], value=steps[signal].value - 1)
     broken = dataclasses.replace(schedule, steps=(*steps[:signal], later, *steps[signal + 1 :]))
     assert log_of(*native(call, schedule=broken)) == log_of(*listed(call, schedule=broken)) != right
+
+
+def _window_of(address: int) -> int | None:
+    """The rank in whose window an address of a rehearsal lies; None for memory of the call."""
+    return (address - (1 << 52)) >> 44 if 1 << 52 <= address < 1 << 53 else None
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_only_copies_between_ranks_are_left_to_copy_engines(call: RehearsedCall) -> None:
+    """Within a device an engine is far slower than its multiprocessors, and everybody waits for such copies."""
+    copies = [entry for entry in log_of(*native(call)) if not isinstance(entry, int) and entry[0] == "copy"]
+    within = 0
+    for _, stream, (dst, src), (*_, over_link) in copies:
+        owners = {_window_of(dst), _window_of(src)} - {None}
+        assert len(owners) == 1, "each copy has one end in memory that ranks share"
+        assert over_link == (owners != {call.rank}), "a peer's, and only then"
+        name = STREAMS[STREAM_HANDLES.index(stream)]
+        assert (name in COPY_STREAMS) == bool(over_link), "none between ranks is behind one that multiprocessors make"
+        within += not over_link
+    published = "gather" in call.program and not (call.published or call.switched)
+    assert within == call.pieces * (published + (call.ahead and not call.switched))
 
 
 def test_addresses_of_a_call_are_patched_by_index() -> None:

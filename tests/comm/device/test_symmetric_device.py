@@ -190,6 +190,21 @@ def test_an_error_in_the_middle_of_a_call_ends_the_transport(error: Exception) -
         group.transports[0].execute(call)
 
 
+@pytest.mark.parametrize("what", ("operations", "addresses"))
+def test_an_error_before_a_call_is_enqueued_is_told_to_peers_that_count_on_it(what: str) -> None:
+    """They have read that this rank makes the call, and would wait for it until their time is over."""
+    group = Group(2)
+    scatter = Scatter(group.random(1, 4, WIDTH), None, tiles=lambda found: None)  # type: ignore[arg-type]
+    call = Call("operator", "forward", OverlapConfig(mode="tiles"), None, scatter)
+    device = group.machine.devices[0]
+    fails = mock.patch.object(device, what, side_effect=torch.OutOfMemoryError("no memory for the program"))
+    with fails, mock.patch.object(device, "give_up") as told, pytest.raises(torch.OutOfMemoryError):
+        group.transports[0].execute(call)
+    assert "no memory for the program" in str(told.call_args.args[0])
+    with pytest.raises(CommunicationError, match="cannot be used any more .*no memory for the program"):
+        group.transports[0].execute(call)
+
+
 def test_a_call_that_does_not_fit_leaves_everything_as_it_was() -> None:
     group = Group(2)
     small, second = ([group.random(1, 2, WIDTH) for _ in range(2)] for _ in range(2))

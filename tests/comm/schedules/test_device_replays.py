@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from schedule_edits import only_begin
 
 import odysseus_kernels as ody
+from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
 from odysseus_kernels.comm.schedules import streams as device_streams
-from odysseus_kernels.comm.schedules.device import FINAL, PREVIOUS_USE, device_schedule
+from odysseus_kernels.comm.schedules.device import FINAL, PREVIOUS_USE
 from odysseus_kernels.comm.schedules.steps import Kind, Step
 from odysseus_kernels.comm.schedules.streams import COMPUTE, COPY_STREAMS, LOCAL, SIGNALS, STREAMS, WAITS
 from odysseus_kernels.testing.device_events import DeviceCall, bind_device, by_stream, collapsed, shared
-from odysseus_kernels.testing.happens_before import Event, ScheduleError, interleave, prove
+from odysseus_kernels.testing.happens_before import Access, Event, ScheduleError, interleave, prove
 from odysseus_kernels.testing.replays import edges, prove_replays, replayed
 
 pytestmark = pytest.mark.without_ranks
@@ -39,6 +40,9 @@ def test_every_sharing_of_queues_is_free_of_deadlocks() -> None:
         DeviceCall("gather+scatter", gather_pieces=2, scatter_pieces=3),
         DeviceCall("scatter", scatter_pieces=3),
         DeviceCall("gather", gather_pieces=2),
+        DeviceCall("gather+scatter", "switch", gather_pieces=2, scatter_pieces=3),
+        DeviceCall("scatter", "tiles"),
+        DeviceCall("gather", "tiles", gather_pieces=2, captured=True),
     ]
     events = bind_device(3, calls)
     sharings = list(partitions(STREAMS))
@@ -65,10 +69,18 @@ def test_replays_end_in_any_order(world: int) -> None:
 
 
 def test_a_rank_leaves_queues_for_others() -> None:
-    """Of the eight that a process has unless it asks for another number."""
+    """Of the eight that a process has unless it asks for another number: what every kind of call uses."""
     programs: tuple[Any, ...] = ("gather", "scatter", "gather+scatter")
-    used = {step.stream for program in programs for step in device_schedule(program, 4, 0, ahead=2).steps}
-    assert used == set(STREAMS) and len(STREAMS) == 6
+    calls = [DeviceCall(program, gather_pieces=3, scatter_pieces=3, ahead=2) for program in programs]
+    calls += [DeviceCall(program, "switch", gather_pieces=3, scatter_pieces=3) for program in programs]
+    calls += [DeviceCall(program, "tiles", captured=end) for program in programs[:2] for end in (False, True)]
+    calls += [DeviceCall("gather", published=True), DeviceCall("gather", "drop")]
+    used = [{step.stream for step in call.schedule(4, 0).steps} for call in calls]
+    assert set().union(*used) == set(STREAMS) and len(STREAMS) == 6
+    switched = [streams for call, streams in zip(calls, used, strict=True) if call.kind == "switch"]
+    assert not set().union(*switched) & set(COPY_STREAMS), "a switch needs no streams of copies"
+    # Pipelines and exchanges are the process group's, which has a stream for them.
+    assert not SymmetricDeviceTransport.serves_pipeline and not SymmetricDeviceTransport.serves_exchange
 
 
 @pytest.mark.parametrize(("given", "warns"), ((None, False), ("8", False), ("6", False), ("5", True), ("1", True)))
@@ -84,6 +96,75 @@ def test_fewer_queues_than_streams_are_said_once(
     found = [str(warning.message) for warning in recwarn if issubclass(warning.category, ody.FallbackWarning)]
     assert len(found) == warns
     assert all("expected at least 6, a queue for each stream" in text and f"got {given}." in text for text in found)
+
+
+# ---- several groups in one process ----------------------------------------------------------------------------------
+
+_GROUPS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3))  # rows and columns of a mesh, and all of it
+_OWN_WINDOWS = 100_000
+
+
+def _of_group(event: Event, members: tuple[int, ...], number: int) -> Event:
+    """An event of a group's rank as one of the process's: words, windows and streams are the group's own."""
+
+    def access(one: Access) -> Access:
+        # What a call takes anew may be any group's a moment ago.
+        window = one.window + number * _OWN_WINDOWS if one.window >= 0 else one.window
+        return one._replace(owner=members[one.owner], window=window, call=one.call * len(_GROUPS) + number)
+
+    word = event.word
+    return dataclasses.replace(
+        event,
+        rank=members[event.rank],
+        stream=event.stream if event.stream == COMPUTE else f"{event.stream} of group {number}",
+        word=word
+        and word._replace(
+            owner=members[word.owner], window=word.window + number * _OWN_WINDOWS, writer=members[word.writer]
+        ),
+        reads=tuple(map(access, event.reads)),
+        writes=tuple(map(access, event.writes)),
+        event=event.event and (event.event[0] * len(_GROUPS) + number, event.event[1]),
+    )
+
+
+def _several_groups(calls: list[DeviceCall], order: Callable[[int], list[int]]) -> list[list[Event]]:
+    """Each process makes every call with every group that it is in, in the order of groups that ``order`` gives it."""
+    bound: dict[tuple[int, int, int], list[Event]] = defaultdict(list)  # by group, call and process
+    for number, members in enumerate(_GROUPS):
+        for events in bind_device(len(members), calls):
+            for event in events:
+                found = re.match(r"call (\d+):", event.label)
+                assert found is not None
+                bound[number, int(found[1]), members[event.rank]].append(_of_group(event, members, number))
+    return [
+        [event for call in range(len(calls)) for number in order(rank) for event in bound[number, call, rank]]
+        for rank in range(4)
+    ]
+
+
+def test_groups_that_overlap_share_any_number_of_queues() -> None:
+    """Each group of a process has five streams beside the caller's, more together than there are queues."""
+    calls = [
+        DeviceCall("gather", gather_pieces=2),
+        DeviceCall("gather+scatter", gather_pieces=2, scatter_pieces=3),
+        DeviceCall("scatter", "switch", scatter_pieces=2),
+        DeviceCall("scatter", "tiles"),
+    ]
+    events = _several_groups(calls, lambda rank: list(range(len(_GROUPS))))
+    assert len({event.stream for event in events[0]}) == 3 * 5 + 1
+    one_queue = [[dataclasses.replace(event, stream=COMPUTE) for event in rank] for rank in events]
+    assert prove(events) > 0 and prove(one_queue) > 0
+    assert prove_replays(events) == prove_replays(one_queue) > 0
+    for seed in range(3):
+        interleave(by_stream(events), seed)
+
+
+def test_processes_that_call_groups_in_different_orders_are_caught() -> None:
+    """Rows before columns on two of them, columns before rows on the others: each waits for the next one round."""
+    columns_first = [2, 3, 0, 1, 4]
+    events = _several_groups([DeviceCall("gather")], lambda rank: columns_first if rank in (0, 3) else list(range(5)))
+    with pytest.raises(ScheduleError, match="deadlock"):
+        prove(events)
 
 
 def ancestors(events: list[Event], index: int) -> list[Event]:
