@@ -16,8 +16,10 @@ from odysseus_kernels.planner.formulas import LayerShape
 
 __all__ = [
     "FSDP_ULYSSES",
+    "GATHERING",
     "LAYER_TARGETS",
     "NEVER_SLOWER",
+    "PIPELINED",
     "TORCH_TP",
     "TORCH_TP_SP",
     "LayerCase",
@@ -98,6 +100,7 @@ class Variant:
         ring: ring ranks R outside of seq.
         mode, transport, gathered: of ours.
         pipeline: pieces in which the attention block of ours is pipelined, or None; ``"auto"``: what the model chooses.
+            Under Ulysses the most groups of a rank's heads.
     """
 
     name: str
@@ -151,8 +154,11 @@ def _targets() -> tuple[LayerTarget, ...]:
     return tuple(found)
 
 
-PIPELINED = ("tp_sp", "odysseus")
-"""Strategies that gather the input of attention, and can do so piece by piece."""
+GATHERING = ("tp_sp", "odysseus")
+"""Strategies that gather the input of attention: they can keep it, and can gather it piece by piece."""
+
+PIPELINED = (*GATHERING, "ulysses")
+"""Strategies whose attention can be pipelined; the last by groups of heads, and without a ring."""
 
 LAYER_TARGETS = _targets()
 
@@ -246,8 +252,8 @@ def make_variants(
     """Each strategy's compute alone, then its modes on each transport; the same across a ring; then the peers.
 
     ``gathered="save"`` makes variants of its own for strategies that gather an input, and ``pipeline`` one on each
-    transport whose attention block is pipelined in so many pieces.  ``auto`` adds what runs where a user sets neither
-    mode nor pieces, and cuts the batch with the model.
+    transport whose attention block is pipelined in so many pieces, or groups of heads.  ``auto`` adds what runs where a
+    user sets neither mode nor pieces, and cuts the batch with the model.
     """
     variants = []
     for rings in (1, ring) if ring > 1 else (1,):
@@ -255,7 +261,7 @@ def make_variants(
             family = strategy + (f"+ring{rings}" if rings > 1 else "")
             variants.append(Variant(f"{family} alone", "alone", strategy, rings))
             for how in gathered:
-                if how == "save" and strategy not in PIPELINED:
+                if how == "save" and strategy not in GATHERING:
                     continue
                 suffix = " save" if how == "save" else ""
                 variants += [
@@ -263,7 +269,7 @@ def make_variants(
                     for transport in transports
                     for mode in ("unfused", "fused")
                 ]
-                if pipeline is not None and strategy in PIPELINED:
+                if pipeline is not None and strategy in (PIPELINED if rings == 1 else GATHERING):
                     variants += [
                         Variant(f"{family} pipelined {t}{suffix}", "ours", strategy, rings, "fused", t, how, pipeline)
                         for t in transports

@@ -208,6 +208,6 @@ def _memory(
     case: LayerCase, variant: Variant, work: LayerWorkload, runnable: Runnable, dtype: torch.dtype
 ) -> dict[str, Any]:
     found: dict[str, Any] = largest_over_ranks(measure_memory_of_step(runnable, variant))
-    if variant.kind == "ours" and variant.pipeline is None:
+    if variant.kind == "ours" and (variant.pipeline is None or variant.strategy == "ulysses"):
         found["formula"] = expected_saved(case, variant, work.world, dtype.itemsize)
     return found

@@ -40,7 +40,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--shapes", nargs="+", default=[], metavar="LxD", help="tokens x hidden size instead of the table, as 2048x512"
     )
     group.add_argument(
-        "--pipeline", type=int, metavar="P", help="also attention pipelined in P pieces (default with --hosts: 8)"
+        "--pipeline",
+        type=int,
+        metavar="P",
+        help="also attention pipelined in P pieces, under Ulysses in up to P groups of heads (default with --hosts: 8)",
     )
     group.add_argument(
         "--auto", action="store_true", help="also what runs where neither mode nor pieces are set, as in most scripts"

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.layers.alone import ComputeAlone
-from benchmarks.layers.cases import LayerCase, Variant
+from benchmarks.layers.cases import GATHERING, LayerCase, Variant
 from benchmarks.layers.runnable import Runnable, stepper
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.huggingface import parallelize
@@ -179,7 +179,7 @@ class LayerWorkload:
     def _ours(self, variant: Variant) -> Runnable:
         # A key of its own for each variant: fused and unfused differ in the buffers that they need.
         mesh = self.mesh(variant.ring, variant.name)
-        pieces = variant.pipeline if isinstance(variant.pipeline, int) else 1
+        pieces = variant.pipeline if isinstance(variant.pipeline, int) and variant.strategy in GATHERING else 1
         if self.case.tokens % (self.world * pieces):
             raise ValueError(
                 f"{variant.name}: expected tokens that {self.world} ranks x {pieces} pieces divide, got "
@@ -193,7 +193,9 @@ class LayerWorkload:
         )
         model = copy.deepcopy(self.stock)
         model = parallelize(model, mesh, strategy=variant.strategy, config=settings)
-        cut = functools.partial(shard_sequence, mesh=model, pieces=None if variant.pipeline == "auto" else pieces)
+        # Asked without pieces, a model that cannot do what its configuration says refuses here.
+        by_model = variant.pipeline == "auto" or variant.strategy not in GATHERING
+        cut = functools.partial(shard_sequence, mesh=model, pieces=None if by_model else pieces)
         positions = cut({"input_ids": torch.arange(self.case.tokens)[None]})["input_ids"][0]
         batch = cut(self.batch)
         runnable = self.runnable(model, positions, batch)

@@ -148,11 +148,14 @@ class SequenceModel(Pipelined):
             numbers = self._gather(SHARED_PREFIX, shared_prefix, (batch, local), tokens.device, cut)[1]
             visible = sees_prefix_and_own(numbers)
         rotated = self._rotated(positions, natural, real)
+        by_documents = cut.pieces > 1 or (group.zigzag_size > 1 and self.config._attn_implementation in RING_KERNELS)
+        found = self._ring_mask(batch, natural, whole_mask) if by_documents or groups > 1 else SequenceMask({})
+        if groups > 1:
+            groups = head_groups(self, cut.padded, plain=found.documents is None and found.keys is None)
         for attention in self._attentions():
             attention.head_groups = groups
-        if max(cut.pieces, groups) > 1 or (group.zigzag_size > 1 and self.config._attn_implementation in RING_KERNELS):
-            mask = self._ring_mask(batch, natural, whole_mask)
-            return dataclasses.replace(mask, pieces=cut.pieces, head_groups=groups), rotated
+        if by_documents or groups > 1:
+            return dataclasses.replace(found, pieces=cut.pieces, head_groups=groups), rotated
         if natural is None or visible is not None:  # positions that begin again would say that nobody sees the prefix
             natural = torch.arange(self._length(positions), device=tokens.device)[None]
         dtype = self.get_input_embeddings().weight.dtype if tokens.ndim == 2 else tokens.dtype

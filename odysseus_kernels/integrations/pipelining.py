@@ -124,8 +124,13 @@ def exchanges_heads(model: Any) -> bool:
     return any(isinstance(attention, UlyssesAttention) for attention in _attentions(model))
 
 
-def head_groups(model: Any, length: int) -> int:
+def head_groups(model: Any, length: int, *, plain: bool = True) -> int:
     """Groups of each rank's heads in which ``model``'s attention takes sequences of ``length`` tokens; 1: at once.
+
+    Args:
+        model: a parallelized one.
+        length: of the whole sequence, padding included.
+        plain: whether each token sees all before it, without documents and masked keys.  Only ``"auto"`` asks.
 
     Raises:
         ValueError: its configuration names a number, and its attention cannot be pipelined.
@@ -137,8 +142,7 @@ def head_groups(model: Any, length: int) -> int:
     reason = _why_not(model)
     heads = _attentions(model)[0].attention_spec.kv_heads // group.size
     if wanted == "auto":
-        # With adapters in a weight its gradient would travel, which beside it does not.
-        return 1 if reason or _has_adapters(model) else pick_head_groups(length, heads)
+        return 1 if reason or not plain or _why_not_by_itself(model) else pick_head_groups(length, heads)
     found = next(count for count in range(min(wanted, max(1, heads)), 0, -1) if heads % count == 0)
     if not reason and found == 1:
         least = next(count for count in range(2, heads + 1) if heads % count == 0)
@@ -148,6 +152,31 @@ def head_groups(model: Any, length: int) -> int:
     return found
 
 
+def _why_not_by_itself(model: Any) -> str:
+    """Why ``"auto"`` leaves an attention whole that could be taken in groups of heads; empty if it does not.
+
+    A batch is cut alike either way, so that nobody asks for groups: results must be those of the attention function,
+    dropout included, and no kernel slower than its own.
+    """
+    attentions = _attentions(model)
+    if any(adapters_of(layer) for attention in attentions for layer in _all_projections(attention)):
+        # In a weight its gradient would travel, which beside it does not.
+        return "it has adapters; pipeline=4 takes them into its weights"
+    if any(attention.training and attention.attention_dropout for attention in attentions):
+        return "it has dropout, which its function draws in another way; pipeline=4 draws it by head and token"
+    if any(attention.window is not None for attention in attentions):
+        return "it has a sliding window, whose parts may be slower than the whole; pipeline=4 pipelines it all the same"
+    parameter = next(attentions[0].parameters())
+    kind = parameter.device.type
+    if kind != "cpu":
+        return f"what that gains on {kind} devices has not been measured; pipeline=4 pipelines it all the same"
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+    if dtype.itemsize < 4:
+        narrow = str(dtype).removeprefix("torch.")
+        return f"its parts in {narrow} are added up in fp32; pipeline=4 pipelines it all the same"
+    return ""
+
+
 def _explain_head_groups(model: Any) -> str:
     if model.sequence_group.config.pipeline != "auto":
         try:
@@ -155,14 +184,13 @@ def _explain_head_groups(model: Any) -> str:
         except ValueError as error:
             return str(error)
         return f"attention is pipelined in {count} groups of heads, as the configuration says"
-    if _has_adapters(model):
-        return "attention is not pipelined: it has adapters; pipeline=4 takes them into its weights"
+    if reason := _why_not_by_itself(model):
+        return f"attention is not pipelined: {reason}"
     chosen = ", ".join(f"{head_groups(model, length)} for {length:,} tokens" for length in (1 << 12, 1 << 13))
-    return f"attention is pipelined in groups of heads, {chosen}; one is no pipeline"
-
-
-def _has_adapters(model: Any) -> bool:
-    return any(adapters_of(layer) for attention in _attentions(model) for layer in _all_projections(attention))
+    return (
+        f"attention is pipelined in groups of heads, {chosen}, where a row is one document without masked tokens; one "
+        f"is no pipeline"
+    )
 
 
 def _all_projections(attention: Any) -> tuple[Any, ...]:

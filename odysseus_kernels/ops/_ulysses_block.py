@@ -60,7 +60,7 @@ class UlyssesBlock:
         first = group.rank() * self._groups.queries // settings.head_dim
         visits = dataclasses.replace(settings, first_head=first).visits(documents)
         self._documents = visits.host_documents
-        self._attention = HeadAttention(visits, torch.arange(self._length))
+        self._attention = HeadAttention(visits, torch.arange(self._length, device="cpu"))
 
     def forward(
         self,
@@ -111,10 +111,11 @@ class UlyssesBlock:
             work.restart()
             self._run(transport, settled, "backward", work, prefetch)
 
-        work.restart()
         if needed.attention or needed.output:
             sums = needed.output or any(needed.weights)
             self._dispatch("backward", run, products=needed.input + sums, attention=5, sums=sums)
+        else:
+            work.restart()
         dbias = grad.new_empty(0)
         if bias_needed:
             total = grad.view(-1, grad.shape[-1]).sum(0, dtype=accumulator_dtype(grad.dtype))
@@ -164,7 +165,8 @@ class UlyssesBlock:
         about = Phase(
             operator=NAME,
             phase=phase,
-            shapes=f"{self._shapes()}, weights {[list(weight.shape) for weight in weights]}, {products}, {sums}",
+            # Not seeds and documents, which are others in every step: what was measured before has to be found.
+            shapes=f"{self._sizes()}, weights {[list(weight.shape) for weight in weights]}, {products}, {sums}",
             own="",
             dtype=self._x.dtype,
             flops=2 * (multiplied * products + attended * attention),
@@ -173,11 +175,13 @@ class UlyssesBlock:
         )
         dispatch(self._group, self._config, self._x.device, run, about)
 
+    def _sizes(self) -> str:
+        return f"x {list(self._x.shape)}, {self._groups.count} groups of heads, window={self._settings.window}"
+
     def _shapes(self) -> str:
         """What must be equal on all ranks beside what is communicated."""
         settings = self._settings
-        parts = [f"x {list(self._x.shape)}, {self._groups.count} groups of heads"]
-        parts.append(f"window={settings.window}, scale={settings.scale:.6g}")
+        parts = [self._sizes(), f"scale={settings.scale:.6g}"]
         if settings.dropout:
             parts.append(f"dropout {settings.dropout}, seed {settings.seed}")
         if self._documents is not None:

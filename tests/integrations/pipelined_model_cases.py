@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import Case, make_mesh, parallel_model
+from family_cases import Case, make_mesh, parallel_model, whole
 
 import odysseus_kernels as ody
+from odysseus_kernels.integrations import pipelining
+from odysseus_kernels.planner.pipeline import pick_head_groups
 
 
 def choices(rank: int, world: int) -> None:
@@ -72,7 +74,7 @@ def choices_of_groups(rank: int, world: int) -> None:
     by_hand = {name: tensor for name, tensor in part.items() if name != "sequence_cut"}
     assert model(**by_hand).loss == expected
     auto = parallel_model(Case(), "ulysses", mesh)
-    assert "1 for 4,096 tokens, 3 for 8,192 tokens" in ody.explain(auto)
+    assert "in groups of heads, 1 for 4,096 tokens, 3 for 8,192 tokens, where a row is one" in ody.explain(auto)
     with ody.CommRecorder() as record:
         assert torch.allclose(auto(**part).loss, expected)
     assert not record.bytes(operator="pipelined_ulysses"), "so short a sequence is not worth a pipeline"
@@ -91,6 +93,75 @@ def choices_of_groups(rank: int, world: int) -> None:
         assert not record.rows()
         with pytest.raises(ValueError, match="cannot be pipelined"):
             ody.shard_sequence(batch, other)
+
+
+def by_itself(rank: int, world: int) -> None:
+    """``"auto"`` takes groups of heads where nothing else changes, and elsewhere runs what runs without a pipeline."""
+    mesh = make_mesh(world, 1)
+    # As if these few tokens were many.
+    pipelining.pick_head_groups = lambda length, heads: 2  # type: ignore[assignment]
+    try:
+        for case, taken, said in (
+            (Case(), True, "where a row is one document without masked tokens"),
+            (Case(length=23), True, "in groups of heads"),  # padded at its end, where nobody looks
+            (Case(dtype=torch.float64), True, "in groups of heads"),
+            (Case(packed=True), False, "in groups of heads"),
+            (Case(padding_mask=True), False, "in groups of heads"),
+            (Case(family="mistral"), False, "it has a sliding window"),
+            (Case(changes=(("attention_dropout", 0.3),)), False, "it has dropout"),
+            (Case(dtype=torch.bfloat16), False, "parts in bfloat16 are added up in fp32"),
+            (Case(autocast_to=torch.bfloat16), False, "in groups of heads"),  # said outside of autocast
+            (Case(kv_heads=2), False, "one of the 2 key/value heads"),
+            (Case(attention="eager"), False, "attention: expected"),
+        ):
+            results = []
+            for pipeline in ("auto", None):
+                model = parallel_model(case, "ulysses", mesh, pipeline=pipeline)
+                if pipeline == "auto":
+                    assert said in ody.explain(model), (case, ody.explain(model))
+                torch.manual_seed(3)
+                with ody.CommRecorder() as record, case.autocast():
+                    loss = model(**ody.shard_sequence(case.whole_batch(), model)).loss
+                loss.backward()
+                used = record.bytes(operator="pipelined_ulysses") > 0
+                assert used == (taken and pipeline == "auto"), case
+                results.append([loss.detach(), *(p.grad.to_local() for p in model.parameters())])
+            for one, other in zip(*results, strict=True):
+                if taken:
+                    # The same products in another order; gradients are far below 1.
+                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+                else:
+                    assert torch.equal(one, other), case
+        dropping = parallel_model(Case(changes=(("attention_dropout", 0.3),)), "ulysses", mesh).eval()
+        assert "in groups of heads" in ody.explain(dropping), "only training drops"
+    finally:
+        pipelining.pick_head_groups = pick_head_groups
+
+
+def narrow(rank: int, world: int, case: Case) -> dict[str, tuple[float, float]]:
+    """Errors of all gradients together, relative to fp64's, in groups of heads and without a pipeline."""
+    stock, batch = case.model().double(), case.whole_batch()
+    stock(**batch, use_cache=False).loss.backward()
+    truth = torch.cat([p.grad.flatten() for p in stock.parameters()])
+    errors = []
+    for pipeline in (2, None):
+        model = parallel_model(case, "ulysses", make_mesh(world, 1), pipeline=pipeline)
+        with case.autocast():
+            loss = model(**ody.shard_sequence(batch, model)).loss
+        loss.backward()
+        found = torch.cat([whole(p.grad).double().flatten() for p in model.parameters()])
+        errors.append(((found - truth).norm() / truth.norm()).item())
+    return {"gradients": (errors[0], errors[1])}
+
+
+def dropped(rank: int, world: int, strategy: str, pipeline: int) -> tuple[float, float]:
+    """Loss of a step with attention dropout, and the norm of one gradient; ranks are seeded alike."""
+    case = Case(changes=(("attention_dropout", 0.3),))
+    model = parallel_model(case, strategy, make_mesh(world, 1), pipeline=pipeline)
+    torch.manual_seed(3)
+    loss = model(**ody.shard_sequence(case.whole_batch(), model)).loss
+    loss.backward()
+    return loss.item(), whole(model.model.layers[0].self_attn.q_proj.weight.grad).norm().item()
 
 
 def checkpointed(rank: int, world: int, how: str, strategy: str) -> None:

@@ -88,11 +88,13 @@ def refused(rank: int, world: int) -> dict[str, str]:
         ("ring", CASE, "odysseus", world, {}, packed),
         ("window", dataclasses.replace(CASE, family="mistral"), "odysseus", 1, {}, packed),
         ("pieces", CASE, "odysseus", 1, {"pipeline": 2}, packed),
+        ("groups", CASE, "ulysses", 1, {"pipeline": 2}, packed),
         ("mask", CASE, "odysseus", 1, {}, padded),
     ):
         model = parallel_model(case, strategy, make_mesh(world, ring), **settings)
         try:
-            model(**ody.shard_sequence(batch, model, pieces=settings.get("pipeline")))
+            striped = settings.get("pipeline") if strategy == "odysseus" else 1
+            model(**ody.shard_sequence(batch, model, pieces=striped))
         except ValueError as error:
             said[name] = str(error)
     return said

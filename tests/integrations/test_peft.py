@@ -66,7 +66,7 @@ def test_a_ring_of_two_by_two_equals_one_process(ranks, strategy):
             check(name, found, stock_step(CASES["one head of keys"]))
 
 
-@pytest.mark.parametrize("strategy", ["odysseus", "tp_sp"])
+@pytest.mark.parametrize("strategy", ["odysseus", "tp_sp", "ulysses"])
 def test_pipelined_attention_has_adapters_in_its_weights(ranks, strategy):
     names = ["llama", "biases, plain network", "two adapters"]
     for results in ranks(2).run(steps, strategy, 1, names, {"pipeline": 2}):

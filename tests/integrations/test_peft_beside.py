@@ -90,8 +90,9 @@ def test_one_sum_for_all_adapters(ranks: Any, strategy: str, world: int, ring: i
         assert found == [(groups, each), (groups, 3 * each)]
 
 
-def test_one_sum_with_pipelined_attention(ranks: Any) -> None:
-    for found in ranks(2).run(sums, "odysseus", 1, Adapted(), {"pipeline": 2}):
+@pytest.mark.parametrize("strategy", ["odysseus", "ulysses"])
+def test_one_sum_with_pipelined_attention(ranks: Any, strategy: str) -> None:
+    for found in ranks(2).run(sums, strategy, 1, Adapted(), {"pipeline": 2}):
         assert [calls for calls, _ in found] == [1, 1]
 
 

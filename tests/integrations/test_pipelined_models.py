@@ -54,6 +54,27 @@ def test_who_is_pipelined_under_ulysses(ranks):
     ranks(2).run(cases.choices_of_groups)
 
 
+def test_what_ulysses_pipelines_by_itself(ranks):
+    ranks(2).run(cases.by_itself)
+
+
+@pytest.mark.parametrize("case", (Case(dtype=torch.bfloat16), Case(autocast_to=torch.bfloat16, family="qwen3")))
+def test_narrow_types_under_ulysses(ranks, case):
+    """Where a number asks for it: no further from fp64 than without a pipeline."""
+    for found in ranks(2).run(cases.narrow, case):
+        for name, (error, usual) in found.items():
+            # The same roundings, of sums in another order; 1.5 is the contract's.
+            assert error <= 1.5 * usual, (name, error, usual)
+
+
+def test_dropout_is_that_of_heads_and_tokens(ranks):
+    """Not of ranks, groups of heads, pieces or strategies."""
+    runs = ((2, "ulysses", 2), (2, "ulysses", 6), (4, "ulysses", 3), (2, "odysseus", 2))
+    found = [one for world, *how in runs for one in ranks(world).run(cases.dropped, *how)]
+    for one in found[1:]:
+        assert one == pytest.approx(found[0], rel=1e-4)  # fp32: sums in another order
+
+
 def test_who_is_pipelined(ranks):
     """Batches that do not fit are refused before anything is sent; what is chosen is said."""
     ranks(2).run(cases.choices)

@@ -73,4 +73,5 @@ def test_refused_by_name_elsewhere(ranks: Any) -> None:
         assert "got Ring attention, which knows documents of their own only: repeat the prompt" in said["ring"]
         assert "got a sliding window, which counts tokens of other completions" in said["window"]
         assert "shared_prefix: expected attention that is not pipelined, got 2 pieces" in said["pieces"]
+        assert "shared_prefix: expected attention that is not pipelined, got 2 groups of heads" in said["groups"]
         assert "shared_prefix: expected no attention_mask beside it" in said["mask"]

@@ -24,8 +24,9 @@ CASE = Case(kv_heads=1, bias=True)  # one key/value head: replicated parameters 
 OPERATORS = ("all_gather_linear", "linear_reduce_scatter", "zero3_linear")
 
 
-def _model(mesh: Any, strategy: str = "odysseus", case: Case = CASE) -> Any:
-    config = OverlapConfig(mode="fused", timeout_s=60)  # every call alike: no choice is measured or computed
+def _model(mesh: Any, strategy: str = "odysseus", case: Case = CASE, **settings: Any) -> Any:
+    # Every call alike: no choice is measured or computed.
+    config = OverlapConfig(mode="fused", timeout_s=60, **settings)
     return ody.parallelize(case.model(), mesh, strategy, config)
 
 
@@ -145,15 +146,19 @@ COMPILED = {
     "odysseus": OPERATORS,
     "tsp": ("ring_attention", "zero3_linear"),
     "tsp eager": ("gathered_key_value", "zero3_linear"),
+    "ulysses groups": ("pipelined_ulysses", "zero3_linear"),
 }
 
 
 def compiled(rank: int, world_size: int, how: str) -> None:
     mesh = sequence_mesh(world_size)
-    strategy, _, attention = how.partition(" ")
-    case = dataclasses.replace(CASE, attention=attention or "sdpa")
-    loss, gradients, sent = _step(_model(mesh, strategy, case), mesh, strategy)
-    model = _model(mesh, strategy, case)
+    strategy, _, more = how.partition(" ")
+    case = dataclasses.replace(CASE, attention="eager" if more == "eager" else "sdpa")
+    settings: dict[str, Any] = {}
+    if more == "groups":
+        case, settings = dataclasses.replace(case, kv_heads=4), {"pipeline": 2}
+    loss, gradients, sent = _step(_model(mesh, strategy, case, **settings), mesh, strategy)
+    model = _model(mesh, strategy, case, **settings)
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:

@@ -57,7 +57,7 @@ def test_bytes_of_a_ring_whose_ranks_do_not_all_see_each_other(ranks, case):
     assert {finding.check: finding.outcome for finding in report.findings}["bytes"] == "passed"
 
 
-@pytest.mark.parametrize(("ring", "strategy"), ((1, "odysseus"), (2, "tp_sp")))
+@pytest.mark.parametrize(("ring", "strategy"), ((1, "odysseus"), (2, "tp_sp"), (1, "ulysses")))
 def test_pipelined_attention_passes(ranks, ring, strategy):
     case, config = Case(kv_heads=4, packed=True, length=23), OverlapConfig(pipeline=4, timeout_s=60)
     report = Report.from_json(ranks(2 * ring).run(sound, case, strategy, ring, {"config": config})[0])

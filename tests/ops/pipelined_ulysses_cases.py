@@ -15,9 +15,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import odysseus_kernels as ody
+from benchmarks.common.memory import peak_of_others, record_allocations
+from benchmarks.layers.memory import saved_for_backward
+from odysseus_kernels.comm.groups import group_transports
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.ops import _ulysses_groups
 from odysseus_kernels.ops._attention_pieces import Settings
+from odysseus_kernels.planner.formulas import LayerShape
+from odysseus_kernels.planner.memory import saved
 from odysseus_kernels.testing.compare import assert_close_to_truth, nan_empty
 
 NORMS = ("nq", "nk")
@@ -175,6 +180,74 @@ def same_bytes(rank: int, world: int, frozen: tuple[str, ...]) -> None:
                     if expected is not None:
                         # fp32 sums of at most 16 * L products in another order: a few hundred times 6e-8.
                         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
+
+
+def groups_agree(rank: int, world: int) -> None:
+    """Any number of groups, and of units of attention: the same y and gradients within rounding."""
+    problem = Problem(rows=12, heads=8, kv_heads=4, bias=True, norms=True)
+    mine = inputs(problem, rank, world, torch.float64)
+    for transport in ("symmetric", "collective"):
+        config = ody.OverlapConfig(transport=transport, timeout_s=60)
+        found = []
+        for groups in (1, 2, 4):
+            for rows in (None, 5):
+                with units_of(rows):
+                    found.append(block(mine, {**settings_of(problem, world, torch.float64, groups), "config": config}))
+        for other in found[1:]:
+            for name, expected in found[0].items():
+                # fp64: 1e-16 relative for each of a few hundred additions.
+                torch.testing.assert_close(other[name], expected, rtol=1e-11, atol=1e-11, msg=f"{name}, {transport}")
+
+
+def memory(rank: int, world: int, transport: str, groups: int) -> dict[str, float]:
+    """Bytes kept for backward and by the formula; most held and largest block beside results, in shards of x."""
+    rows, width, head, heads = 512, 512, 32, 4
+    torch.manual_seed(0)
+    x = torch.randn(1, rows, width, requires_grad=True)
+    weights = [torch.randn(heads * head, width, requires_grad=True) for _ in range(3)]
+    output = torch.randn(width, heads * head, requires_grad=True)
+    grad = torch.randn_like(x)
+    config = ody.OverlapConfig(transport=transport, timeout_s=60)  # type: ignore[arg-type]
+
+    def call() -> Tensor:
+        return ody.pipelined_ulysses(x, weights, output, group=None, head_dim=head, head_groups=groups, config=config)
+
+    def step() -> list[Tensor]:
+        y = call()
+        return [y.detach(), *torch.autograd.grad(y, [x, *weights, output], grad)]
+
+    step()
+    results, events = record_allocations(step)
+    peak, largest = peak_of_others(events, {one.untyped_storage().data_ptr() for one in results})
+    sizes = LayerShape(width, 1, heads * world, heads * world, head)
+    kept = saved(sizes, "ulysses", world, tokens=rows * world, stock_norms=False)
+    # Of the formula's layer only the block: without the feed-forward network, the norms' inputs and outputs (4d).
+    formula = sum(kept.values()) - 4 * rows * (4 * width + 4)
+    return {
+        "saved": saved_for_backward(call, (x, *weights, output)),
+        "formula": formula,
+        "peak": peak / x.nbytes,
+        "largest": largest / x.nbytes,
+    }
+
+
+def choices(rank: int, world: int) -> list[str]:
+    """Phases for which a mode was chosen, once for each."""
+    problem = Problem(rows=8, heads=4, kv_heads=2, documents=True)
+    settings = {**settings_of(problem, world, torch.float32, 2), "config": ody.OverlapConfig(timeout_s=60)}
+    group = torch.distributed.new_group()
+    leaves = {n: t.requires_grad_() for n, t in inputs(problem, rank, world, torch.float32).items() if n != "grad"}
+    for seed in range(3):
+        documents = settings["documents"].roll(seed, 1).sort(1).values
+        changed = {**settings, "group": group, "documents": documents, "dropout": 0.5, "dropout_seed": seed}
+        apply(leaves, changed).sum().backward()
+    transports = group_transports(group)
+    assert transports._selection is not None
+    keys = [decision.key for decision in transports._selection.decisions]
+    torch.distributed.barrier()
+    transports.close()
+    torch.distributed.destroy_process_group(group)
+    return sorted(key.phase for key in keys if key.operator == "pipelined_ulysses")
 
 
 def graphs(rank: int, world: int) -> None:

@@ -66,6 +66,29 @@ def test_every_transfer_has_attention_beside_it(ranks: RankPools) -> None:
         assert attention[2] == ["heads 1, rows 0", "heads 1, rows 11"]
 
 
+@pytest.mark.parametrize("world", (2, 4))
+def test_the_number_of_groups_changes_rounding_only(ranks: RankPools, world: int) -> None:
+    ranks(world).run(cases.groups_agree)
+
+
+@pytest.mark.parametrize("world", (2, 4))
+def test_memory(ranks: RankPools, world: int) -> None:
+    """What is kept is what Ulysses keeps; beside it a call holds no more than its groups of heads account for."""
+    for transport in ("symmetric", "collective"):
+        for found in ranks(world).run(cases.memory, transport, 4):
+            assert abs(found["saved"] - found["formula"]) <= 0.01 * found["formula"], found
+            # The largest is the sum for y or dx, [L/N, d]: nothing has all tokens and the hidden width.
+            assert found["largest"] <= 1, found
+            whole = ranks(world).run(cases.memory, transport, 1)[0]
+            assert found["saved"] == whole["saved"]
+            assert found["peak"] < whole["peak"], (found, whole)
+
+
+def test_a_choice_is_made_once_for_all_seeds_and_documents(ranks: RankPools) -> None:
+    for found in ranks(2).run(cases.choices):
+        assert found == ["backward", "forward"]
+
+
 def test_graphs(ranks: RankPools) -> None:
     ranks(2).run(cases.graphs)
 

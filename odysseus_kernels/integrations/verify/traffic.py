@@ -69,7 +69,7 @@ def expected_traffic(trial: Trial) -> tuple[formulas.Traffic | None, str]:
             tokens=tokens,
             gathered=group.config.gathered,
             checkpointing=bool(recomputed),
-            pipelined=max(trial.pieces, head_groups(model, local * group.slices)) > 1,
+            pipelined=trial.pieces > 1 or _groups_of_heads(trial) > 1,
             keys_at_once=config._attn_implementation not in RING_KERNELS,
             tile_rows=group.config.tile_rows,
             ring_peers=peers,
@@ -91,22 +91,18 @@ def expected_traffic(trial: Trial) -> tuple[formulas.Traffic | None, str]:
     return total, ""
 
 
+def _groups_of_heads(trial: Trial) -> int:
+    length, documents = _seen(trial)
+    return head_groups(trial.subject, length, plain=documents is None)
+
+
 def _ring_peers(trial: Trial) -> list[RingPeers | None]:
     """To how many ranks of the ring this one sends in each layer, by its window and the batch's documents."""
     model: Any = trial.subject
     group, attentions = trial.group, model.base_model._attentions()
     if group.zigzag_size == 1:
         return [None] * len(attentions)
-    mask, positions = trial.whole.get("attention_mask"), trial.whole.get("position_ids")
-    rows = trial.whole["input_ids"].shape[0]
-    length = SequenceCut.read(trial.part[KEY]).padded if KEY in trial.part else trial.length
-    padding = length - trial.length
-    if positions is not None and padding:
-        further = torch.arange(1, padding + 1, device=positions.device)
-        positions = torch.cat((positions, positions[:, -1:] + further), dim=1)
-    found = model.base_model._ring_mask(rows, positions, None if mask is None else F.pad(mask, (0, padding)))
-    documents = with_key_mask(found.documents, found.keys)
-    documents = None if documents is None else documents.cpu()
+    length, documents = _seen(trial)
     peers = {}
     for window in {attention.window for attention in attentions}:
         pairs = seen_pairs(
@@ -119,3 +115,18 @@ def _ring_peers(trial: Trial) -> list[RingPeers | None]:
         )
         peers[window] = ring_peers(pairs, group.zigzag_rank)
     return [peers[attention.window] for attention in attentions]
+
+
+def _seen(trial: Trial) -> tuple[int, torch.Tensor | None]:
+    """Length of the sequence with its padding, and which tokens see one another; None where all see all before them."""
+    model: Any = trial.subject
+    mask, positions = trial.whole.get("attention_mask"), trial.whole.get("position_ids")
+    rows = trial.whole["input_ids"].shape[0]
+    length = SequenceCut.read(trial.part[KEY]).padded if KEY in trial.part else trial.length
+    padding = length - trial.length
+    if positions is not None and padding:
+        further = torch.arange(1, padding + 1, device=positions.device)
+        positions = torch.cat((positions, positions[:, -1:] + further), dim=1)
+    found = model.base_model._ring_mask(rows, positions, None if mask is None else F.pad(mask, (0, padding)))
+    documents = with_key_mask(found.documents, found.keys)
+    return length, None if documents is None else documents.cpu()

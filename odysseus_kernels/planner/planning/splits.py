@@ -43,7 +43,10 @@ class Split:
         return f"{self.strategy} {' x '.join(parts)}"
 
     def pieces(self, length: int) -> int:
-        """Pieces in which a pipelined attention gathers ``length`` tokens; 1 where it is not pipelined."""
+        """Pieces in which a pipelined attention gathers ``length`` tokens; 1 where it is not pipelined.
+
+        Ulysses' groups of heads are not predicted: its operators stand for themselves.
+        """
         if self.strategy not in PIPELINED or self.seq == 1:
             return 1
         return pick_pieces(length // self.ring)

@@ -94,8 +94,11 @@ def test_all_variants_and_peers_are_right_counted_and_timed() -> None:
             saved = " save" if "tp_sp" in twin else ""
             formula = row["bytes"][f"{twin} collective{saved}"]["formula"]
             assert row["peer_bytes"][peer] == sum(formula.values())
-        # One key/value head on two ranks: ours share it, the peers cannot.
-        assert set(gqa["refused"]) == set(peers.present_peers("layer"))
+        # One key/value head on two ranks: ours share it, the peers cannot; and it makes no groups.
+        assert set(gqa["refused"]) == {*peers.present_peers("layer"), "ulysses pipelined symmetric"}
+        assert "which make no groups on 2 ranks" in gqa["refused"]["ulysses pipelined symmetric"]
+        operators = {name.split()[1] for name in row["bytes"]["ulysses pipelined symmetric"]["formula"]}
+        assert "pipelined_ulysses" in operators and "linear_all_to_all" not in operators
 
         own = make_variants(("odysseus",), ("symmetric",))
         settings = LayerSettings((LAYER,), tuple(own), "float32", repeats=1)

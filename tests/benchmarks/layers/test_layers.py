@@ -12,6 +12,7 @@ from benchmarks.layers.alone import ComputeAlone
 from benchmarks.layers.cases import (
     FSDP_ULYSSES,
     LAYER_TARGETS,
+    PIPELINED,
     TORCH_TP_SP,
     LayerCase,
     Variant,
@@ -70,7 +71,10 @@ def test_variants_stand_beside_their_compute_alone() -> None:
         "odysseus fused symmetric save",
     ]
     pipelined = [v.name for v in make_variants(STRATEGIES, ("symmetric",), pipeline=8) if v.pipeline]
-    assert pipelined == ["tp_sp pipelined symmetric", "odysseus pipelined symmetric"]
+    assert pipelined == [f"{strategy} pipelined symmetric" for strategy in STRATEGIES if strategy in PIPELINED]
+    assert "ulysses pipelined symmetric" in pipelined
+    ringed = [v.family for v in make_variants(("ulysses", "tp_sp"), ("symmetric",), ring=2, pipeline=8) if v.pipeline]
+    assert ringed == ["ulysses", "tp_sp", "tp_sp+ring2"], "no groups of heads beside a ring"
     assert {target.variant for target in LAYER_TARGETS} | {target.base for target in LAYER_TARGETS} <= {
         *names,
         *pipelined,
@@ -83,6 +87,7 @@ def test_variants_stand_beside_their_compute_alone() -> None:
     assert limits[512, "odysseus fused symmetric", "odysseus alone"] == 1.08
     assert limits[1024, "tp_sp fused symmetric", "tp_sp alone"] == 1.06
     assert limits[1024, "odysseus pipelined symmetric", "odysseus fused symmetric"] == 1.03
+    assert limits[1024, "ulysses pipelined symmetric", "ulysses fused symmetric"] == 1.03
 
 
 def test_variants_are_picked_with_their_compute_alone() -> None:
