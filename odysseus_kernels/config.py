@@ -109,7 +109,7 @@ class OverlapConfig:
             (:func:`pipelined_attention`; strategies ``"odysseus"`` and ``"tp_sp"``); ``"auto"``: as many as
             :func:`shard_sequence` cut the batch into, which asks the cost model; None: its operators are fused one by
             one.  Under ``"ulysses"`` the most groups of a rank's key/value heads instead (:func:`pipelined_ulysses`),
-            of which ``"auto"`` takes some for long plain causal sequences on CPUs.
+            of which ``"auto"`` takes some for long plain causal sequences between CPU hosts.
         tile_rows: tokens of each rank that a model's feed-forward networks compute at one time, so that what lies
             between their products is [tile_rows, intermediate size], in backward, too, which computes it again; None:
             all tokens.  ZeRO-3 networks then hold their whole weights while they run (``nn/tiled_mlp.py``); mixtures

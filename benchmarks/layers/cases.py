@@ -147,9 +147,10 @@ def _targets() -> tuple[LayerTarget, ...]:
         found += [LayerTarget(hidden, fused, peer, 1.0) for peer in (TORCH_TP_SP, FSDP_ULYSSES)]
         found.append(LayerTarget(hidden, "tp_sp fused symmetric", "tp_sp alone", tp_sp))
     # From 8,192 tokens on, where models pipeline by themselves; what costs little here hides much over a link.
+    # Ulysses' do so between hosts only.
     found += [
         LayerTarget(1024, f"{strategy} pipelined symmetric", f"{strategy} fused symmetric", NEVER_SLOWER)
-        for strategy in PIPELINED
+        for strategy in GATHERING
     ]
     return tuple(found)
 

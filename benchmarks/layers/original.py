@@ -84,7 +84,7 @@ STATEMENT = (
 )
 
 _WEIGHTS = ("zero3_linear", "replicated_parameter")
-_ULYSSES = ("linear_all_to_all", "all_to_all_linear")
+_ULYSSES = ("linear_all_to_all", "all_to_all_linear", "pipelined_ulysses")
 
 
 def split_measured(recorded: Mapping[str, Any]) -> dict[str, int]:

@@ -33,6 +33,7 @@ from odysseus_kernels.errors import ExtensionNotBuiltError, FallbackWarning
 
 __all__ = [
     "GroupTransports",
+    "between_hosts",
     "dispatch",
     "explain",
     "group_transports",
@@ -340,6 +341,13 @@ def group_transports(group: dist.ProcessGroup) -> GroupTransports:
                 found.close()
             found = _registry[group.group_name] = GroupTransports(group)
         return found
+
+
+def between_hosts(group: dist.ProcessGroup, config: OverlapConfig, device: torch.device) -> bool:
+    """Whether ranks of ``group`` are on several hosts; every rank calls this together, as they may have to meet."""
+    transports = group_transports(group)
+    transports.choose(config, device)
+    return transports._meeting.between_hosts
 
 
 def explain(group: dist.ProcessGroup | DeviceMesh | None = None) -> str:

@@ -34,7 +34,7 @@ from odysseus_kernels.integrations.outputs import (
     loss_of,
     router_loss,
 )
-from odysseus_kernels.integrations.pipelining import Pipelined, head_groups
+from odysseus_kernels.integrations.pipelining import Pipelined, groups_of_batch, head_groups
 from odysseus_kernels.integrations.pretrained import save_pretrained
 from odysseus_kernels.nn.attention import SequenceMask
 from odysseus_kernels.nn.cut import RING_LAYOUT, SequenceCut, natural_order
@@ -151,7 +151,7 @@ class SequenceModel(Pipelined):
         by_documents = cut.pieces > 1 or (group.zigzag_size > 1 and self.config._attn_implementation in RING_KERNELS)
         found = self._ring_mask(batch, natural, whole_mask) if by_documents or groups > 1 else SequenceMask({})
         if groups > 1:
-            groups = head_groups(self, cut.padded, plain=found.documents is None and found.keys is None)
+            groups = groups_of_batch(self, cut.padded, found, tokens.device)
         for attention in self._attentions():
             attention.head_groups = groups
         if by_documents or groups > 1:

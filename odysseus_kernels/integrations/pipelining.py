@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from odysseus_kernels.attention.local import check_attention_kernel
+from odysseus_kernels.comm.groups import between_hosts
 from odysseus_kernels.integrations.calls import changed_call
 from odysseus_kernels.nn.adapters import adapters_of
-from odysseus_kernels.nn.attention import AttentionSpec
+from odysseus_kernels.nn.attention import AttentionSpec, SequenceMask
 from odysseus_kernels.nn.cut import KEY, SequenceCut
 from odysseus_kernels.nn.head_parallel_attention import HeadParallelAttention
 from odysseus_kernels.nn.step import Stepped
@@ -18,7 +19,7 @@ from odysseus_kernels.nn.zero3_attention import UlyssesAttention
 from odysseus_kernels.ops._rotation import HeadNorm, rotate
 from odysseus_kernels.planner.pipeline import pick_head_groups, pick_pieces
 
-__all__ = ["Pipelined", "check_pieces", "exchanges_heads", "head_groups", "why_whole_only"]
+__all__ = ["Pipelined", "check_pieces", "exchanges_heads", "groups_of_batch", "head_groups", "why_whole_only"]
 
 
 def why_whole_only(spec: AttentionSpec, attention: nn.Module) -> str:
@@ -124,13 +125,8 @@ def exchanges_heads(model: Any) -> bool:
     return any(isinstance(attention, UlyssesAttention) for attention in _attentions(model))
 
 
-def head_groups(model: Any, length: int, *, plain: bool = True) -> int:
-    """Groups of each rank's heads in which ``model``'s attention takes sequences of ``length`` tokens; 1: at once.
-
-    Args:
-        model: a parallelized one.
-        length: of the whole sequence, padding included.
-        plain: whether each token sees all before it, without documents and masked keys.  Only ``"auto"`` asks.
+def head_groups(model: Any, length: int) -> int:
+    """Most groups of each rank's heads in which ``model``'s attention takes ``length`` tokens; 1: it takes all at once.
 
     Raises:
         ValueError: its configuration names a number, and its attention cannot be pipelined.
@@ -142,7 +138,7 @@ def head_groups(model: Any, length: int, *, plain: bool = True) -> int:
     reason = _why_not(model)
     heads = _attentions(model)[0].attention_spec.kv_heads // group.size
     if wanted == "auto":
-        return 1 if reason or not plain or _why_not_by_itself(model) else pick_head_groups(length, heads)
+        return 1 if reason or _why_not_by_itself(model) else pick_head_groups(length, heads)
     found = next(count for count in range(min(wanted, max(1, heads)), 0, -1) if heads % count == 0)
     if not reason and found == 1:
         least = next(count for count in range(2, heads + 1) if heads % count == 0)
@@ -150,6 +146,18 @@ def head_groups(model: Any, length: int, *, plain: bool = True) -> int:
     if reason:
         raise ValueError(f"pipeline={wanted}: attention cannot be pipelined: {reason}; use pipeline=None")
     return found
+
+
+def groups_of_batch(model: Any, length: int, seen: SequenceMask, device: torch.device) -> int:
+    """As :func:`head_groups`, for sequences whose tokens see what ``seen`` says; every rank calls this together.
+
+    On one host, where memory is shared, there is next to nothing to hide, and more exchanges take longer than fewer.
+    """
+    group, groups = model.sequence_group, head_groups(model, length)
+    if groups == 1 or group.config.pipeline != "auto":
+        return groups
+    plain = seen.documents is None and seen.keys is None
+    return groups if plain and between_hosts(group.group, group.config, device) else 1
 
 
 def _why_not_by_itself(model: Any) -> str:
@@ -188,8 +196,8 @@ def _explain_head_groups(model: Any) -> str:
         return f"attention is not pipelined: {reason}"
     chosen = ", ".join(f"{head_groups(model, length)} for {length:,} tokens" for length in (1 << 12, 1 << 13))
     return (
-        f"attention is pipelined in groups of heads, {chosen}, where a row is one document without masked tokens; one "
-        f"is no pipeline"
+        f"attention is pipelined in groups of heads, {chosen}, between hosts and where a row is one document without "
+        f"masked tokens; one is no pipeline"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import odysseus_kernels as ody
-from odysseus_kernels.comm.groups import group_transports
+from odysseus_kernels.comm.groups import between_hosts, group_transports
 from odysseus_kernels.comm.meeting.membership import this_member
 from odysseus_kernels.testing.spawn import RankPools
 
@@ -31,6 +31,7 @@ def _on_hosts(rank: int, world: int, names: list[str]) -> tuple[str, str, int, f
             config = ody.OverlapConfig(transport="auto", mode="fused")
             y = ody.all_gather_linear(x.chunk(world)[rank], weight, group=group, config=config)
         name = group_transports(group).choose(config, x.device).name
+        assert between_hosts(group, config, x.device) == (len(set(names)) > 1)
         return refusal, name, len(caught), (y - x @ weight.t()).abs().max().item()
     finally:
         del os.environ["ODYSSEUS_HOST"]

@@ -9,6 +9,7 @@ import torch
 from family_cases import Case, make_mesh, parallel_model, whole
 
 import odysseus_kernels as ody
+from odysseus_kernels.comm.groups import between_hosts
 from odysseus_kernels.integrations import pipelining
 from odysseus_kernels.planner.pipeline import pick_head_groups
 
@@ -74,7 +75,7 @@ def choices_of_groups(rank: int, world: int) -> None:
     by_hand = {name: tensor for name, tensor in part.items() if name != "sequence_cut"}
     assert model(**by_hand).loss == expected
     auto = parallel_model(Case(), "ulysses", mesh)
-    assert "in groups of heads, 1 for 4,096 tokens, 3 for 8,192 tokens, where a row is one" in ody.explain(auto)
+    assert "1 for 4,096 tokens, 3 for 8,192 tokens, between hosts and where a row is one" in ody.explain(auto)
     with ody.CommRecorder() as record:
         assert torch.allclose(auto(**part).loss, expected)
     assert not record.bytes(operator="pipelined_ulysses"), "so short a sequence is not worth a pipeline"
@@ -101,8 +102,14 @@ def by_itself(rank: int, world: int) -> None:
     # As if these few tokens were many.
     pipelining.pick_head_groups = lambda length, heads: 2  # type: ignore[assignment]
     try:
+        alone = parallel_model(Case(), "ulysses", mesh)
+        with ody.CommRecorder() as record:
+            alone(**ody.shard_sequence(Case().whole_batch(), alone))
+        assert not record.bytes(operator="pipelined_ulysses"), "on one host there is nothing to hide"
+        # And these ranks on two hosts.
+        pipelining.between_hosts = lambda *_: True  # type: ignore[assignment]
         for case, taken, said in (
-            (Case(), True, "where a row is one document without masked tokens"),
+            (Case(), True, "between hosts and where a row is one document without masked tokens"),
             (Case(length=23), True, "in groups of heads"),  # padded at its end, where nobody looks
             (Case(dtype=torch.float64), True, "in groups of heads"),
             (Case(packed=True), False, "in groups of heads"),
@@ -135,7 +142,7 @@ def by_itself(rank: int, world: int) -> None:
         dropping = parallel_model(Case(changes=(("attention_dropout", 0.3),)), "ulysses", mesh).eval()
         assert "in groups of heads" in ody.explain(dropping), "only training drops"
     finally:
-        pipelining.pick_head_groups = pick_head_groups
+        pipelining.pick_head_groups, pipelining.between_hosts = pick_head_groups, between_hosts
 
 
 def narrow(rank: int, world: int, case: Case) -> dict[str, tuple[float, float]]:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from odysseus_kernels.attention.layout import seen_pairs, with_key_mask
 from odysseus_kernels.attention.local import RING_KERNELS
 from odysseus_kernels.integrations.families import FAMILIES
-from odysseus_kernels.integrations.pipelining import head_groups
+from odysseus_kernels.integrations.pipelining import groups_of_batch
 from odysseus_kernels.integrations.verify.trial import Trial
+from odysseus_kernels.nn.attention import SequenceMask
 from odysseus_kernels.nn.cut import KEY, RING_LAYOUT, SequenceCut
 from odysseus_kernels.planner import formulas
 from odysseus_kernels.planner.ring import RingPeers, ring_peers
@@ -92,8 +93,9 @@ def expected_traffic(trial: Trial) -> tuple[formulas.Traffic | None, str]:
 
 
 def _groups_of_heads(trial: Trial) -> int:
-    length, documents = _seen(trial)
-    return head_groups(trial.subject, length, plain=documents is None)
+    if trial.strategy != "ulysses":
+        return 1
+    return groups_of_batch(trial.subject, *_seen(trial), trial.part["input_ids"].device)
 
 
 def _ring_peers(trial: Trial) -> list[RingPeers | None]:
@@ -102,7 +104,9 @@ def _ring_peers(trial: Trial) -> list[RingPeers | None]:
     group, attentions = trial.group, model.base_model._attentions()
     if group.zigzag_size == 1:
         return [None] * len(attentions)
-    length, documents = _seen(trial)
+    length, seen = _seen(trial)
+    documents = with_key_mask(seen.documents, seen.keys)
+    documents = None if documents is None else documents.cpu()
     peers = {}
     for window in {attention.window for attention in attentions}:
         pairs = seen_pairs(
@@ -117,8 +121,8 @@ def _ring_peers(trial: Trial) -> list[RingPeers | None]:
     return [peers[attention.window] for attention in attentions]
 
 
-def _seen(trial: Trial) -> tuple[int, torch.Tensor | None]:
-    """Length of the sequence with its padding, and which tokens see one another; None where all see all before them."""
+def _seen(trial: Trial) -> tuple[int, SequenceMask]:
+    """Length of the sequence with its padding, and which tokens see one another."""
     model: Any = trial.subject
     mask, positions = trial.whole.get("attention_mask"), trial.whole.get("position_ids")
     rows = trial.whole["input_ids"].shape[0]
@@ -127,6 +131,4 @@ def _seen(trial: Trial) -> tuple[int, torch.Tensor | None]:
     if positions is not None and padding:
         further = torch.arange(1, padding + 1, device=positions.device)
         positions = torch.cat((positions, positions[:, -1:] + further), dim=1)
-    found = model.base_model._ring_mask(rows, positions, None if mask is None else F.pad(mask, (0, padding)))
-    documents = with_key_mask(found.documents, found.keys)
-    return length, None if documents is None else documents.cpu()
+    return length, model.base_model._ring_mask(rows, positions, None if mask is None else F.pad(mask, (0, padding)))

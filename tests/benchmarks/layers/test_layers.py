@@ -87,7 +87,6 @@ def test_variants_stand_beside_their_compute_alone() -> None:
     assert limits[512, "odysseus fused symmetric", "odysseus alone"] == 1.08
     assert limits[1024, "tp_sp fused symmetric", "tp_sp alone"] == 1.06
     assert limits[1024, "odysseus pipelined symmetric", "odysseus fused symmetric"] == 1.03
-    assert limits[1024, "ulysses pipelined symmetric", "ulysses fused symmetric"] == 1.03
 
 
 def test_variants_are_picked_with_their_compute_alone() -> None:
@@ -176,6 +175,8 @@ def test_original_table_is_complete_and_measured_bytes_split() -> None:
         "backward zero3_linear reduce_scatter": 7,
         "forward linear_all_to_all all_gather": 11,
         "forward linear_all_to_all all_to_all": 13,
+        "backward pipelined_ulysses reduce_scatter": 19,
+        "backward pipelined_ulysses all_to_all": 23,
         "backward replicated_parameter all_reduce": 17,
     }
-    assert split_measured(recorded) == {"activations": 18, "weights": 35}
+    assert split_measured(recorded) == {"activations": 41, "weights": 54}
