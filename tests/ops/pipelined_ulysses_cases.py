@@ -231,6 +231,30 @@ def memory(rank: int, world: int, transport: str, groups: int) -> dict[str, floa
     }
 
 
+def given_at_once(rank: int, world: int, groups: int) -> tuple[list[float], list[float]]:
+    """Forward and backward: what a rank gives of its weights at each stage, in parts of all of them."""
+    from odysseus_kernels.ops._ulysses_heads import BackwardHeads, ForwardHeads
+
+    problem = Problem(rows=8, heads=8, kv_heads=4)
+    mine = {name: tensor.requires_grad_() for name, tensor in inputs(problem, rank, world, torch.float32).items()}
+    whole_bytes = sum(mine[name].nbytes for name in ("wq", "wk", "wv", "wo"))
+    found: dict[type, list[float]] = {ForwardHeads: [], BackwardHeads: []}
+    kept = {kind: kind.exchange for kind in found}
+
+    def noted(self: Any, stage: int, shared: tuple[Tensor, ...]) -> Any:
+        found[type(self)].append(sum(one.nbytes for one in shared) / whole_bytes)
+        return kept[type(self)](self, stage, shared)
+
+    try:
+        for kind in found:
+            kind.exchange = noted  # type: ignore[attr-defined]
+        apply(mine, settings_of(problem, world, torch.float32, groups)).sum().backward()
+    finally:
+        for kind, method in kept.items():
+            kind.exchange = method  # type: ignore[attr-defined]
+    return found[ForwardHeads], found[BackwardHeads]
+
+
 def choices(rank: int, world: int) -> list[str]:
     """Phases for which a mode was chosen, once for each."""
     problem = Problem(rows=8, heads=4, kv_heads=2, documents=True)

@@ -84,6 +84,15 @@ def test_memory(ranks: RankPools, world: int) -> None:
             assert found["peak"] < whole["peak"], (found, whole)
 
 
+@pytest.mark.parametrize("groups", (2, 4))
+def test_no_more_than_a_group_of_weights_is_given_at_once(ranks: RankPools, groups: int) -> None:
+    """Each weight once in forward and once in backward; transports hold two ranks' at a time."""
+    for passes in ranks(2).run(cases.given_at_once, groups):
+        for parts in passes:
+            assert len(parts) == groups + 3
+            assert max(parts) <= 1 / groups + 1e-9 and sum(parts) == pytest.approx(1), parts
+
+
 def test_a_choice_is_made_once_for_all_seeds_and_documents(ranks: RankPools) -> None:
     for found in ranks(2).run(cases.choices):
         assert found == ["backward", "forward"]
