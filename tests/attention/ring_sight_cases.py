@@ -73,6 +73,18 @@ def repeated(rank: int, world: int, transport: str, tile: int, problem: dict[str
             assert torch.equal(one, two)
 
 
+def dropped(rank: int, world: int, transport: str) -> None:
+    """Dropout is that of positions, however keys are cut."""
+    case = ring_cases.Problem(rows=24, window=7, dropout=0.3, documents="packed")
+    config = ody.OverlapConfig(transport=transport, mode="fused", timeout_s=60)
+    found = []
+    for tile in (4, 512):
+        with tiles_of(tile):
+            found.append(ring_cases.ring(case, rank, world, torch.float64, config))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def unseen_keys(rank: int, world: int, transport: str, mode: str, tile: int) -> list[tuple[int, int]]:
     """Gradients of keys that no query sees are exactly zero; returns how many each rank has, and how many parts."""
     case = ring_cases.Problem(rows=24, window=5, key_mask=True)

@@ -126,6 +126,20 @@ def test_sixteen_bits(ranks: RankPools, world: int) -> None:
     ranks(world).run(cases.check, "bfloat16", TILE, ("symmetric", "collective"), ("fused",), problems)
 
 
+def test_real_tiles(ranks: RankPools) -> None:
+    """Blocks of 768 tokens: a tile of 512 that nobody else sees, and one of 256."""
+    problem = {"rows": 1536, "batch": 1, "heads": 1, "kv_heads": 1, "width": 8, "window": 200}
+    ranks(2).run(ring_cases.check, "float64", ("symmetric", "collective"), ("fused",), [problem])
+    counts = ranks(2).run(cases.sent, "collective", "fused", "float32", 512, [problem])
+    # Of 1536 tokens 256 of rank 0's early block go to rank 1, and 256 of rank 1's late one to rank 0.
+    assert counts == [[(2 * 256 * 8 * 4, 2 * 2 * 256 * 8 * 4)]] * 2
+
+
+@pytest.mark.parametrize("transport", ("symmetric", "collective"))
+def test_dropout_does_not_depend_on_parts(ranks: RankPools, transport: str) -> None:
+    ranks(3).run(cases.dropped, transport)
+
+
 @pytest.mark.parametrize("transport", ("symmetric", "collective"))
 def test_bits_repeat(ranks: RankPools, transport: str) -> None:
     ranks(4).run(cases.repeated, transport, TILE, {"rows": 24, "window": 7, "documents": "packed"})

@@ -118,10 +118,11 @@ class ExchangeRun:
 
     def _in_slot(self, name: str, hop: int, bundle: Bundle, taken: tuple[bool, ...]) -> tuple[Tensor, ...]:
         """The tensors of ``bundle`` in a slot, which holds only those that are taken."""
-        slot = self._slot(name, hop, bundle)
         if not self._exchange.parts:
-            return bundle.tensors(slot)
-        return spread(bundle.only(taken).tensors(slot), taken, slot)
+            return bundle.tensors(self._slot(name, hop, bundle))
+        only = bundle.only(taken)
+        slot = self._slot(name, hop, only)
+        return spread(only.tensors(slot), taken, slot)
 
     def _issue(self, step: Step, task: Task, hop: int) -> None:
         """What comes from rank ``step.rank`` in this hop, and what goes to the rank opposite in the ring."""
@@ -153,7 +154,8 @@ class ExchangeRun:
         def slot(name: str, bundle: Bundle, visitor: int, owner: int, kind: Literal["shared", "sums"]) -> Tensor:
             if not exchange.visits(visitor, owner):
                 return nothing
-            return self._slot(name, hop, bundle)[: bundle.only(exchange.taken(visitor, owner, kind)).nbytes]
+            only = bundle.only(exchange.taken(visitor, owner, kind))
+            return self._slot(name, hop, only)[: only.nbytes]
 
         if task is Task.GIVEN:
             sent = self._giving(hop, target) if exchange.visits(target, rank) else nothing
@@ -170,10 +172,8 @@ class ExchangeRun:
             if single.is_contiguous():
                 return as_bytes(single)
         slot = hop if exchange.addressed or exchange.parts else 0
-        raw, bundle = self._slot("giving", slot, self._given), self._given
-        if exchange.parts:
-            bundle = bundle.only(taken)
-            raw = raw[: bundle.nbytes]
+        bundle = self._given.only(taken) if exchange.parts else self._given
+        raw = self._slot("giving", slot, bundle)[: bundle.nbytes]
         tensors = bundle.tensors(raw)
         if self._packed.get(slot % IN_FLIGHT) != taken:
             for place, tensor in zip(tensors, shared, strict=False):
@@ -191,8 +191,9 @@ class ExchangeRun:
         return raw
 
     def _slot(self, name: str, hop: int, bundle: Bundle) -> Tensor:
+        """Memory for ``bundle``, perhaps more; a slot that is too small for what comes now is free, and replaced."""
         key = (name, hop % IN_FLIGHT)
-        if key not in self._slots:
+        if key not in self._slots or self._slots[key].numel() < bundle.nbytes:
             self._slots[key] = self._empty(bundle.nbytes)
         return self._slots[key]
 
