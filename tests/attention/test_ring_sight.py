@@ -120,9 +120,9 @@ def test_against_fp64(ranks: RankPools, transport: str, world: int) -> None:
     ranks(world).run(cases.check, "float64", TILE, (transport,), ("fused", "unfused"), problems)
 
 
-@pytest.mark.parametrize("world", (2, 3))
+@pytest.mark.parametrize("world", (2, 3, 4))
 def test_sixteen_bits(ranks: RankPools, world: int) -> None:
-    problems = [WINDOWS[1], DOCUMENTS[0], *BOTH]
+    problems = [WINDOWS[1], WINDOWS[5], DOCUMENTS[0], DOCUMENTS[2], *BOTH]
     ranks(world).run(cases.check, "bfloat16", TILE, ("symmetric", "collective"), ("fused",), problems)
 
 
