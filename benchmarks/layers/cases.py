@@ -41,7 +41,7 @@ FSDP_ULYSSES = "FSDP2 + Ulysses"
 
 @dataclasses.dataclass(frozen=True)
 class LayerCase:
-    """A Llama-shaped model: one decoder layer and the norm behind it, or a small whole model with its loss.
+    """A Llama-shaped model: decoder layers and the norm behind them, or a small whole model with its loss.
 
     Attributes:
         label: where the shape comes from.
@@ -71,7 +71,7 @@ class LayerCase:
     def sizes(self) -> str:
         """Sizes in words, such as ``L4096 d512``."""
         attention = "MHA" if self.kv_heads == self.heads else f"{self.heads}/{self.kv_heads} heads"
-        depth = f" x{self.layers}" if self.level == "model" else ""
+        depth = f" x{self.layers}" if self.level == "model" or self.layers > 1 else ""
         return f"L{self.tokens} d{self.hidden} i{self.intermediate} {attention}{depth}"
 
     @property
@@ -172,19 +172,19 @@ def _case(label: str, level: Level, tokens: int, hidden: int, *, groups: int = 1
     return LayerCase(label, level, tokens, hidden, hidden * 11 // 4, heads, heads // groups, **others)
 
 
-def parse_shape(text: str) -> tuple[int, int]:
-    """(L, d) of ``"2048x512"``.
+def parse_shape(text: str) -> tuple[int, ...]:
+    """(L, d) of ``"2048x512"``, or (L, d, layers) of ``"2048x512x4"``.
 
     Raises:
         ValueError: for anything else, and for a width that is not a multiple of a head's.
     """
-    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text.strip().lower())
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)(?:x([1-9][0-9]?))?", text.strip().lower())
     if match is None or int(match[2]) % _HEAD_DIM:
         raise ValueError(
-            f"--shapes: expected tokens x hidden size, such as 2048x512, with a hidden size that {_HEAD_DIM} divides, "
-            f"got {text!r}"
+            f"--shapes: expected tokens x hidden size, such as 2048x512, or with a number of layers behind it, such as "
+            f"2048x512x2, with a hidden size that {_HEAD_DIM} divides, got {text!r}"
         )
-    return int(match[1]), int(match[2])
+    return tuple(int(number) for number in match.groups() if number is not None)
 
 
 def make_layer_cases(
@@ -194,9 +194,11 @@ def make_layer_cases(
     pattern: str = "",
     *,
     ring: int = 1,
-    shapes: Sequence[tuple[int, int]] = (),
+    shapes: Sequence[tuple[int, ...]] = (),
 ) -> list[LayerCase]:
-    """The cases of ``level``, contract first, whose name ``pattern`` is found in; or those of ``shapes``, (L, d) each.
+    """The cases of ``level``, contract first, whose name ``pattern`` is found in; or those of ``shapes``.
+
+    A shape is (L, d) or (L, d, layers); without it there is one layer, and a model has two.
 
     Lengths are those nearest to the table's that all ranks, and two blocks for each rank, divide.
 
@@ -204,8 +206,11 @@ def make_layer_cases(
         ValueError: if the pattern is not an expression, or is found in no case.
     """
     if shapes:
-        sizes = {} if level == "layer" else {"layers": 2, "vocabulary": 4096}
-        cases = [_case("given", level, tokens, hidden, **sizes) for tokens, hidden in shapes]
+        sizes = {"layers": 1} if level == "layer" else {"layers": 2, "vocabulary": 4096}
+        cases = [
+            _case("given", level, tokens, hidden, **sizes | dict(zip(("layers",), depth, strict=False)))
+            for tokens, hidden, *depth in shapes
+        ]
     elif level == "layer":
         cases = {
             "quick": [_case("quick", level, 512, 256), _case("quick GQA", level, 256, 256, groups=2)],

@@ -37,7 +37,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--gathered", nargs="+", choices=("regather", "save"), default=["regather"], help="what backward keeps"
     )
     group.add_argument(
-        "--shapes", nargs="+", default=[], metavar="LxD", help="tokens x hidden size instead of the table, as 2048x512"
+        "--shapes",
+        nargs="+",
+        default=[],
+        metavar="LxD",
+        help="tokens x hidden size instead of the table, as 2048x512; of 2 layers, one behind the other: 2048x512x2",
     )
     group.add_argument(
         "--pipeline",

@@ -156,16 +156,22 @@ def measured_rows(document: dict[str, Any]) -> list[Measured]:
 
 def over_tokens(found: list[Measured]) -> list[Panel]:
     """Step time over the length: a panel for each rate of the link and width that has several lengths."""
-    groups: dict[tuple[str, float, int], list[tuple[float, Measured]]] = defaultdict(list)
+    groups: dict[tuple[str, float, int, int], list[tuple[float, Measured]]] = defaultdict(list)
     for one in found:
         if "variants" in one.row:
-            key = (one.part["title"], one.part["bits_per_s"], one.row["hidden"])
+            key = (one.part["title"], one.part["bits_per_s"], one.row.get("layers", 1), one.row["hidden"])
             groups[key].append((one.row["tokens"], one))
     return [
-        _panel(f"{title} ({rate / 1e6:.0f} Mb/s): one layer, d = {hidden}, step over the length", "tokens L", rows)
-        for (title, rate, hidden), rows in groups.items()
+        _panel(
+            f"{title} ({rate / 1e6:.0f} Mb/s): {_depth(layers)}, d = {hidden}, step over the length", "tokens L", rows
+        )
+        for (title, rate, layers, hidden), rows in groups.items()
         if len({at for at, _ in rows}) > 1
     ]
+
+
+def _depth(layers: int) -> str:
+    return "one layer" if layers == 1 else f"{layers} layers"
 
 
 def over_rate(found: list[Measured]) -> list[Panel]:

@@ -76,7 +76,8 @@ def _bytes(row: Row, name: str) -> int | None:
 def describe(row: Row) -> str:
     """The row in words."""
     if "variants" in row:
-        return f"layer {row['label']}, {row['sizes']}: forward + backward"
+        what = "layer" if row.get("layers", 1) == 1 else f"{row['layers']} layers"
+        return f"{what} {row['label']}, {row['sizes']}: forward + backward"
     return f"{row['operator']} {row['label']}, {row['shape']}: {row['part']}"
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.planner.pipeline import piece_shares
-from odysseus_kernels.planner.ring import Pairs, block_count, blocks, pairs_in_sight
+from odysseus_kernels.planner.ring import TILE, Part, block_count, blocks, joined_parts, parts_in_sight
 
 __all__ = [
     "Layout",
@@ -34,7 +34,7 @@ __all__ = [
     "pieces",
     "positions",
     "prefix_pieces",
-    "seen_pairs",
+    "seen_parts",
     "sides",
     "striped_positions",
     "visible",
@@ -44,9 +44,10 @@ __all__ = [
 Layout = Literal["zigzag", "contiguous"]
 Kind = Literal["full", "causal", "masked"]
 
-# Queries and keys of a tile; what it may see is decided tile by tile.  Masks are made for _MASK_KEYS keys at most.
-_TILE = 512
+# Masks are made for this many keys at most.
 _MASK_KEYS = 4096
+# Into how many parts a rank's keys are cut: each is a product, or several, of its own.
+_PARTS = 8
 _EMPTY, _FULL, _MASKED = 0, 1, 2
 _PIECE_UNIT = 64
 
@@ -56,7 +57,8 @@ class Piece:
     """Queries and keys that are computed together: ranges of a rank's own tokens.
 
     Attributes:
-        queries, keys: of the rank that computes, and of the rank whose keys it visits.
+        queries, keys: of the rank that computes, and of the rank whose keys it visits; where it has a part of these,
+            counted from the part's first.
         kind: ``"full"``: every query sees every key; ``"causal"``: query n sees keys 0 to n of the piece, which is
             square; ``"masked"``: as :func:`visible` says.
     """
@@ -158,6 +160,7 @@ def pieces(
     causal: bool,
     window: int | None = None,
     documents: Tensor | None = None,
+    keys: slice | None = None,
 ) -> list[Piece]:
     """What ``rank`` computes with the keys of ``visited``: disjoint pieces that hold every visible pair.
 
@@ -167,44 +170,51 @@ def pieces(
         layout: see the module.
         causal, window: as in :func:`~odysseus_kernels.ring_attention`.
         documents: as :func:`sides` takes them, on the host.
+        keys: which of ``visited``'s tokens, one of :func:`seen_parts`; None is all.
     """
-    if documents is None and window is None:
+    whole = keys is None or keys == slice(0, rows)
+    if documents is None and window is None and whole:
         return _joined(rank, visited, world, rows, layout, causal)
     bounds = _tile_bounds(rows, len(blocks(rank, world, layout)))
-    queries, keys = (
-        _Tiles.of(bounds, positions(who, world, rows * world, layout), ids)
-        for who, ids in zip((rank, visited), sides(documents), strict=True)
-    )
+    key_bounds = bounds if keys is None else [one for one in bounds if keys.start <= one[0] and one[1] <= keys.stop]
+    first_key = 0 if keys is None else keys.start
+    query_ids, key_ids = sides(documents)
+    query_tiles = _Tiles.of(bounds, positions(rank, world, rows * world, layout), query_ids)
+    key_tiles = _Tiles.of(key_bounds, positions(visited, world, rows * world, layout), key_ids)
     found = []
-    for (start, stop), row in zip(bounds, _tile_states(queries, keys, causal, window).tolist(), strict=True):
-        for first, last, state in _runs(row, bounds):
-            found.append(Piece(slice(start, stop), slice(first, last), "full" if state == _FULL else "masked"))
+    for (start, stop), row in zip(bounds, _tile_states(query_tiles, key_tiles, causal, window).tolist(), strict=True):
+        for first, last, state in _runs(row, key_bounds):
+            taken = slice(first - first_key, last - first_key)
+            found.append(Piece(slice(start, stop), taken, "full" if state == _FULL else "masked"))
     return found
 
 
-def seen_pairs(
+def seen_parts(
     world: int, rows: int, layout: str, *, causal: bool, window: int | None = None, documents: Tensor | None = None
-) -> Pairs:
-    """Whose keys each of ``world`` ranks looks at; arguments as those of :func:`pieces`.
+) -> tuple[Part, ...]:
+    """The tokens of a rank, in parts, and which of ``world`` ranks look at each; arguments as those of :func:`pieces`.
 
     Where it says False, :func:`pieces` has none.  It follows from what all ranks are given alike, so that all come to
-    the same.  Of documents the smallest and largest id of each tile are compared.  A rank always visits itself.
+    the same.  Parts are tiles; neighbours that the same ranks look at are one, and of many those that differ least are.
+    Of documents the smallest and largest id of each tile are compared.  A rank always looks at its own.
     """
-    near = pairs_in_sight(world, rows, layout, causal=causal, window=window)
-    if documents is None:
-        return near
+    if documents is None or world == 1:
+        return parts_in_sight(world, rows, layout, causal=causal, window=window)
     bounds = _tile_bounds(rows, len(blocks(0, world, layout)))
-    query_ids, key_ids = sides(documents)
     where = [positions(rank, world, rows * world, layout) for rank in range(world)]
-    queries = [_Tiles.of(bounds, at, query_ids) for at in where]
-    keys = queries if key_ids is query_ids else [_Tiles.of(bounds, at, key_ids) for at in where]
-    return tuple(
-        tuple(
-            seen and (rank == other or bool((_tile_states(queries[rank], keys[other], causal, window) != _EMPTY).any()))
-            for other, seen in enumerate(row)
-        )
-        for rank, row in enumerate(near)
-    )
+    bounds_of_all = [(rank * rows + start, rank * rows + stop) for rank in range(world) for start, stop in bounds]
+    query_ids, key_ids = sides(documents)
+    keys = _Tiles.of(bounds_of_all, torch.cat(where), key_ids)
+    everyone = keys if query_ids is key_ids else _Tiles.of(bounds_of_all, torch.cat(where), query_ids)
+    looked_at = torch.empty(len(bounds), world, world, dtype=torch.bool)
+    for rank in range(world):
+        queries = everyone.only(slice(rank * len(bounds), (rank + 1) * len(bounds)))
+        states = _tile_states(queries, keys, causal, window)
+        looked_at[:, rank] = (states != _EMPTY).any(0).view(world, -1).T
+        looked_at[:, rank, rank] = True
+    tables = looked_at.numpy()
+    found = ((start, stop, table.tobytes()) for (start, stop), table in zip(bounds, tables, strict=True))
+    return joined_parts(world, found, _PARTS)
 
 
 def prefix_pieces(
@@ -222,8 +232,8 @@ def prefix_pieces(
     if documents is None and window is None:
         own = Piece(slice(0, stop - start), slice(start, stop), "causal")
         return [own, Piece(slice(0, stop - start), slice(0, start), "full")] if start else [own]
-    rows = [(first, min(first + _TILE, stop)) for first in range(start, stop, _TILE)]
-    columns = [(first, min(first + _TILE, stop)) for first in range(0, stop, _TILE)]
+    rows = [(first, min(first + TILE, stop)) for first in range(start, stop, TILE)]
+    columns = [(first, min(first + TILE, stop)) for first in range(0, stop, TILE)]
     queries, keys = (
         _Tiles.of(bounds, where, ids) for bounds, ids in zip((rows, columns), sides(documents), strict=True)
     )
@@ -290,9 +300,9 @@ def _tile_bounds(rows: int, count: int) -> list[tuple[int, int]]:
     """Tiles of a rank's tokens; none crosses from one block into another."""
     size = rows // count
     return [
-        (start, min(start + _TILE, (block + 1) * size))
+        (start, min(start + TILE, (block + 1) * size))
         for block in range(count)
-        for start in range(block * size, (block + 1) * size, _TILE)
+        for start in range(block * size, (block + 1) * size, TILE)
     ]
 
 
@@ -313,6 +323,10 @@ class _Tiles:
             return _Tiles(first, last)
         ends = [documents[:, where[start:stop]].aminmax(dim=1) for start, stop in bounds]
         return _Tiles(first, last, torch.stack([e.min for e in ends], 1), torch.stack([e.max for e in ends], 1))
+
+    def only(self, tiles: slice) -> _Tiles:
+        smallest, largest = (ids if ids is None else ids[:, tiles] for ids in (self.smallest, self.largest))
+        return _Tiles(self.first[tiles], self.last[tiles], smallest, largest)
 
 
 def _tile_states(queries: _Tiles, keys: _Tiles, causal: bool, window: int | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Ring attention: each rank holds a part of the sequence, and keys and values of one rank after another come by.
 
-Those of ranks of which a rank sees nothing do not come: all ranks decide it alike before anything is sent
-(:func:`~odysseus_kernels.attention.layout.seen_pairs`).  They come from their owner, not from the rank before, so that
+Of a rank's keys only those parts come of which some are seen: all ranks decide it alike before anything is sent
+(:func:`~odysseus_kernels.attention.layout.seen_parts`).  They come from their owner, not from the rank before, so that
 what one rank needs does not depend on others'.
 
 While queries meet one rank's keys and values, the next rank's travel; in backward the gradients of the keys and values
@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -27,15 +28,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from odysseus_kernels.attention.checks import check_ring_attention
 from odysseus_kernels.attention.layout import Layout, with_key_mask
+from odysseus_kernels.attention.parts import all_seen, cut_of, exchange_of, seen_of
 from odysseus_kernels.attention.visits import Visits
 from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from odysseus_kernels.comm.choice.selection import Phase
-from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
 from odysseus_kernels.config import OverlapConfig
-from odysseus_kernels.planner.ring import Pairs
+from odysseus_kernels.planner.ring import Part
 
 __all__ = ["ring_attention"]
 
@@ -71,10 +72,11 @@ def ring_attention(
     key gradient:    dk [B, Hkv, S, D], made by every rank for its own queries and added here in fp32
     value gradient:  dv [B, Hkv, S, Dv], the same
 
-    Elements sent by each rank (``send_recv``): B*Hkv*S*(D+Dv) to each rank that sees one of its keys, forward and
-    again in backward, and there once more, for dk and dv, to each whose keys it sees.  These are R-1 ranks each, or
-    fewer where a window, documents or a contiguous causal layout hide all of a rank's keys from another.  dk and dv go
-    straight to their owner, in fp32 (fp64 for fp64): rounded to 16 bits each, the shares of R ranks would add up to
+    Elements sent by each rank (``send_recv``): B*Hkv*S*(D+Dv) to each of R-1 ranks, forward and again in backward, and
+    there once more, for dk and dv.  A window and documents hide some of a rank's S keys from others: they are then cut
+    into up to 8 parts of some 512 keys or more, B*Hkv*n*(D+Dv) elements for n keys, and a part travels only to ranks
+    that see one of its keys, its gradients only from them.  (A contiguous causal layout hides all or none.)  dk and dv
+    go straight to their owner, in fp32 (fp64 for fp64): rounded to 16 bits each, the shares of R ranks would add up to
     less than an unsharded run gives.  A ring's accumulator would make one hop more.
 
     Args:
@@ -183,17 +185,18 @@ def _rows(x: Tensor) -> Tensor:
     return x.view(-1, *x.shape[2:])
 
 
-def _gathered(transport: Transport, call: Call, shared: tuple[Tensor, ...], pairs: Pairs | None) -> list[Tensor]:
-    """All ranks' tensors [R, ...], by one collective each; where not all visit all, those that are wanted."""
+def _gathered(transport: Transport, call: Call, shared: tuple[Tensor, ...], parts: Sequence[Part]) -> list[Tensor]:
+    """All ranks' tensors [R, ...], by one collective each; where not all see all, those parts that are wanted."""
     found = []
-    if pairs is not None:
+    if not all_seen(parts):
         wanted = [tensor.new_empty((transport.world, *tensor.shape)) for tensor in shared]
 
         def keep(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
-            for whole, part in zip(wanted, given, strict=True):
-                whole[rank].copy_(part)
+            for part, blocks in seen_of(parts, transport.rank, rank, given):
+                for whole, block in zip(wanted, blocks, strict=True):
+                    whole[rank][:, :, part.rows].copy_(block)
 
-        transport.execute(dataclasses.replace(call, exchange=Exchange(keep, shared, pairs=pairs), copies=True))
+        transport.execute(dataclasses.replace(call, exchange=exchange_of(parts, keep, shared), copies=True))
         return wanted
     for tensor in shared:
         whole = tensor.new_empty((transport.world, *tensor.shape))
@@ -206,14 +209,17 @@ def _gathered(transport: Transport, call: Call, shared: tuple[Tensor, ...], pair
     return found
 
 
-def _added_up(transport: Transport, call: Call, made: list[Tensor], sums: tuple[Tensor, ...], pairs: Pairs) -> None:
-    """``made`` [R, ...], a part for each rank that this one visits, added up at their owners' in ``sums``."""
+def _added_up(
+    transport: Transport, call: Call, made: list[Tensor], sums: tuple[Tensor, ...], parts: Sequence[Part]
+) -> None:
+    """``made`` [R, ...], for each rank what this one made for the parts that it sees, added up at their owners'."""
 
     def hand_over(rank: int, given: tuple[Tensor, ...], blocks: tuple[Tensor, ...]) -> None:
-        for block, whole in zip(blocks, made, strict=True):
-            block.copy_(whole[rank])
+        for part, into in seen_of(parts, transport.rank, rank, blocks):
+            for block, whole in zip(into, made, strict=True):
+                block.copy_(whole[rank][:, :, part.rows])
 
-    transport.execute(dataclasses.replace(call, exchange=Exchange(hand_over, sums=sums, pairs=pairs), copies=True))
+    transport.execute(dataclasses.replace(call, exchange=exchange_of(parts, hand_over, sums=sums), copies=True))
 
 
 def _unused(*_: object) -> None:
@@ -245,26 +251,28 @@ def _forward(
     wide = accumulator_dtype(q.dtype)
     out = _output(q, v, wide)
     lse = q.new_empty(q.shape[:-1], dtype=wide)
-    pairs = visits.pairs(group.size(), q.shape[2])
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
+        me, world = transport.rank, transport.world
+        parts = visits.parts(world, q.shape[2])
         out.zero_()
         lse.fill_(-math.inf)
 
         def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
-            keys, values = given
-            visits.forward(transport.rank, rank, transport.world, q, keys, values, out, lse)
+            if rank == me:
+                visits.forward(me, me, world, q, *shared, out, lse)
+                return
+            for part, (keys, values) in seen_of(parts, me, rank, given):
+                visits.forward(me, rank, world, q, keys, values, out, lse, part.rows)
 
-        exchange = Exchange(visit, shared, pairs=pairs)
+        exchange = exchange_of(parts, visit, shared)
         call = Call(_NAME, "forward", settled, shapes=shapes, collective=_COLLECTIVE, exchange=exchange)
         if settled.mode != "unfused":
             transport.execute(call)
             return
-        whole = _gathered(transport, call, shared, pairs)
-        for hop in range(transport.world):
-            rank = (transport.rank + hop) % transport.world
-            if exchange.visits(transport.rank, rank):
-                visit(rank, tuple(x[rank] for x in whole), ())
+        whole = _gathered(transport, call, shared, parts)
+        for rank in (*range(me, world), *range(me)):
+            visit(rank, cut_of(parts, [x[rank] for x in whole]), ())
 
     dispatch(group, config, q.device, run, _phase("forward", q, k, v, group.size(), visits))
     return out.to(q.dtype), lse
@@ -318,33 +326,39 @@ def _backward(
     wide = accumulator_dtype(q.dtype)
     sums = (torch.empty_like(shared[0], dtype=wide), torch.empty_like(shared[1], dtype=wide))
     dq = q.new_empty(q.shape, dtype=wide)
-    pairs = visits.pairs(group.size(), q.shape[2])
 
     def run(transport: Transport, settled: OverlapConfig) -> None:
+        me, world = transport.rank, transport.world
+        parts = visits.parts(world, q.shape[2])
         dq.zero_()
 
-        def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
-            (keys, values), (dk, dv) = given, made
-            visits.backward(transport.rank, rank, transport.world, grad, q, keys, values, out, lse, dq, dk, dv)
+        def visit_own(dk: Tensor, dv: Tensor) -> None:
+            visits.backward(me, me, world, grad, q, *shared, out, lse, dq, dk, dv)
 
-        exchange = Exchange(visit, shared, sums=sums, pairs=pairs)
+        def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
+            if rank == me:
+                visit_own(*sums)
+                return
+            for part, (keys, values, dk, dv) in seen_of(parts, me, rank, given, made):
+                visits.backward(me, rank, world, grad, q, keys, values, out, lse, dq, dk, dv, part.rows)
+
+        exchange = exchange_of(parts, visit, shared, sums)
         call = Call(_NAME, "backward", settled, shapes=shapes, collective=_COLLECTIVE, exchange=exchange)
         if settled.mode != "unfused":
             transport.execute(call)
             return
-        whole = _gathered(transport, call, shared, pairs)
+        whole = _gathered(transport, call, shared, parts)
         made = [torch.empty_like(x, dtype=wide) for x in whole]
-        for hop in range(transport.world):
-            rank = (transport.rank + 1 + hop) % transport.world
-            if exchange.visits(transport.rank, rank):
-                visit(rank, tuple(x[rank] for x in whole), tuple(x[rank] for x in made))
-        if pairs is not None:
-            _added_up(transport, call, made, sums, pairs)
+        for rank in (*range(me + 1, world), *range(me)):
+            visit(rank, cut_of(parts, [x[rank] for x in whole]), cut_of(parts, [x[rank] for x in made]))
+        visit_own(*(x[me] for x in made))
+        if not all_seen(parts):
+            _added_up(transport, call, made, sums, parts)
             return
-        for parts, total in zip(made, sums, strict=True):
+        for everyone, total in zip(made, sums, strict=True):
             scatter = Scatter(_rows(total), _unused)
             one = Call(_NAME, "backward", settled, scatter=scatter, shapes=shapes, collective=_COLLECTIVE)
-            transport.reduce_scatter(one, parts.view(transport.world, *_rows(total).shape))
+            transport.reduce_scatter(one, everyone.view(transport.world, *_rows(total).shape))
 
     dispatch(group, config, q.device, run, _phase("backward", q, k, v, group.size(), visits))
     return dq.to(q.dtype), sums[0].to(k.dtype), sums[1].to(v.dtype)

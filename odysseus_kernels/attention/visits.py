@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.attention.dropout import Dropout
-from odysseus_kernels.attention.layout import Piece, pieces, positions, seen_pairs, sides, visible
+from odysseus_kernels.attention.layout import Piece, pieces, positions, seen_parts, sides, visible
 from odysseus_kernels.attention.local import attend, attend_backward
-from odysseus_kernels.planner.ring import Pairs
+from odysseus_kernels.planner.ring import Part
 
 __all__ = ["Visits", "Where", "merge_parts"]
 
@@ -49,24 +49,33 @@ class Visits:
         """The documents' ids where pieces are planned."""
         return None if self.documents is None else self.documents.cpu()
 
-    def pairs(self, world: int, rows: int) -> Pairs | None:
-        """Whose keys each rank looks at, equal on all ranks; None if all look at all.
+    def parts(self, world: int, rows: int) -> tuple[Part, ...]:
+        """The tokens of every rank in parts, and who looks at each, equal on all ranks; a single one if all is seen.
 
         With documents the same that plans the pieces of each visit, and on a GPU it has the host wait likewise.
         """
-        found = seen_pairs(
+        return seen_parts(
             world, rows, self.layout, causal=self.causal, window=self.window, documents=self.host_documents
         )
-        return None if all(all(row) for row in found) else found
 
     def forward(
-        self, rank: int, visited: int, world: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+        self,
+        rank: int,
+        visited: int,
+        world: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        part: slice | None = None,
     ) -> None:
         """Merges attention to ``visited``'s keys into ``out`` [B, Hq, S, Dv] and ``lse`` [B, Hq, S], both wide.
 
-        At first ``out`` is 0 and ``lse`` is -inf.
+        At first ``out`` is 0 and ``lse`` is -inf.  ``part``: which of its S keys k and v are; None is all.
         """
-        self.merge(self._pieces(rank, visited, world, q), self._where(rank, visited, world, q), q, k, v, out, lse)
+        planned, where = self._pieces(rank, visited, world, q, part), self._where(rank, visited, world, q, part)
+        self.merge(planned, where, q, k, v, out, lse)
 
     def backward(
         self,
@@ -82,10 +91,14 @@ class Visits:
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,
+        part: slice | None = None,
     ) -> None:
-        """Adds to ``dq`` (wide) and writes all of ``dk`` and ``dv``: what this rank's queries make for ``visited``."""
-        planned = self._pieces(rank, visited, world, q)
-        where = self._where(rank, visited, world, q)
+        """Adds to ``dq`` (wide) and writes all of ``dk`` and ``dv``: what this rank's queries make for ``visited``.
+
+        Of all its keys, or of ``part`` of them.
+        """
+        planned = self._pieces(rank, visited, world, q, part)
+        where = self._where(rank, visited, world, q, part)
         # Pieces that share keys are added in the accumulator's type and rounded once.
         alone = len(planned) == 1
         totals = [x if alone or x.dtype == dq.dtype else torch.empty_like(x, dtype=dq.dtype) for x in (dk, dv)]
@@ -162,7 +175,7 @@ class Visits:
                 else:
                     total[:, :, keys] += share
 
-    def _pieces(self, rank: int, visited: int, world: int, q: Tensor) -> list[Piece]:
+    def _pieces(self, rank: int, visited: int, world: int, q: Tensor, part: slice | None) -> list[Piece]:
         return pieces(
             rank,
             visited,
@@ -172,15 +185,17 @@ class Visits:
             causal=self.causal,
             window=self.window,
             documents=self.host_documents,
+            keys=part,
         )
 
-    def _where(self, rank: int, visited: int, world: int, q: Tensor) -> Where:
+    def _where(self, rank: int, visited: int, world: int, q: Tensor, part: slice | None) -> Where:
         length = q.shape[2] * world
+        keys = slice(None) if part is None else part
 
         def where() -> tuple[Tensor, Tensor]:
             return (
                 positions(rank, world, length, self.layout, q.device),
-                positions(visited, world, length, self.layout, q.device),
+                positions(visited, world, length, self.layout, q.device)[keys],
             )
 
         return where

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -47,6 +48,10 @@ class Bundle:
             end = offsets[-1] + math.prod(shape) * dtype.itemsize
         return Bundle(specs, tuple(offsets), end)
 
+    def only(self, taken: Sequence[bool]) -> Bundle:
+        """The tensors that are ``taken``, one after another."""
+        return self if all(taken) else Bundle.of(tuple(itertools.compress(self.specs, taken)))
+
     def tensors(self, raw: Tensor) -> tuple[Tensor, ...]:
         """The tensors in ``raw``, at least ``nbytes`` bytes that begin at a multiple of 64."""
         found = []
@@ -84,19 +89,29 @@ class Intake:
     def __init__(self, exchange: Exchange, world: int, reduce_dtype: torch.dtype, held: Tensor) -> None:
         self._received = exchange.received
         wide = held_bundle(exchange, world, reduce_dtype).tensors(held)
+        # A slice is added up as it lies: rows that belong together, one batch after another.
+        self._outs = [
+            out.view(1, 1, -1) if out.is_contiguous() else out.view(-1, *out.shape[-2:]) for out in exchange.sums
+        ]
         self._sums = [
-            PieceSum(out.view(1, 1, -1), world, reduce_dtype, as_bytes(wide[index]) if wide else None)
-            for index, out in enumerate(exchange.sums)
+            PieceSum(out, world, reduce_dtype, as_bytes(wide[index]) if wide else None)
+            for index, out in enumerate(self._outs)
         ]
 
     def skip(self) -> None:
         """In place of :meth:`take` for a rank that made nothing for this one."""
-        for total in self._sums:
-            total.add(0, 1, None)
+        self._add([None] * len(self._sums))
 
-    def take(self, source: int, blocks: Sequence[Tensor]) -> None:
-        """``blocks`` are what rank ``source`` made; before the last rank's, the own part lies in the sums."""
-        for total, block in zip(self._sums, blocks, strict=False):
-            total.add(0, 1, block.view(1, 1, -1))
+    def take(self, source: int, blocks: Sequence[Tensor], taken: Sequence[bool] | None = None) -> None:
+        """``blocks`` are what rank ``source`` made; before the last rank's, the own part lies in the sums.
+
+        Only those for sums that are ``taken``, or all of them, are read.
+        """
+        made = blocks[: len(self._sums)]
+        self._add(made if taken is None else [block if one else None for block, one in zip(made, taken, strict=True)])
         for out, block in zip(self._received, blocks[len(self._sums) :], strict=True):
             out[source].copy_(block)
+
+    def _add(self, blocks: Sequence[Tensor | None]) -> None:
+        for total, out, block in zip(self._sums, self._outs, blocks, strict=True):
+            total.add(0, out.shape[1], None if block is None else block.view(out.shape))

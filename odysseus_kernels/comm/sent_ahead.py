@@ -112,7 +112,7 @@ def gathered_shards(call: Call) -> Prefetch | None:
     if call.gather is not None:
         return Prefetch("gather", (call.gather.shard,))
     # Where not all visit all, what is sent ahead would go to ranks that do not want it.
-    if call.exchange is not None and call.exchange.shared and call.exchange.pairs is None:
+    if call.exchange is not None and call.exchange.shared and call.exchange.everyone:
         return Prefetch("shared", call.exchange.shared)
     return None
 

@@ -157,9 +157,9 @@ class Call:
         if self.scatter is not None:
             parts.append(f"scatters {_describe(self.scatter.out)}")
         if self.exchange is not None:
+            parts.append(self.exchange.described_pairs)  # ahead of tensors, which may be many
             for name in ("shared", "addressed", "sums", "received"):
                 parts += [f"{name} {_describe(tensor)}" for tensor in getattr(self.exchange, name)]
-            parts.append(self.exchange.described_pairs)
         if self.pipeline is not None:
             parts += [f"gathers {_describe(shard)}" for shard in self.pipeline.shards]
             if self.pipeline.out is not None:
@@ -358,19 +358,22 @@ class Transport(abc.ABC):
     def _count_exchange(self, call: Call, exchange: Exchange) -> None:
         """Each peer is sent all of what is shared and summed, and its part of what is addressed and received.
 
-        Under ``pairs`` what is shared goes to those that visit this rank, and sums to those it visits.
+        Under ``pairs`` or ``parts`` what is shared goes to those that take it, and sums to those for which this rank
+        makes something.
         """
-        served, visited = exchange.peers(self.rank, self.world)
+        rank, world = self.rank, self.world
         kinds = (
-            ("all_gather", exchange.shared, served, 1),
-            ("reduce_scatter", exchange.sums, visited, 1),
-            ("all_to_all", (*exchange.addressed, *exchange.received), self.world - 1, self.world),
+            ("all_gather", exchange.shared, exchange.served),
+            ("reduce_scatter", exchange.sums, exchange.visited),
         )
-        for collective, tensors, peers, parts in kinds:
+        for collective, tensors, peers in kinds:
             if tensors:
-                traffic = Traffic(call.operator, call.phase, call.collective or collective, self.name)
-                nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-                record(traffic, peers * nbytes // parts)
+                sent = sum(peers(rank, world, index) * tensor.nbytes for index, tensor in enumerate(tensors))
+                record(Traffic(call.operator, call.phase, call.collective or collective, self.name), sent)
+        parts = (*exchange.addressed, *exchange.received)
+        if parts:
+            sent = (world - 1) * sum(tensor.numel() * tensor.element_size() for tensor in parts) // world
+            record(Traffic(call.operator, call.phase, call.collective or "all_to_all", self.name), sent)
 
 
 class LocalTransport(Transport):

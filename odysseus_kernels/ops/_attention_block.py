@@ -19,6 +19,7 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from odysseus_kernels.attention.parts import exchange_of, seen_of
 from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.groups import dispatch
@@ -109,11 +110,14 @@ class Block:
         q, out = heads(work.q), heads(work.attended)
 
         def visit(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
-            if rank != me:  # this rank's own keys have been attended to
-                self._visits.forward(me, rank, ranks, q, given[0], given[1], out, work.lse)
+            if rank == me:  # this rank's own keys have been attended to
+                return
+            for part, (keys, values) in seen_of(parts, me, rank, given):
+                self._visits.forward(me, rank, ranks, q, keys, values, out, work.lse, part.rows)
 
         shared = (heads(work.k).contiguous(), heads(work.v).contiguous())
-        self._exchange("forward", Exchange(visit, shared, pairs=self._visits.pairs(ranks, q.shape[2])), work.q, 2)
+        parts = self._visits.parts(ranks, q.shape[2])
+        self._exchange("forward", exchange_of(parts, visit, shared), work.q, 2)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -190,12 +194,13 @@ class Block:
             if rank == me:  # what its own keys contribute is added piece by piece, later
                 for total in made:
                     total.zero_()
-            else:
-                self._visits.backward(me, rank, ranks, grad, q, given[0], given[1], out, work.lse, dq, made[0], made[1])
+                return
+            for part, (keys, values, dk, dv) in seen_of(parts, me, rank, given, made):
+                self._visits.backward(me, rank, ranks, grad, q, keys, values, out, work.lse, dq, dk, dv, part.rows)
 
         shared = (heads(work.k).contiguous(), heads(work.v).contiguous())
-        pairs = self._visits.pairs(ranks, q.shape[2])
-        self._exchange("backward", Exchange(visit, shared, sums=(work.dk, work.dv), pairs=pairs), work.q, 5)
+        parts = self._visits.parts(ranks, q.shape[2])
+        self._exchange("backward", exchange_of(parts, visit, shared, (work.dk, work.dv)), work.q, 5)
 
     # ---- both --------------------------------------------------------------------------------------------------------
 

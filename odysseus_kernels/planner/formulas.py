@@ -31,7 +31,7 @@ tsp           send_recv of [L, 2k] over all W;             send_recv of [L, 2k],
 ZeRO-3 weights are cut over all W ranks.  Weights that are cut over seq have copies on the ring, whose gradients are
 all-reduced over it; those of norms, over the ranks that hold different tokens.  Ring attention sends k and v to R - 1
 peers forward, and again in backward, where their partial gradients return in the accumulator's type (fp32, or fp64);
-to fewer where a window or documents hide all of a rank's keys from another (ring.py).  Under tsp all W ranks are its
+parts of them to fewer where a window or documents hide these from others (ring.py).  Under tsp all W ranks are its
 ring.  For an attention function that takes all keys at once (eager) tsp gathers them in forward, where they are kept:
 all_gather of [L, 2k] forward, reduce_scatter backward.
 """
@@ -122,8 +122,8 @@ def traffic(
         keys_at_once: under ``"tsp"``, whether the attention function takes all keys at once, as eager attention does.
         tile_rows: as in :class:`~odysseus_kernels.OverlapConfig`, or None.  With ``checkpointing``
             the layer is then recomputed up to its feed-forward network, which recomputes itself.
-        ring_peers: how many others of the attention's ring one rank sends to, where a window or documents hide some;
-            None: all of them.
+        ring_peers: how many others of the attention's ring one rank sends to, parts of its tokens counted as parts,
+            where a window or documents hide some; None: all of them.
 
     Returns:
         Only what is not zero.

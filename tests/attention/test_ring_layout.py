@@ -130,7 +130,7 @@ def test_pieces_hold_all_that_is_visible(
         keys[:, : length // 3] = keys[:, -2:] = -1
         ids = torch.stack((torch.zeros_like(keys), keys))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layouts, "_TILE", tile)
+        patch.setattr(layouts, "TILE", tile)
         patch.setattr(layouts, "_MASK_KEYS", 3 * tile)
         for rank in range(world):
             for visited in range(world):

@@ -7,6 +7,8 @@ it is given, in each visit, and all that comes out.  Values are small integers: 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
 import time
 import warnings
 from collections.abc import Callable
@@ -18,13 +20,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 import odysseus_kernels as ody
+from odysseus_kernels.comm.bundles import as_bytes
 from odysseus_kernels.comm.choice.selection import Phase
+from odysseus_kernels.comm.collective.exchange import ExchangeRun
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.functional import all_to_all
 from odysseus_kernels.comm.groups import dispatch, group_transports
+from odysseus_kernels.comm.host.exchange import HostExchange
 from odysseus_kernels.comm.host.transport import SymmetricHostTransport
 from odysseus_kernels.comm.host.windows import Windows
+from odysseus_kernels.comm.schedules.steps import Step, Task
 from odysseus_kernels.comm.transport import Call, Transport
+from odysseus_kernels.planner.ring import Pairs
 from odysseus_kernels.testing.compare import nan_empty
 from odysseus_kernels.testing.faults import Jitter, kill_self
 
@@ -33,12 +40,23 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Shapes and dtypes of an exchange; of ``addressed`` and ``received`` those of one part."""
+    """Shapes and dtypes of an exchange; of ``addressed`` and ``received`` those of one part.
+
+    With ``parts`` each tensor goes to ranks of its own, drawn by this number, and is a slice of a larger one.
+    """
 
     shared: tuple[Spec, ...] = ()
     addressed: tuple[Spec, ...] = ()
     sums: tuple[Spec, ...] = ()
     received: tuple[Spec, ...] = ()
+    parts: int = 0
+
+    def tables(self, world: int) -> tuple[Pairs, ...]:
+        if not self.parts:
+            return ()
+        draw = torch.Generator().manual_seed(self.parts)
+        drawn = torch.rand(max(len(self.shared), len(self.sums)), world, world, generator=draw) < 0.5
+        return tuple(tuple(map(tuple, (table | torch.eye(world, dtype=torch.bool)).tolist())) for table in drawn)
 
 
 def _config(transport: str, **settings: Any) -> ody.OverlapConfig:
@@ -64,6 +82,14 @@ def _strided(world: int, spec: Spec) -> Tensor:
     return torch.full((batch, rows, world, width + 3), 77, dtype=dtype).permute(2, 0, 1, 3)[..., 1 : width + 1]
 
 
+def _sliced(values: Tensor) -> Tensor:
+    """``values`` [.., rows, width] as rows of a tensor that has more."""
+    *front, rows, width = values.shape
+    larger = torch.full((*front, rows + 3, width), 77, dtype=values.dtype)
+    larger[..., 2 : rows + 2, :] = values
+    return larger[..., 2 : rows + 2, :]
+
+
 def run_case(
     transport: Callable[[Call], None], rank: int, world: int, case: Case, config: ody.OverlapConfig, seed: int
 ) -> None:
@@ -76,34 +102,49 @@ def run_case(
         return [block(kind, index, spec, source, target) for index, spec in enumerate(specs)]
 
     order = []
+    tables = case.tables(world)
+
+    def takes(visitor: int, owner: int, index: int) -> bool:
+        return not tables or tables[index][visitor][owner]
 
     def visit(peer: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
         order.append(peer)
         expected = part("shared", case.shared, peer, rank) + part("addressed", case.addressed, peer, rank)
         assert len(given) == len(expected)
-        for actual, value in zip(given, expected, strict=True):
+        for index, (actual, value) in enumerate(zip(given, expected, strict=True)):
+            if not takes(rank, peer, index):
+                assert actual.numel() == 0, "what is not taken cannot be read"
+                continue
             assert actual.shape == value.shape and actual.dtype == value.dtype
             assert torch.equal(actual, value), (rank, peer)
         results = part("sums", case.sums, rank, peer) + part("received", case.received, rank, peer)
-        for target, value in zip(made, results, strict=True):
-            target.copy_(value)
+        for index, (target, value) in enumerate(zip(made, results, strict=True)):
+            if takes(rank, peer, index):
+                target.copy_(value)
+            else:
+                assert target.numel() == 0, "nothing is made for it"
 
+    slices = _sliced if tables else lambda tensor: tensor
     with nan_empty():
         exchange = Exchange(
             visit,
-            tuple(part("shared", case.shared, rank, -1)),
+            tuple(map(slices, part("shared", case.shared, rank, -1))),
             tuple(
                 torch.stack([block("addressed", index, spec, rank, target) for target in range(world)])
                 for index, spec in enumerate(case.addressed)
             ),
-            tuple(torch.empty(shape, dtype=dtype) for shape, dtype in case.sums),
+            tuple(slices(torch.empty(shape, dtype=dtype)) for shape, dtype in case.sums),
             tuple(_strided(world, spec) for spec in case.received),
+            parts=tables,
         )
     transport(Call("probe", "forward", config, shapes=f"case {seed}", exchange=exchange))
     first = 1 if exchange.makes else 0
-    assert order == [(rank + first + hop) % world for hop in range(world)]
+    everyone = [(rank + first + hop) % world for hop in range(world)]
+    visited = [any(takes(rank, peer, index) for index in range(len(tables) or 1)) for peer in everyone]
+    assert order == list(itertools.compress(everyone, visited))
     for index, (spec, actual) in enumerate(zip(case.sums, exchange.sums, strict=True)):
-        total = sum(block("sums", index, spec, source, rank).double() for source in range(world))
+        makers = [source for source in range(world) if takes(source, rank, index)]
+        total = sum(block("sums", index, spec, source, rank).double() for source in makers)
         assert torch.equal(actual.double(), total), (rank, index)
     for index, (spec, actual) in enumerate(zip(case.received, exchange.received, strict=True)):
         for source in range(world):
@@ -126,6 +167,12 @@ KINDS_OF_CASES = (
         received=(((2, 3, 5), F16), ((1, 1, 1), I64)),
     ),
 )
+PARTED = (
+    Case(shared=(((2, 3, 5), F32), ((2, 4, 3), BF16), ((1, 1), torch.bool)), parts=1),
+    Case(sums=(((2, 3, 5), F32), ((4, 3), BF16), ((2, 2, 3, 4), F64), ((0, 4), F32)), parts=2),
+    Case(shared=(((2, 2, 3, 5), BF16),) * 4, sums=(((2, 2, 3, 5), F32),) * 4, parts=3),
+    Case(shared=(((3, 5), F32), ((2, 5), F32)), sums=(((1, 3, 5), F64), ((2, 1, 5), BF16)), parts=4),
+)
 
 
 def _transport(rank: int, config: ody.OverlapConfig) -> Transport:
@@ -145,11 +192,57 @@ def all_cases(rank: int, world: int, name: str) -> None:
     """Each kind of exchange alone in poisoned memory, and then all of them back to back."""
     config = _config(name)
     transport = _transport(rank, config)
-    for seed, case in enumerate(KINDS_OF_CASES):
+    cases = (*KINDS_OF_CASES, *PARTED)
+    for seed, case in enumerate(cases):
         _poison(transport)
         run_case(transport.execute, rank, world, case, config, seed)
-    for seed in range(2 * len(KINDS_OF_CASES)):
-        run_case(transport.execute, rank, world, KINDS_OF_CASES[seed * 5 % len(KINDS_OF_CASES)], config, seed)
+    for seed in range(2 * len(cases)):
+        run_case(transport.execute, rank, world, cases[seed * 5 % len(cases)], config, seed)
+
+
+def only_what_is_taken_moves(rank: int, world: int, name: str) -> list[tuple[int, int]]:
+    """Bytes that were copied into the own window, or handed to the links, and what the parts that are taken have."""
+    config = _config(name)
+    transport = _transport(rank, config)
+    published: list[int] = []
+    moved: list[int] = []
+    publish, all_to_all_of = HostExchange.publish, ExchangeRun._issue
+
+    def watched_publish(self: HostExchange) -> None:
+        publish(self)
+        assert self.given is not None
+        for index, tensor in enumerate(self._windows.cell(rank, self.given, 0)):
+            untouched = bool((as_bytes(tensor) == 255).all())  # as it was poisoned
+            assert untouched == (self._exchange.served(rank, world, index) == 0), index
+            published.append(0 if untouched else tensor.nbytes)
+
+    def watched_issue(self: ExchangeRun, step: Step, task: Task, hop: int) -> None:
+        all_to_all_of(self, step, task, hop)
+        moved.append(self._sent[task, hop].numel())
+
+    found = []
+    for seed, case in enumerate(PARTED):
+        if name == "symmetric" and not case.shared:
+            continue
+        _poison(transport)
+        del published[:], moved[:]
+        with (
+            mock.patch.object(HostExchange, "publish", watched_publish),
+            mock.patch.object(ExchangeRun, "_issue", watched_issue),
+            ody.CommRecorder() as record,
+        ):
+            run_case(transport.execute, rank, world, case, config, seed)
+        nbytes = [[torch.Size(shape).numel() * dtype.itemsize for shape, dtype in x] for x in (case.shared, case.sums)]
+        tables = case.tables(world)
+        served = [sum(row[rank] for row in table) - 1 for table in tables]
+        visited = [sum(table[rank]) - 1 for table in tables]
+        sent = [sum(map(operator.mul, sizes, counts)) for sizes, counts in zip(nbytes, (served, visited), strict=True)]
+        assert record.bytes() == sum(sent)
+        if name == "symmetric":
+            found.append((sum(published), sum(size for size, count in zip(nbytes[0], served, strict=True) if count)))
+        else:
+            found.append((sum(moved), sum(sent)))
+    return found
 
 
 def between_operators(rank: int, world: int, name: str, seed: int, count: int) -> int:
@@ -256,11 +349,14 @@ def odd_rank(rank: int, world: int, name: str, what: str, odd: int) -> Any:
         "shared": lambda: _run(transport, dataclasses.replace(agreed, shared=(((3, 3), F32),)), world),
         "received": lambda: _run(transport, dataclasses.replace(agreed, received=(((2, 3, 4), F16),)), world),
         "program": lambda: _run(transport, KINDS_OF_CASES[0], world),
+        "parts": lambda: run_case(transport.execute, rank, world, dataclasses.replace(PARTED[2], parts=5), config, 7),
         "operator": lambda: ody.all_gather_linear(torch.ones(3, 8), torch.ones(5, 8), group=None, config=config),
     }
     try:
         if rank == odd:
             calls[what]()
+        elif what == "parts":
+            run_case(transport.execute, rank, world, PARTED[2], config, 7)
         else:
             _run(transport, agreed, world)
     except ody.CommunicationError as error:

@@ -33,13 +33,22 @@ def test_bytes(ranks: RankPools, world: int, transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("world", (2, 3, 4))
+def test_parts_that_nobody_takes_are_not_moved(ranks: RankPools, world: int, transport: str) -> None:
+    for found in ranks(world).run(cases.only_what_is_taken_moves, transport):
+        for moved, taken in found:
+            # Tensors of a bundle begin at multiples of 64 bytes.
+            assert taken <= moved < taken + 64 * 8 * world and (moved == taken or transport == "collective")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", (1, 2, 3))
 def test_all_to_all(ranks: RankPools, world: int, transport: str) -> None:
     ranks(world).run(cases.plain, transport)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("what", ("shared", "received", "program", "operator"))
+@pytest.mark.parametrize("what", ("shared", "received", "program", "operator", "parts"))
 def test_every_rank_learns_which_one_differs(ranks: RankPools, transport: str, what: str) -> None:
     for error, message in ranks(3).run(cases.odd_rank, transport, what, 1):
         assert error == "RankMismatchError" and "rank 1 differs" in message and "probe forward" in message, message

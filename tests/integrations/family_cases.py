@@ -21,6 +21,7 @@ from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.huggingface import parallelize
 from odysseus_kernels.nn.master import MasterWeights
 from odysseus_kernels.nn.sequence import shard_sequence
+from odysseus_kernels.planner.ring import RingPeers, parts_in_sight, ring_peers
 
 VOCABULARY = 120
 _DENSE = {"intermediate_size": 144}
@@ -339,6 +340,14 @@ def data_parallel_masters(
     for name, p in model.named_parameters():
         assert torch.equal(p.full_tensor(), masters[name].bfloat16()), name
     return (gradients, masters) if rank == 0 else None
+
+
+def peers_of(case: Case, strategy: str, world_size: int, ring: int, rank: int) -> RingPeers:
+    """To how many others of the attention's ring ``rank`` sends under the family's window."""
+    window = dict(case.changes).get("sliding_window", _FAMILIES[case.family][1].get("sliding_window"))
+    size, own = (world_size, rank) if strategy == "tsp" else (ring, rank // (world_size // ring))
+    parts = parts_in_sight(size, case.length // size, "zigzag", causal=True, window=window)
+    return ring_peers(parts, own)
 
 
 def traffic_of_a_layer(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 
 import pytest
 import torch
 from covering import every_pair
-from family_cases import Case, traffic_of_a_layer
+from family_cases import Case, peers_of, traffic_of_a_layer
 
 from odysseus_kernels.planner.formulas import LayerShape, traffic
 from odysseus_kernels.planner.ring import RingPeers
@@ -85,7 +86,7 @@ def test_what_only_some_strategies_can(ranks, strategy, mesh):
 
 
 def check(ranks, strategy, world_size, ring, runs):
-    for found in ranks(world_size).run(traffic_of_a_layer, runs, strategy, ring):
+    for rank, found in enumerate(ranks(world_size).run(traffic_of_a_layer, runs, strategy, ring)):
         for (case, settings), counts in zip(runs, found, strict=True):
             expected = traffic(
                 shape(case),
@@ -97,13 +98,15 @@ def check(ranks, strategy, world_size, ring, runs):
                 element_size=case.dtype.itemsize,
                 pipelined="pipeline" in settings,
                 keys_at_once=case.attention == "eager",
+                ring_peers=peers_of(case, strategy, world_size, ring, rank),
             )
             assert counts == expected, f"{case}, {settings}"
 
 
 @pytest.mark.parametrize(("strategy", "ring"), [("tsp", 1), ("tsp", 2), ("odysseus", 4), ("tp", 4)])
 def test_a_window_within_the_next_block_is_sent_to_neighbours_only(ranks, strategy, ring):
-    # Blocks of 3 tokens: a query sees its own and the one before, which in zigzag order lie on neighbouring ranks.
+    # Blocks of 3 tokens: a query sees its own and the one before, which in zigzag order lie on neighbouring ranks: each
+    # gets one of a rank's two blocks.
     case = Case(family="mistral", changes=(("sliding_window", 3),))
     runs: list[tuple[Case, dict]] = [(case, {}), (case, {"mode": "unfused"})]
     if strategy == "odysseus":
@@ -118,6 +121,6 @@ def test_a_window_within_the_next_block_is_sent_to_neighbours_only(ranks, strate
                 tokens=case.batch * case.length,
                 ring=ring,
                 pipelined="pipeline" in settings,
-                ring_peers=RingPeers(neighbours, neighbours),
+                ring_peers=RingPeers(Fraction(neighbours, 2), Fraction(neighbours, 2)),
             )
             assert counts == expected, f"rank {rank}, {settings}"

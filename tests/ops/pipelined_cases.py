@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ring_tiles import tiles_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import odysseus_kernels as ody
 from benchmarks.common.memory import peak_of_others, record_allocations
-from odysseus_kernels.attention.layout import positions, striped_positions, visible
+from odysseus_kernels.attention.layout import positions, seen_parts, striped_positions, visible
 from odysseus_kernels.comm.recorder import CommRecorder
 from odysseus_kernels.ops._attention_pieces import Settings
+from odysseus_kernels.planner.ring import ring_peers
 from odysseus_kernels.testing.compare import assert_close_to_truth, nan_empty
 
 WIDTH, HEAD = 24, 8
@@ -234,6 +236,28 @@ def check(
                     baseline=usual if tensor.numel() >= 256 else None,
                     name=f"{name} of {case}, {transport}, {mode}, rank {rank}",
                 )
+
+
+def check_parts(
+    rank: int, world: int, dtype: str, modes: tuple[tuple[str, str], ...], tile: int, problems: list[dict[str, Any]]
+) -> None:
+    """The same where a ring rank's keys are cut into parts of some tiles of so many tokens."""
+    with tiles_of(tile):
+        check(rank, world, dtype, modes, problems)
+
+
+def ring_bytes(rank: int, world: int, transport: str, tile: int, problem: dict[str, Any]) -> list[tuple[int, int]]:
+    """What a ring rank sends of keys and values, and their gradients, forward and backward: recorded, and by hand."""
+    case, config = Problem(**problem), ody.OverlapConfig(transport=transport, timeout_s=60)
+    size, ids = world // case.ring, case.ids(world)
+    tokens = case.rows * size
+    with tiles_of(tile), ody.CommRecorder() as record:
+        block(case, rank, world, torch.float32, config)
+        parts = seen_parts(case.ring, tokens, "zigzag", causal=True, window=case.window, documents=ids)
+    peers = ring_peers(parts, rank // size)
+    elements = case.batch * 2 * inputs(case, rank, world, torch.float32)["wk"].shape[0] * tokens
+    expected = {"forward": 4 * peers.served * elements, "backward": 4 * (peers.served + peers.visited) * elements}
+    return [(record.bytes(operator="ring_attention", phase=phase), int(count)) for phase, count in expected.items()]
 
 
 def graphs(rank: int, world: int) -> None:

@@ -63,6 +63,33 @@ def test_crossed_with_a_ring(ranks: RankPools, dtype: str, world: int, ring: int
     ranks(world).run(cases.check, dtype, modes, [{**problem, "ring": ring} for problem in RINGS])
 
 
+# Windows smaller than a block of 6 to 16 tokens, which lies in two tiles or more, and documents that straddle blocks.
+PARTS = [
+    {"rows": 12, "window": 3, "pieces": 2, "bias": True},
+    {"rows": 12, "documents": True, "pieces": [1, 8, 3], "kv_heads": 1},
+    {"rows": 12, "window": 7, "documents": True, "key_mask": True, "pieces": 3, "gathered": "save"},
+]
+
+
+@pytest.mark.parametrize(("world", "ring"), ((2, 2), (4, 2), (3, 3), (4, 4)))
+@pytest.mark.parametrize("dtype", ("float64", "bfloat16"))
+def test_parts_of_a_ring(ranks: RankPools, dtype: str, world: int, ring: int) -> None:
+    modes = (*BOTH, ("symmetric", "unfused")) if (world, ring) == (4, 2) else BOTH
+    ranks(world).run(cases.check_parts, dtype, modes, 3, [{**problem, "ring": ring} for problem in PARTS])
+
+
+@pytest.mark.parametrize("transport", ("symmetric", "collective"))
+@pytest.mark.parametrize(("world", "ring"), ((4, 2), (3, 3)))
+def test_bytes_of_a_ring_are_those_of_parts(ranks: RankPools, world: int, ring: int, transport: str) -> None:
+    whole = ranks(world).run(cases.ring_bytes, transport, 3, {"rows": 12, "ring": ring})
+    for problem in PARTS[:2]:
+        found = ranks(world).run(cases.ring_bytes, transport, 3, {**problem, "ring": ring})
+        for counts in found:
+            assert all(recorded == expected for recorded, expected in counts)
+        if "window" in problem:  # the last tile of each block to one rank at most, instead of all to all
+            assert all(4 * some[0][0] <= every[0][0] for some, every in zip(found, whole, strict=True))
+
+
 def test_graphs(ranks: RankPools) -> None:
     ranks(2).run(cases.graphs)
 

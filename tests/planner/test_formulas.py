@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 
+from odysseus_kernels.planner import ring as rings
 from odysseus_kernels.planner.formulas import (
     STRATEGIES,
     LayerShape,
@@ -15,7 +17,7 @@ from odysseus_kernels.planner.formulas import (
     traffic,
 )
 from odysseus_kernels.planner.memory import head_saved, saved
-from odysseus_kernels.planner.ring import RingPeers, busiest_peers, pairs_in_sight, ring_peers
+from odysseus_kernels.planner.ring import RingPeers, busiest_peers, parts_in_sight, ring_peers
 
 # d = 64, q = 64, dk = 64, i = 96: Ld = 4096 at L = 64; Pf = 3 * 64 * 96 = 18432; Pa = 4 * 64 * 64 = 16384.
 MHA = LayerShape(hidden=64, intermediate=96, heads=8, kv_heads=8, head_dim=8)
@@ -92,22 +94,26 @@ def test_ring_under_a_window() -> None:
     # R = 4: blocks of 8 tokens, in zigzag order 0 and 7, 1 and 6, 2 and 5, 3 and 4.
     ranks = range(4)
 
-    def peers(window: int | None) -> list[tuple[int, int]]:
-        pairs = pairs_in_sight(4, 16, "zigzag", causal=True, window=window)
-        return [ring_peers(pairs, rank) for rank in ranks]
+    def peers(window: int | None, layout: str = "zigzag") -> list[RingPeers]:
+        parts = parts_in_sight(4, 16, layout, causal=True, window=window)
+        return [ring_peers(parts, rank) for rank in ranks]
 
     assert peers(1) == [(0, 0)] * 4  # every query sees itself only
-    # A query sees its own block and the one before: rank 0 is seen by, and sees, rank 1; rank 3's two are neighbours.
-    assert peers(2) == peers(9) == [(1, 1), (2, 2), (2, 2), (1, 1)]
-    assert peers(10) == [(2, 2), (3, 3), (3, 3), (2, 2)]  # and the first token of it the last of the one before that
+    # A query sees its own block and the one before: each rank one block of each neighbour; rank 3's two are neighbours.
+    half = Fraction(1, 2)
+    assert peers(2) == peers(9) == [(half, half), (1, 1), (1, 1), (half, half)]
+    # And the first token of it the last of the one before that: rank 2's late block both of rank 3's.
+    assert peers(10) == [(1, 1), (3 * half, 3 * half), (3 * half, 2), (3 * half, 1)]
     assert peers(64) == peers(None) == [(3, 3)] * 4
-    assert busiest_peers(4, 64, 9) == (2, 2) and busiest_peers(4, 64, None) == (3, 3)
-    assert busiest_peers(1, 64, 9) == (0, 0)
+    # All but the first key: the late blocks of ranks before have not been seen by anybody in any case.
+    assert peers(63) == [(3 * half, 3), (2, 5 * half), (5 * half, 2), (3, 3 * half)]
+    assert busiest_peers(4, 64, 9) == (1, 1) and busiest_peers(4, 64, None) == busiest_peers(4, 64, 64) == (3, 3)
+    assert busiest_peers(4, 64, 10) == (3 * half, 2) and busiest_peers(1, 64, 9) == (0, 0)
+    # What travels in 4 bytes weighs more, or in as many as what it is the gradient of.
+    assert busiest_peers(4, 64, 63, 2) == busiest_peers(4, 64, 63, 4) == (3, 3 * half)
     # In one block each, a rank sees those before it; with a window of at most a block the one before.
-    pairs = pairs_in_sight(4, 16, "contiguous", causal=True, window=None)
-    assert [ring_peers(pairs, rank) for rank in ranks] == [(3, 0), (2, 1), (1, 2), (0, 3)]
-    pairs = pairs_in_sight(4, 16, "contiguous", causal=True, window=17)
-    assert [ring_peers(pairs, rank) for rank in ranks] == [(1, 0), (1, 1), (1, 1), (0, 1)]
+    assert peers(None, "contiguous") == [(3, 0), (2, 1), (1, 2), (0, 3)]
+    assert peers(17, "contiguous") == [(1, 0), (1, 1), (1, 1), (0, 1)]
     # 16 tokens of k and v of width 16 to each of two ranks that see them, and gradients in fp32 to one.
     for strategy, world, ring in (("ulysses", 1, 4), ("tsp", 2, 2)):
         sent = traffic(GQA, strategy, world, tokens=L, ring=ring, element_size=2, ring_peers=RingPeers(2, 1))
@@ -115,6 +121,11 @@ def test_ring_under_a_window() -> None:
         assert sent["backward", "ring_attention", "send_recv"] == 2 * 512 * 2 + 512 * 4
         alone = traffic(GQA, strategy, world, tokens=L, ring=ring, ring_peers=RingPeers(0, 0))
         assert not any(operator == "ring_attention" for _, operator, _ in alone)
+        # Half of the tokens to one and all to another; gradients of a quarter of another's.
+        some = RingPeers(3 * half, half / 2)
+        sent = traffic(GQA, strategy, world, tokens=L, ring=ring, element_size=2, ring_peers=some)
+        assert sent["forward", "ring_attention", "send_recv"] == 3 * 256 * 2
+        assert sent["backward", "ring_attention", "send_recv"] == 3 * 256 * 2 + 128 * 4
     # Keys and values that are gathered at once do not go round.
     eager = {"tokens": L, "keys_at_once": True}
     assert traffic(GQA, "tsp", 4, **eager, ring_peers=RingPeers(1, 1)) == traffic(GQA, "tsp", 4, **eager)
@@ -277,10 +288,26 @@ def test_a_head_keeps_no_logits():
     assert head_saved(64, "tp_sp", 4, tokens=L) == 16 * (256 + 20) + 8 * 64
 
 
+@pytest.mark.parametrize("tile", (1, 3, 512))
 @pytest.mark.parametrize("world", (1, 2, 3, 4, 5, 8))
-def test_the_busiest_rank_of_a_ring_is_that_of_its_pairs(world: int) -> None:
-    for rows in (2, 6):
-        for window in (None, *range(1, 2 * rows * world + 2)):
-            pairs = pairs_in_sight(world, rows, "zigzag", causal=True, window=window)
-            counted = max(ring_peers(pairs, rank) for rank in range(world))
-            assert busiest_peers(world, rows * world, window) == counted, (rows, window)
+def test_the_busiest_rank_of_a_ring_is_that_of_its_parts(
+    monkeypatch: pytest.MonkeyPatch, world: int, tile: int
+) -> None:
+    monkeypatch.setattr(rings, "TILE", tile)
+    for rows in (2, 6, 14):
+        for window in (None, *range(1, rows * world + 3)):
+            parts = parts_in_sight.__wrapped__(world, rows, "zigzag", causal=True, window=window)
+            everyone = [ring_peers(parts, rank) for rank in range(world)]
+            for size in (2, 4, 8):
+                found = busiest_peers(world, rows * world, window, size)
+                assert found in everyone
+                sent = [2 * size * peers.served + max(4, size) * peers.visited for peers in (found, *everyone)]
+                assert sent[0] == max(sent), (rows, window, size)
+
+
+def test_the_busiest_rank_of_ten_thousand_is_found_at_once() -> None:
+    # Blocks of 50000 tokens, a window that ends in the third one on: what four ranks beside get of each block.
+    ranks, size = 10_000, 50_000
+    end = size - (3 * size - 120_000 + 1) // 512 * 512
+    per_block = Fraction(2 * size + end, 2 * size)
+    assert busiest_peers(ranks, 2 * size * ranks, 120_000) == (2 * per_block, 2 * per_block)

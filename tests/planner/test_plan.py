@@ -63,7 +63,7 @@ def test_bytes_and_saved_memory_are_the_formulas(arguments) -> None:
         tokens = found.batch // split.dp * split.padded(found.seq_len)
         sizes = {"ring": split.ring, "element_size": size}
         ring = split.everyone if split.strategy == "tsp" else split.ring
-        peers = busiest_peers(ring, split.padded(found.seq_len), model.window)
+        peers = busiest_peers(ring, split.padded(found.seq_len), model.window, size)
         layer = traffic(
             shape, split.strategy, split.seq, tokens=tokens, checkpointing=found.checkpointing,
             pipelined=one.pieces > 1, ring_peers=peers, **sizes,

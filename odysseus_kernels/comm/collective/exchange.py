@@ -11,8 +11,9 @@ links of CPU ranks (``comm/collective/links.py``) send nothing but the one block
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from odysseus_kernels.comm.bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
 from odysseus_kernels.comm.collective.ahead import Ahead, Sender, Sending
 from odysseus_kernels.comm.collective.lanes import Lane
-from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.exchange import Exchange, spread
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.schedules.collective import IN_FLIGHT, collective_schedule
 from odysseus_kernels.comm.schedules.steps import Kind, Step, Task
@@ -47,6 +48,7 @@ class ExchangeRun:
         held = held_bundle(exchange, world, call.config.reduce_dtype)
         self._intake = Intake(exchange, world, call.config.reduce_dtype, self._empty(held.nbytes))
         self._slots: dict[tuple[str, int], Tensor] = {}
+        self._packed: dict[int, tuple[bool, ...]] = {}  # which shared tensors lie in a slot that leaves
         self._work: dict[tuple[Task, int], Any] = {}
         # Kept until the transfer has finished: the backend reads them.
         self._sent: dict[tuple[Task, int], Tensor] = {}
@@ -62,6 +64,7 @@ class ExchangeRun:
         key = (Task.GIVEN, 0)
         self._slots["given", 0], self._slots["giving", 0] = first.arrived, first.own
         self._work[key], self._sent[key] = first.work, first.own
+        self._packed[0] = (True,) * len(self._exchange.shared)
         return True
 
     def steps(self, wait: Callable[[Any], None], prefetch: Prefetch | None) -> Ahead | None:
@@ -89,8 +92,9 @@ class ExchangeRun:
         return sender.ahead
 
     def _take(self, step: Step) -> None:
+        taken = self._exchange.taken(step.rank, self._rank, "sums")
         if self._exchange.visits(step.rank, self._rank):
-            self._intake.take(step.rank, self._made.tensors(self._slot("taken", step.piece, self._made)))
+            self._intake.take(step.rank, self._in_slot("taken", step.piece, self._made, taken), taken)
         else:
             self._intake.skip()
 
@@ -107,16 +111,24 @@ class ExchangeRun:
             shared = Bundle.of(tuple((tuple(tensor.shape), tensor.dtype) for tensor in exchange.shared))
             given = (*shared.tensors(self._first.arrived), *self._rest.tensors(self._slot("given", 0, self._given)))
         elif exchange.gives:
-            given = self._given.tensors(self._slot("given", step.piece, self._given))
+            given = self._in_slot("given", step.piece, self._given, exchange.taken(rank, step.rank, "shared"))
         if exchange.makes:
-            made = self._made.tensors(self._slot("made", step.piece, self._made))
+            made = self._in_slot("made", step.piece, self._made, exchange.taken(rank, step.rank, "sums"))
         exchange.visit(step.rank, given, made)
+
+    def _in_slot(self, name: str, hop: int, bundle: Bundle, taken: tuple[bool, ...]) -> tuple[Tensor, ...]:
+        """The tensors of ``bundle`` in a slot, which holds only those that are taken."""
+        if not self._exchange.parts:
+            return bundle.tensors(self._slot(name, hop, bundle))
+        only = bundle.only(taken)
+        slot = self._slot(name, hop, only)
+        return spread(only.tensors(slot), taken, slot)
 
     def _issue(self, step: Step, task: Task, hop: int) -> None:
         """What comes from rank ``step.rank`` in this hop, and what goes to the rank opposite in the ring."""
         source = step.rank
         target = (2 * self._rank - source) % self._world
-        if self._exchange.pairs is not None:
+        if not self._exchange.everyone:
             sent, received = self._between(task, hop, source, target)
         elif task is Task.GIVEN:
             received = self._slot("given", hop, self._given)
@@ -138,25 +150,36 @@ class ExchangeRun:
         """
         exchange, rank = self._exchange, self._rank
         nothing = self._empty(0)
+
+        def slot(name: str, bundle: Bundle, visitor: int, owner: int, kind: Literal["shared", "sums"]) -> Tensor:
+            if not exchange.visits(visitor, owner):
+                return nothing
+            only = bundle.only(exchange.taken(visitor, owner, kind))
+            return self._slot(name, hop, only)[: only.nbytes]
+
         if task is Task.GIVEN:
             sent = self._giving(hop, target) if exchange.visits(target, rank) else nothing
-            return sent, self._slot("given", hop, self._given) if exchange.visits(rank, source) else nothing
-        sent = self._slot("made", hop, self._made) if exchange.visits(rank, target) else nothing
-        return sent, self._slot("taken", hop, self._made) if exchange.visits(source, rank) else nothing
+            return sent, slot("given", self._given, rank, source, "shared")
+        return slot("made", self._made, rank, target, "sums"), slot("taken", self._made, source, rank, "sums")
 
     def _giving(self, hop: int, target: int) -> Tensor:
-        """What ``target`` is given.  A single tensor leaves from where it is; others are packed, shared ones once."""
+        """What ``target`` is given.  A single tensor leaves from where it is; others are packed, equal ones once."""
         exchange = self._exchange
-        if len(exchange.shared) + len(exchange.addressed) == 1:
-            return as_bytes(exchange.shared[0] if exchange.shared else exchange.addressed[0][target])
-        slot = hop if exchange.addressed else 0
-        packed = ("giving", slot % IN_FLIGHT) in self._slots
-        raw = self._slot("giving", slot, self._given)
-        tensors = self._given.tensors(raw)
-        if not packed:
-            for place, tensor in zip(tensors, exchange.shared, strict=False):
+        taken = exchange.taken(target, self._rank, "shared")
+        shared = tuple(itertools.compress(exchange.shared, taken))
+        if len(shared) + len(exchange.addressed) == 1:
+            single = shared[0] if shared else exchange.addressed[0][target]
+            if single.is_contiguous():
+                return as_bytes(single)
+        slot = hop if exchange.addressed or exchange.parts else 0
+        bundle = self._given.only(taken) if exchange.parts else self._given
+        raw = self._slot("giving", slot, bundle)[: bundle.nbytes]
+        tensors = bundle.tensors(raw)
+        if self._packed.get(slot % IN_FLIGHT) != taken:
+            for place, tensor in zip(tensors, shared, strict=False):
                 place.copy_(tensor.detach())
-        for place, tensor in zip(tensors[len(exchange.shared) :], exchange.addressed, strict=True):
+            self._packed[slot % IN_FLIGHT] = taken
+        for place, tensor in zip(tensors[len(shared) :], exchange.addressed, strict=True):
             place.copy_(tensor[target].detach())
         return raw
 
@@ -168,8 +191,9 @@ class ExchangeRun:
         return raw
 
     def _slot(self, name: str, hop: int, bundle: Bundle) -> Tensor:
+        """Memory for ``bundle``, perhaps more; a slot that is too small for what comes now is free, and replaced."""
         key = (name, hop % IN_FLIGHT)
-        if key not in self._slots:
+        if key not in self._slots or self._slots[key].numel() < bundle.nbytes:
             self._slots[key] = self._empty(bundle.nbytes)
         return self._slots[key]
 

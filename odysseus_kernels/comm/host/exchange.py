@@ -7,11 +7,13 @@ The order of everything is the schedule's (``comm/schedules/steps.py``), which `
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, Intake, held_bundle, made_bundle
-from odysseus_kernels.comm.exchange import Exchange
+from odysseus_kernels.comm.exchange import Exchange, spread
 from odysseus_kernels.comm.host.windows import BundleBuffer, Windows
 from odysseus_kernels.comm.schedules.leases import LeaseTable
 from odysseus_kernels.comm.schedules.steps import PARTIAL_CELLS, Step
@@ -62,12 +64,11 @@ class HostExchange:
     @torch.no_grad()  # windows are memory, not part of anybody's graph
     def publish(self) -> None:
         assert self.given is not None
-        if self._exchange.peers(self._rank, self._world).served == 0:
-            return  # nobody reads it
         rank, shared = self._rank, self._published
         published = self._windows.cell(rank, self.given, 0)
-        for target, tensor in zip(published, shared, strict=False):
-            target.copy_(tensor)
+        for index, (target, tensor) in enumerate(zip(published, shared, strict=False)):
+            if self._exchange.served(rank, self._world, index):  # else nobody reads it
+                target.copy_(tensor)
         for target, tensor in zip(published[len(shared) :], self._exchange.addressed, strict=True):
             target[:rank].copy_(tensor[:rank])
             target[rank:].copy_(tensor[rank + 1 :])
@@ -90,6 +91,9 @@ class HostExchange:
             given = (*self._windows.cell(peer, self.sent, 0), *given)
         if self.made is not None:
             made = self._windows.cell(rank, self.made, step.writes[0].part)
+        if exchange.parts:
+            given = _taken(given, exchange.taken(rank, peer, "shared"))
+            made = _taken(made, exchange.taken(rank, peer, "sums"))
         exchange.visit(peer, given, made)
 
     def take(self, step: Step) -> None:
@@ -100,4 +104,10 @@ class HostExchange:
         if not self._exchange.visits(step.rank, self._rank):
             self._intake.skip()
             return
-        self._intake.take(step.rank, self._windows.cell(step.rank, self.made, step.reads[0].part))
+        blocks = self._windows.cell(step.rank, self.made, step.reads[0].part)
+        self._intake.take(step.rank, blocks, self._exchange.taken(step.rank, self._rank, "sums"))
+
+
+def _taken(tensors: tuple[Tensor, ...], taken: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """Without those that are not taken."""
+    return spread(tuple(itertools.compress(tensors, taken)), taken, tensors[0]) if tensors else ()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from odysseus_kernels.attention.layout import seen_pairs, with_key_mask
+from odysseus_kernels.attention.layout import seen_parts, with_key_mask
 from odysseus_kernels.attention.local import RING_KERNELS
 from odysseus_kernels.integrations.families import FAMILIES
 from odysseus_kernels.integrations.pipelining import groups_of_batch
@@ -109,7 +109,7 @@ def _ring_peers(trial: Trial) -> list[RingPeers | None]:
     documents = None if documents is None else documents.cpu()
     peers = {}
     for window in {attention.window for attention in attentions}:
-        pairs = seen_pairs(
+        parts = seen_parts(
             group.zigzag_size,
             length // group.zigzag_size,
             RING_LAYOUT,
@@ -117,7 +117,7 @@ def _ring_peers(trial: Trial) -> list[RingPeers | None]:
             window=window,
             documents=documents,
         )
-        peers[window] = ring_peers(pairs, group.zigzag_rank)
+        peers[window] = ring_peers(parts, group.zigzag_rank)
     return [peers[attention.window] for attention in attentions]
 
 

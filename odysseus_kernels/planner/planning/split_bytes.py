@@ -82,7 +82,7 @@ def step_traffic(
         shape = dataclasses.replace(shape, intermediate=shape.intermediate * model.experts)
         strategy = "odysseus" if strategy == "tp_sp" else strategy
     zigzag = split.everyone if strategy == "tsp" else ring
-    peers = None if length is None else busiest_peers(zigzag, length, model.window)
+    peers = None if length is None else busiest_peers(zigzag, length, model.window, element_size)
     layer = dict(
         traffic(
             shape,

@@ -126,6 +126,7 @@ def test_a_rank_that_failed_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys:
         (["--hosts", "2", "--link", "100", "--level", "model"], "expected --level operator or layer, got model"),
         (["--hosts", "2", "--link", "100", "--transports", "symmetric"], "hosts share no memory, got symmetric"),
         (["--level", "layer", "--shapes", "2048"], "expected tokens x hidden size, such as 2048x512"),
+        (["--level", "layer", "--shapes", "2048x512x0"], "or with a number of layers behind it, such as 2048x512x2"),
         (["--shapes", "2048x512"], "expected --level layer or model beside them"),
         (["--level", "layer", "--pipeline", "1"], "--pipeline: expected 2 to 64 pieces, got 1"),
     ),
@@ -141,10 +142,21 @@ def test_rows_and_variants_of_hosts() -> None:
     arguments = _parse("--link", "100", "--level", "layer", "--shapes", "2048x512", "8192x1024")
     cases = make_layer_cases("layer", 2, shapes=arguments.shapes)
     assert [(case.tokens, case.hidden, case.heads) for case in cases] == [(2048, 512, 8), (8192, 1024, 16)]
+    assert [case.layers for case in cases] == [1, 1]
     variants = make_variants(("tp_sp", "ulysses", "odysseus"), arguments.transports, pipeline=arguments.pipeline)
     pipelined = {variant.name: variant.pipeline for variant in variants if variant.pipeline is not None}
     assert pipelined == {f"{strategy} pipelined collective": 8 for strategy in ("tp_sp", "ulysses", "odysseus")}
     assert not any("symmetric" in variant.name for variant in variants)
+
+
+@pytest.mark.without_ranks
+def test_layers_behind_one_another() -> None:
+    arguments = _parse("--link", "100", "--level", "layer", "--shapes", "2048x512x3", "2048x512")
+    three, one = make_layer_cases("layer", 2, shapes=arguments.shapes)
+    assert (three.layers, three.sizes, one.sizes) == (3, "L2048 d512 i1408 MHA x3", "L2048 d512 i1408 MHA")
+    assert three.flops(2) == 3 * one.flops(2)
+    (model,) = make_layer_cases("model", 2, shapes=arguments.shapes[1:])
+    assert model.layers == 2
 
 
 @pytest.mark.without_ranks
