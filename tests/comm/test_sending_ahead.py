@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import odysseus_kernels as ody
+from odysseus_kernels.comm.collective.agreement import Agreement
 from odysseus_kernels.comm.collective.ahead import Sender
 from odysseus_kernels.comm.collective.spans import cut_into_spans
 from odysseus_kernels.comm.prefetch import Prefetch
@@ -19,6 +20,7 @@ from odysseus_kernels.comm.transport import Call
 pytestmark = pytest.mark.without_ranks
 
 RANK, WORLD, ROWS = 1, 3, 4096
+AGREED = Agreement(lambda: lambda: None)
 
 
 class Recording:
@@ -43,7 +45,7 @@ def test_pieces_are_sent_in_their_order_behind_the_calls_own(program: Any, phase
     lane: Any = Recording()
     call = Call("test", phase, ody.OverlapConfig(mode="fused"))
     schedule = collective_schedule(program, WORLD, RANK, gather_pieces=4, scatter_pieces=4)
-    sender = Sender(call, Prefetch("gather", (shard,)), schedule, lane, RANK, WORLD)
+    sender = Sender(call, Prefetch("gather", (shard,)), schedule, lane, RANK, WORLD, AGREED)
     sent_after = []
     for index, _ in enumerate(schedule.steps):
         sender.after(index)
@@ -70,7 +72,7 @@ def test_one_piece_is_all_there_is() -> None:
     lane: Any = Recording()
     call = Call("test", "forward", ody.OverlapConfig(mode="fused"))
     schedule = collective_schedule("gather", WORLD, RANK)
-    sender = Sender(call, Prefetch("gather", (shard,)), schedule, lane, RANK, WORLD)
+    sender = Sender(call, Prefetch("gather", (shard,)), schedule, lane, RANK, WORLD, AGREED)
     for index, _ in enumerate(schedule.steps):
         sender.after(index)
     assert sender.ahead is not None
@@ -80,8 +82,23 @@ def test_one_piece_is_all_there_is() -> None:
 def test_nothing_is_sent_for_nobody() -> None:
     lane: Any = Recording()
     schedule = collective_schedule("gather", WORLD, RANK, gather_pieces=2)
-    sender = Sender(Call("test", "forward", ody.OverlapConfig(mode="fused")), None, schedule, lane, RANK, WORLD)
+    sender = Sender(Call("test", "forward", ody.OverlapConfig(mode="fused")), None, schedule, lane, RANK, WORLD, AGREED)
     for index, _ in enumerate(schedule.steps):
         sender.after(index)
     assert sender.ahead is None
     assert not lane.gathered
+
+
+def test_nothing_is_sent_before_ranks_agree() -> None:
+    lane: Any = Recording()
+    agreement = Agreement(lambda: lambda: lane.gathered.append("agreed"))
+    schedule = collective_schedule("gather", WORLD, RANK, gather_pieces=2)
+    call, prefetch = (
+        Call("test", "forward", ody.OverlapConfig(mode="fused")),
+        Prefetch("gather", (torch.ones(1, 8, 4),)),
+    )
+    sender = Sender(call, prefetch, schedule, lane, RANK, WORLD, agreement)
+    for index, _ in enumerate(schedule.steps):
+        sender.after(index)
+    assert len(lane.gathered) > 1
+    assert lane.gathered[0] == "agreed"

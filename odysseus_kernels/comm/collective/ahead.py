@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, as_bytes
+from odysseus_kernels.comm.collective.agreement import Agreement
 from odysseus_kernels.comm.collective.lanes import Lane
 from odysseus_kernels.comm.collective.spans import Spans, cut_into_spans, most_rows
 from odysseus_kernels.comm.prefetch import Prefetch
@@ -64,17 +65,26 @@ class Sender:
     """
 
     def __init__(
-        self, call: Call, prefetch: Prefetch | None, schedule: Schedule, lane: Lane, rank: int, world: int
+        self,
+        call: Call,
+        prefetch: Prefetch | None,
+        schedule: Schedule,
+        lane: Lane,
+        rank: int,
+        world: int,
+        agreement: Agreement,
     ) -> None:
         self.ahead: Ahead | None = None
         self._call, self._prefetch, self._lane = call, prefetch, lane
         self._rank, self._world = rank, world
+        self._agreement = agreement
         self._after = () if prefetch is None else sends_ahead_after(schedule)
 
     def after(self, index: int) -> None:
         """To be told after each step of the schedule."""
         if index not in self._after or self._prefetch is None:
             return
+        self._agreement.wait()
         if self._prefetch.kind == "shared":
             if self.ahead is None:
                 first = self._first_hop(self._prefetch)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, Intake, as_bytes, held_bundle, made_bundle
+from odysseus_kernels.comm.collective.agreement import Agreement
 from odysseus_kernels.comm.collective.ahead import Ahead, Sender, Sending
 from odysseus_kernels.comm.collective.lanes import Lane
 from odysseus_kernels.comm.exchange import Exchange, spread
@@ -67,10 +68,10 @@ class ExchangeRun:
         self._packed[0] = (True,) * len(self._exchange.shared)
         return True
 
-    def steps(self, wait: Callable[[Any], None], prefetch: Prefetch | None) -> Ahead | None:
+    def steps(self, wait: Callable[[Any], None], agreement: Agreement, prefetch: Prefetch | None) -> Ahead | None:
         """Runs the schedule; ``wait`` finishes what the lane has issued.  Returns ``prefetch``, sent meanwhile."""
         schedule = collective_schedule(self._program, self._world, self._rank)
-        sender = Sender(self._call, prefetch, schedule, self._lane, self._rank, self._world)
+        sender = Sender(self._call, prefetch, schedule, self._lane, self._rank, self._world, agreement)
         operator, phase, copies = self._call.operator, self._call.phase, self._call.copies
         steps = timed(schedule.steps, operator, phase, "collective", self._rank, copies=copies)
         for index, step in enumerate(steps):
@@ -78,6 +79,7 @@ class ExchangeRun:
             key = (step.task, step.piece)
             if step.kind is Kind.ISSUE:
                 if key not in self._work:  # a first hop that was sent ahead is under way already
+                    agreement.wait()
                     self._issue(step, *key)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop(key))
@@ -89,6 +91,7 @@ class ExchangeRun:
             else:
                 self._visit(step)
             sender.after(index)
+        agreement.wait()
         return sender.ahead
 
     def _take(self, step: Step) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import Bundle, as_bytes
+from odysseus_kernels.comm.collective.agreement import Agreement
 from odysseus_kernels.comm.collective.ahead import Ahead, Sender
 from odysseus_kernels.comm.collective.lanes import Lane
 from odysseus_kernels.comm.pipeline import Pipeline
@@ -57,7 +58,7 @@ class PipelineRun:
         """Uses nothing that was sent ahead: what it gathers is made just before."""
         return False
 
-    def steps(self, wait: Callable[[Any], None], prefetch: Prefetch | None) -> Ahead | None:
+    def steps(self, wait: Callable[[Any], None], agreement: Agreement, prefetch: Prefetch | None) -> Ahead | None:
         """Runs the schedule; ``wait`` finishes what the lane has issued.  Returns ``prefetch``, sent meanwhile."""
         pieces = len(self._pipeline.spans)
         schedule = collective_schedule(
@@ -69,11 +70,12 @@ class PipelineRun:
             early=self._pipeline.early > 0,
             late=self._pipeline.late > 0,
         )
-        sender = Sender(self._call, prefetch, schedule, self._lane, self._rank, self._world)
+        sender = Sender(self._call, prefetch, schedule, self._lane, self._rank, self._world, agreement)
         steps = timed(schedule.steps, self._call.operator, self._call.phase, "collective", self._rank)
         for index, step in enumerate(steps):
             assert step.task is not None
             if step.kind is Kind.ISSUE:
+                agreement.wait()
                 self._issue(step.task, step.piece)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop((step.task, step.piece)))
@@ -81,6 +83,7 @@ class PipelineRun:
             else:
                 self._compute(step)
             sender.after(index)
+        agreement.wait()
         return sender.ahead
 
     def _issue(self, task: Task, index: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odysseus_kernels.comm.collective.agreement import Agreement
 from odysseus_kernels.comm.collective.ahead import Ahead, Sender
 from odysseus_kernels.comm.collective.lanes import Lane
 from odysseus_kernels.comm.collective.spans import cut_into_spans, most_rows
@@ -58,7 +59,7 @@ class CollectiveRun:
             self._work[Task.ALL_GATHER, piece] = one.work
         return True
 
-    def steps(self, wait: Callable[[Any], None], prefetch: Prefetch | None) -> Ahead | None:
+    def steps(self, wait: Callable[[Any], None], agreement: Agreement, prefetch: Prefetch | None) -> Ahead | None:
         """Runs the schedule; ``wait`` waits for a handle.  Returns ``prefetch``, sent meanwhile for the next call."""
         schedule = collective_schedule(
             self._call.program,
@@ -71,7 +72,7 @@ class CollectiveRun:
             # Backward adds products up, and bits depend on their order.
             ahead=len(self._work) if self._call.phase == "forward" else 0,
         )
-        sender = Sender(self._call, prefetch, schedule, self._lane, self._rank, self._world)
+        sender = Sender(self._call, prefetch, schedule, self._lane, self._rank, self._world, agreement)
         first = -1
         operator, phase, copies = self._call.operator, self._call.phase, self._call.copies
         steps = timed(schedule.steps, operator, phase, "collective", self._rank, copies=copies)
@@ -80,6 +81,7 @@ class CollectiveRun:
             if step.kind is Kind.ISSUE:
                 # What was sent ahead is under way already.
                 if (step.task, step.piece) not in self._work:
+                    agreement.wait()
                     self._issue(step.task, step.piece)
             elif step.kind is Kind.FINISH:
                 wait(self._work.pop((step.task, step.piece)))
@@ -91,6 +93,7 @@ class CollectiveRun:
                 self._compute(step, first)
                 first = -1
             sender.after(index)
+        agreement.wait()
         return sender.ahead
 
     def _goes_on(self, step: Step, following: tuple[Step, ...]) -> bool:

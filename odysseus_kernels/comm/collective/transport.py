@@ -9,7 +9,8 @@ Reduce-scatter travels as all-to-all: the same bytes, and the sum is ours, in fp
 travel around the ring (``comm/collective/exchange.py``).
 
 Before the data of a call moves, ranks exchange a hash of what they call (8 bytes each): collectives of different sizes
-would hang or mix data, where an error that names the rank is wanted.  A rank that leaves a step takes part in the next
+would hang or mix data, where an error that names the rank is wanted.  What needs none of that data is computed until
+the answer is here (``comm/collective/agreement.py``).  A rank that leaves a step takes part in the next
 such exchange, whatever its peers call then, and says so there; the group stays in step.  On a GPU they do so beside
 the calls (``comm/collective/handshakes.py``).  These exchanges are the process group's collectives in any case.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from odysseus_kernels.comm.bundles import as_bytes
+from odysseus_kernels.comm.collective.agreement import Agreement
 from odysseus_kernels.comm.collective.ahead import Ahead
 from odysseus_kernels.comm.collective.connecting import connect_links
 from odysseus_kernels.comm.collective.exchange import ExchangeRun
@@ -198,19 +200,19 @@ class CollectiveTransport(Transport):
                 self._finish_ahead(call, ahead)
             if not call.keeps_ahead:
                 self._note_ahead(call, served=served, dropped=ahead is not None and not served)
-            try:
-                self._handshake(call, ", prefetched" if served else "")
-            except RankMismatchError:
-                # No call takes it over, and the group can be used on.
-                self._finish_ahead(call, ahead)
-                raise
             # Unfused, a whole is gathered by one collective, which has no first piece.
             sends = not (self._capturing or self.stands_in or call.keeps_ahead or call.config.mode == "unfused")
             # Beside what only copies, as an unfused reduce-scatter does, there is no product to leave the GPU to.
             with lane.alone() if call.copies else contextlib.nullcontext():
-                ahead = run.steps(lambda work: self._wait(call, work), call.prefetch if sends else None)
-            if ahead is not None:
-                self._ahead = ahead
+                try:
+                    agreement = Agreement(lambda: self._ask(call, ", prefetched" if served else ""))
+                    sent = run.steps(lambda work: self._wait(call, work), agreement, call.prefetch if sends else None)
+                except RankMismatchError:
+                    # No call takes it over, and the group can be used on.
+                    self._finish_ahead(call, ahead)
+                    raise
+            if sent is not None:
+                self._ahead = sent
 
     def _prepare(self, call: Call) -> Lane:
         """For a call that uses nothing that was sent ahead."""
@@ -220,7 +222,7 @@ class CollectiveTransport(Transport):
         dropped = ahead is not None
         if not call.keeps_ahead:
             self._note_ahead(call, served=False, dropped=dropped)
-        self._handshake(call)
+        Agreement(lambda: self._ask(call)).wait()
         return lane
 
     @property
@@ -286,23 +288,27 @@ class CollectiveTransport(Transport):
 
     # ---- ranks that differ, peers that are gone ----------------------------------------------------------------------
 
-    def _handshake(self, call: Call, extra: str = "") -> None:
+    def _ask(self, call: Call, extra: str = "") -> Callable[[], None]:
+        """Starts to compare ``call`` among the ranks; what it returns waits for that, and raises if they differ."""
         self._sequence += 1
         signature = (f"{_STEP}{self._step}: " if self._step else "") + call.signature + extra
         if self._handshakes is not None:
             if self._capturing:
-                return  # what a capture repeats was compared when it ran before
+                return lambda: None  # what a capture repeats was compared when it ran before
             if not self._handshakes.beside:
                 signature = call.kind + extra  # what is announced is new each time: a collective more for every step
             timeout_s = call.config.timeout_s
             self._handshakes.compare(self._group, signature, self._sequence, timeout_s, lambda: self._look(call))
-            return
+            return lambda: None
         own = signature_hash(signature)
-        hashes = self._exchange(call, torch.tensor([own], dtype=torch.int64)).flatten().tolist()
+        everyone = self._exchange(call, torch.tensor([own], dtype=torch.int64))
+        return lambda: self._compare(call, signature, everyone().flatten().tolist())
+
+    def _compare(self, call: Call, signature: str, hashes: list[int]) -> None:
         if len(set(hashes)) == 1:
             return
         # Everybody has seen the same hashes, so everybody comes here.
-        texts = self._exchange(call, _text(signature))
+        texts = self._exchange(call, _text(signature))()
         signatures = [bytes(row.tolist()).decode(errors="replace").strip() for row in texts]
         if _LEFT in hashes:
             self._heard = True
@@ -315,15 +321,17 @@ class CollectiveTransport(Transport):
             raise RankMismatchError(f"{differ}; destroy the process group and make it again", lasting=True)
         raise RankMismatchError(differ)
 
-    def _exchange(self, call: Call, own: Tensor) -> Tensor:
+    def _exchange(self, call: Call, own: Tensor) -> Callable[[], Tensor]:
+        """Starts to gather something small of every rank; what it returns waits for it, [world, numbers]."""
         assert self._lane is not None
         everyone = own.new_empty((self.world, own.numel()))
-        self._wait_for(
-            call,
-            "every rank's call",
-            self._lane.issue(lambda: all_gather_single(everyone.view(-1), own, self._group, async_op=True)),
-        )
-        return everyone
+        work = self._lane.issue(lambda: all_gather_single(everyone.view(-1), own, self._group, async_op=True))
+
+        def arrived() -> Tensor:
+            self._wait_for(call, "every rank's call", work)
+            return everyone
+
+        return arrived
 
     def _wait_for(self, call: Call, what: str, handle: Any) -> None:
         """Where no step of a schedule says that this rank waits, a trace shall."""
