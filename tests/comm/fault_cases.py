@@ -83,22 +83,26 @@ def absent_rank(rank: int, world: int, transport: str, absent: int, timeout_s: f
     return _attempt(lambda: _gather(config))
 
 
-def failing_rank(rank: int, world: int, failing: int) -> Any:
+def failing_rank(rank: int, world: int, transport: str, program: str, failing: int) -> Any:
     """One rank's own code fails within an operator: its peers are told why, and do not wait."""
-    from odysseus_kernels.comm.transport import Call, Gather
+    from odysseus_kernels.comm.transport import Call, Gather, Scatter
 
-    config = _config("symmetric")
+    config = _config(transport)
     _gather(config)
-    transport = group_transports(dist.group.WORLD).choose(config, torch.device("cpu"))
+    chosen = group_transports(dist.group.WORLD).choose(config, torch.device("cpu"))
 
-    def consume(source: int, start: int, stop: int, block: Tensor) -> None:
+    def compute(source: int, start: int, stop: int, block: Tensor) -> None:
         if rank == failing:
             raise MemoryError("no memory for the product")
 
-    call = Call("probe", "forward", config, Gather(torch.ones(1, 4, 8), consume))
-    result = _attempt(lambda: transport.execute(call))
+    block = torch.ones(1, 4, 8)
+    if program == "gather":
+        call = Call("probe", "forward", config, Gather(block, compute))
+    else:
+        call = Call("probe", "forward", config, scatter=Scatter(block, compute))
+    result = _attempt(lambda: chosen.execute(call))
     if not result[0]:  # this rank had all it needed; it learns at its next call
-        result = _attempt(lambda: transport.execute(call))
+        result = _attempt(lambda: chosen.execute(call))
     return result
 
 

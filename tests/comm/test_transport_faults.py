@@ -63,8 +63,11 @@ def test_a_rank_that_does_not_come_is_an_error_in_time(transport: str) -> None:
         assert "rank 1" in message and "signal" in message
 
 
-def test_a_rank_that_fails_tells_its_peers_why() -> None:
-    outcomes = run_ranks(cases.failing_rank, 3, 2, timeout=60, expect_failure=True)
+@pytest.mark.parametrize("program", ("gather", "scatter"))
+@pytest.mark.parametrize("transport", ("symmetric", "collective"))
+def test_a_rank_that_fails_tells_its_peers_why(transport: str, program: str) -> None:
+    # Over the collective transport the product of what is scattered runs before ranks have agreed on the call.
+    outcomes = run_ranks(cases.failing_rank, 3, transport, program, 2, timeout=60, expect_failure=True)
     assert outcomes[2].result[0] == "MemoryError"
     for rank in (0, 1):
         error, message, seconds = outcomes[rank].result

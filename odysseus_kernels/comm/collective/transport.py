@@ -65,7 +65,7 @@ class _Departure:
 
 
 class CollectiveTransport(Transport):
-    """Any process group with asynchronous all-gather and all-to-all; made by ``comm/groups.py``.
+    """Any process group with asynchronous all-gather and all-to-all; made by ``comm/group_transports.py``.
 
     Attributes:
         stands_in: the current call is one that the symmetric transport does not serve.  The next one may be served
