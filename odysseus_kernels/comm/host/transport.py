@@ -96,7 +96,7 @@ class _Buffers:
 
 
 class SymmetricHostTransport(Transport):
-    """Ranks of one host over shared memory; made by ``comm/groups.py``.
+    """Ranks of one host over shared memory; made by ``comm/group_transports.py``.
 
     Attributes:
         completed: number of its calls.
