@@ -17,7 +17,7 @@ from odysseus_kernels.nn.head_parallel_attention import HeadParallelAttention
 from odysseus_kernels.nn.step import Stepped
 from odysseus_kernels.nn.zero3_attention import UlyssesAttention
 from odysseus_kernels.ops._rotation import HeadNorm, rotate
-from odysseus_kernels.planner.pipeline import pick_head_groups, pick_pieces
+from odysseus_kernels.planner.pipeline import fit_head_groups, pick_head_groups, pick_pieces
 
 __all__ = ["Pipelined", "check_pieces", "exchanges_heads", "groups_of_batch", "head_groups", "why_whole_only"]
 
@@ -138,7 +138,7 @@ def head_groups(model: Any, length: int) -> int:
     heads = _attentions(model)[0].attention_spec.kv_heads // group.size
     if wanted == "auto":
         return 1 if reason or _why_not_by_itself(model) else pick_head_groups(length, heads)
-    found = next(count for count in range(min(wanted, max(1, heads)), 0, -1) if heads % count == 0)
+    found = fit_head_groups(wanted, heads)
     if not reason and found == 1:
         least = next(count for count in range(2, heads + 1) if heads % count == 0)
         reason = f"no number from 2 to {wanted} divides the {heads} key/value heads of a rank; {least} does"
