@@ -345,7 +345,7 @@ def test_a_plan_says_how_it_takes_attention() -> None:
         ringed = splits_of(found)[Split("ulysses", 2, 2)]
         assert (ringed.pieces, ringed.head_groups) == (1, 1)
     assert by_form["auto"][0] == (
-        "attention with pipeline='auto': ulysses in 4 groups of heads, odysseus in 8 pieces, tp_sp in 8 pieces, "
+        "attention with pipeline='auto': odysseus in 8 pieces, tp_sp in 8 pieces, ulysses in 4 groups of heads, "
         "all others whole"
     )
     assert by_form[None][0] == "attention with pipeline=None: whole"

@@ -75,4 +75,8 @@ def run_plan(options: argparse.Namespace) -> int:
 
 
 def _pipeline(text: str) -> int | str | None:
-    return None if text == "none" else text if text == "auto" else int(text)
+    if text in ("auto", "none"):
+        return text if text == "auto" else None
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number, auto or none, got {text!r}")

@@ -316,8 +316,7 @@ def _notes(model: ModelSizes) -> list[str]:
 def _forms(splits: Sequence[SplitPlan], pipeline: Pipeline) -> str:
     """How attention is taken, and under which strategies; a split of one of them can have it whole even so."""
     forms = [(Form(one.pieces, one.head_groups), one.split.strategy) for one in splits]
-    pipelined = sorted({(form.name, strategy) for form, strategy in forms if form != Form()})
-    said = [f"{strategy} {name}" for name, strategy in pipelined]
+    said = sorted({f"{strategy} {form.name}" for form, strategy in forms if form != Form()})
     if any(form == Form() for form, _ in forms):
         said.append("all others whole" if said else "whole")
     return f"attention with pipeline={pipeline!r}: {', '.join(said)}"
