@@ -95,7 +95,7 @@ def test_files_exist_and_say_what_is_quoted(row: Row) -> None:
 
 
 def test_a_quotation_that_nobody_says_is_found() -> None:
-    texts = texts_of(PACKAGE / "comm" / "groups.py")
+    texts = texts_of(PACKAGE / "comm" / "group_transports.py")
     assert says(texts, "expected … tensors as in earlier calls")
     assert not says(texts, "expected … tensors as in later calls")
 

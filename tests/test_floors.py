@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from odysseus_kernels.floors import OLDEST, require, too_old
-from odysseus_kernels.integrations import peft
+from odysseus_kernels.integrations import peft_refusals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,9 +46,9 @@ def test_what_is_not_installed_is_not_too_old(monkeypatch: pytest.MonkeyPatch) -
 def test_adapters_of_a_peft_that_is_too_old_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whenever they are made: every adapter is looked at before it is multiplied."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.18.1")
-    peft._require_peft.cache_clear()
+    peft_refusals._require_peft.cache_clear()
     with pytest.raises(ImportError, match="peft: expected 0.19 or later, got 0.18.1"):
-        peft.check_adapter("layers.0.q_proj", None, None)  # type: ignore[arg-type]
+        peft_refusals.check_adapter("layers.0.q_proj", None, None)  # type: ignore[arg-type]
 
 
 def test_a_model_is_refused_before_anything_else() -> None:

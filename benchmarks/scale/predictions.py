@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from odysseus_kernels.planner.cost_model import MODEL_MARGIN
-from odysseus_kernels.planner.formulas import PIPELINED, STRATEGIES, Traffic, replicated_traffic, traffic
+from odysseus_kernels.planner.formulas import STRATEGIES, Traffic, replicated_traffic, traffic
 from odysseus_kernels.planner.planning.calibration import row_model
 from odysseus_kernels.planner.planning.machines import Machine, machine_for
 from odysseus_kernels.planner.planning.measured import with_measured
+from odysseus_kernels.planner.planning.pipelining import form_of
 from odysseus_kernels.planner.planning.split_bytes import StepTraffic
 from odysseus_kernels.planner.planning.split_memory import layer_saved
 from odysseus_kernels.planner.planning.split_seconds import split_seconds
@@ -97,8 +98,6 @@ class Judgement:
 def predictions(document: Mapping[str, Any], machine: Machine, bytes_per_s: float) -> list[Prediction]:
     """Every variant of a results file of ``--hosts 2 --level layer``, beside what a calibrated machine predicts.
 
-    Ulysses in groups of heads is left out: the planner has no time for it.
-
     Args:
         document: the file's contents.
         machine, bytes_per_s: of :func:`calibrated`: a machine, and the rate that its link was set to.
@@ -115,8 +114,7 @@ def predictions(document: Mapping[str, Any], machine: Machine, bytes_per_s: floa
                 raise ValueError("expected rows of layers, got operators")
             for entry in row["entries"]:
                 variant = row["variants"][entry["name"]]
-                known = variant["pipeline"] is None or variant["strategy"] in PIPELINED
-                if variant["kind"] == "ours" and known:
+                if variant["kind"] == "ours":
                     behind = _faster_link(machine, part["bits_per_s"] / 8 / bytes_per_s)
                     found.append(_prediction(row, variant, entry["median_s"], behind, part["bits_per_s"]))
     return found
@@ -142,7 +140,7 @@ def _prediction(
         dtype="float32",
         layer_bytes=layer_saved(model, split, tokens=row["tokens"], element_size=_ELEMENT_SIZE),
         checkpointing=False,
-        pieces=variant["pipeline"] or 1,
+        form=form_of(model, split, machine, length=row["tokens"], dtype="float32", pipeline=variant["pipeline"]),
     )
     mode = "pipelined" if variant["pipeline"] else variant["mode"]
     predicted = seconds.compute + getattr(seconds, f"exposed_{mode}")

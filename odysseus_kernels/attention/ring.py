@@ -15,10 +15,8 @@ transport's memory, read within the visit only.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -28,15 +26,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from odysseus_kernels.attention.checks import check_ring_attention
 from odysseus_kernels.attention.layout import Layout, with_key_mask
-from odysseus_kernels.attention.parts import all_seen, cut_of, exchange_of, seen_of
+from odysseus_kernels.attention.parts import cut_of, exchange_of, seen_of
+from odysseus_kernels.attention.unfused import add_up, gather_all
 from odysseus_kernels.attention.visits import Visits
 from odysseus_kernels.comm.arguments import check_config, check_tensors, refuse_second_derivative, under_autocast
 from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
-from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
+from odysseus_kernels.comm.transport import Call, Transport
 from odysseus_kernels.config import OverlapConfig
-from odysseus_kernels.planner.ring import Part
 
 __all__ = ["ring_attention"]
 
@@ -180,52 +178,6 @@ def _phase(phase: Literal["forward", "backward"], q: Tensor, k: Tensor, v: Tenso
     )
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[B, H, S, D], contiguous, as [B * H, S, D]."""
-    return x.view(-1, *x.shape[2:])
-
-
-def _gathered(transport: Transport, call: Call, shared: tuple[Tensor, ...], parts: Sequence[Part]) -> list[Tensor]:
-    """All ranks' tensors [R, ...], by one collective each; where not all see all, those parts that are wanted."""
-    found = []
-    if not all_seen(parts):
-        wanted = [tensor.new_empty((transport.world, *tensor.shape)) for tensor in shared]
-
-        def keep(rank: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
-            for part, blocks in seen_of(parts, transport.rank, rank, given):
-                for whole, block in zip(wanted, blocks, strict=True):
-                    whole[rank][:, :, part.rows].copy_(block)
-
-        transport.execute(dataclasses.replace(call, exchange=exchange_of(parts, keep, shared), copies=True))
-        return wanted
-    for tensor in shared:
-        whole = tensor.new_empty((transport.world, *tensor.shape))
-        one = Call(
-            call.operator, call.phase, call.config, Gather(_rows(tensor), _unused), shapes=call.shapes,
-            collective=_COLLECTIVE,
-        )  # fmt: skip
-        transport.all_gather(one, whole.view(transport.world, *_rows(tensor).shape))
-        found.append(whole)
-    return found
-
-
-def _added_up(
-    transport: Transport, call: Call, made: list[Tensor], sums: tuple[Tensor, ...], parts: Sequence[Part]
-) -> None:
-    """``made`` [R, ...], for each rank what this one made for the parts that it sees, added up at their owners'."""
-
-    def hand_over(rank: int, given: tuple[Tensor, ...], blocks: tuple[Tensor, ...]) -> None:
-        for part, into in seen_of(parts, transport.rank, rank, blocks):
-            for block, whole in zip(into, made, strict=True):
-                block.copy_(whole[rank][:, :, part.rows])
-
-    transport.execute(dataclasses.replace(call, exchange=exchange_of(parts, hand_over, sums=sums), copies=True))
-
-
-def _unused(*_: object) -> None:
-    raise AssertionError("the transport's own copy replaces this callback")
-
-
 @torch.library.custom_op("odysseus::ring_attention", mutates_args=())
 def _forward(
     q: Tensor,
@@ -270,7 +222,7 @@ def _forward(
         if settled.mode != "unfused":
             transport.execute(call)
             return
-        whole = _gathered(transport, call, shared, parts)
+        whole = gather_all(transport, call, shared, parts)
         for rank in (*range(me, world), *range(me)):
             visit(rank, cut_of(parts, [x[rank] for x in whole]), ())
 
@@ -347,18 +299,12 @@ def _backward(
         if settled.mode != "unfused":
             transport.execute(call)
             return
-        whole = _gathered(transport, call, shared, parts)
+        whole = gather_all(transport, call, shared, parts)
         made = [torch.empty_like(x, dtype=wide) for x in whole]
         for rank in (*range(me + 1, world), *range(me)):
             visit(rank, cut_of(parts, [x[rank] for x in whole]), cut_of(parts, [x[rank] for x in made]))
         visit_own(*(x[me] for x in made))
-        if not all_seen(parts):
-            _added_up(transport, call, made, sums, parts)
-            return
-        for everyone, total in zip(made, sums, strict=True):
-            scatter = Scatter(_rows(total), _unused)
-            one = Call(_NAME, "backward", settled, scatter=scatter, shapes=shapes, collective=_COLLECTIVE)
-            transport.reduce_scatter(one, everyone.view(transport.world, *_rows(total).shape))
+        add_up(transport, call, made, sums, parts)
 
     dispatch(group, config, q.device, run, _phase("backward", q, k, v, group.size(), visits))
     return dq.to(q.dtype), sums[0].to(k.dtype), sums[1].to(v.dtype)

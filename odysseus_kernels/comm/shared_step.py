@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from odysseus_kernels.comm.data_parallel import watch_fsdp
-from odysseus_kernels.comm.groups import GroupTransports, group_transports
+from odysseus_kernels.comm.group_transports import GroupTransports
+from odysseus_kernels.comm.groups import group_transports
 from odysseus_kernels.comm.mismatch import departure
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.errors import CommunicationError

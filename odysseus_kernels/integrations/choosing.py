@@ -176,6 +176,7 @@ def choose(
         checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         dtype=dtype,
         strategies=tuple(STRATEGIES),
+        pipeline=group.config.pipeline,
     )
     refused, machine, rows = {}, machine_for(wanted.hardware), []
     for name, one in found.items():

@@ -17,16 +17,8 @@ from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.choosing import AUTO, check_wanted, choose
 from odysseus_kernels.integrations.families import FAMILIES, Family
 from odysseus_kernels.integrations.model import SequenceCausalLM, SequenceModel
-from odysseus_kernels.integrations.peft import (
-    base_layer,
-    check_adapter,
-    check_peft_model,
-    give_whole_sizes,
-    lora_linears,
-    refuse_others,
-    stock_model,
-    take_in,
-)
+from odysseus_kernels.integrations.peft import base_layer, give_whole_sizes, lora_linears, stock_model, take_in
+from odysseus_kernels.integrations.peft_refusals import check_adapter, check_peft_model, refuse_others
 from odysseus_kernels.integrations.pipelining import why_whole_only
 from odysseus_kernels.integrations.switching import Parallelized, SwitchableCausalLM, check_strategy, why_not_strategy
 from odysseus_kernels.integrations.wrappers import refuse_replicating_wrappers

@@ -18,13 +18,8 @@ from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from odysseus_kernels.integrations.calls import changed_call
-from odysseus_kernels.integrations.peft import (
-    check_adapter,
-    lora_linears,
-    refuse_others,
-    refuse_row_adapters,
-    take_in,
-)
+from odysseus_kernels.integrations.peft import lora_linears, take_in
+from odysseus_kernels.integrations.peft_refusals import check_adapter, refuse_others, refuse_row_adapters
 from odysseus_kernels.nn.group import SEQUENCE_DIMENSION, SequenceGroup
 
 __all__ = ["check_intact", "check_loss"]

@@ -125,7 +125,8 @@ class SequenceModel(Pipelined):
         """Masks of the whole sequence, and the positions [B or 1, T] to rotate with."""
         batch, local = tokens.shape[:2]
         group = self.sequence_group
-        whole_mask = natural = None
+        groups = head_groups(self, cut.padded)  # ahead of all that is sent: it refuses what cannot be
+        whole_mask = natural = visible = None
         if attention_mask is not None:
             _, whole_mask = self._gather("attention_mask", attention_mask.ne(0), (batch, local), tokens.device, cut)
         if position_ids is None:
@@ -138,7 +139,6 @@ class SequenceModel(Pipelined):
             positions, natural = self._gather("position_ids", position_ids, expected, tokens.device, cut)
         real = cut.length if cut.padding else None
         check_attention(self.config._attn_implementation, group)
-        visible, groups = None, head_groups(self, cut.padded)
         if shared_prefix is not None:
             if not isinstance(group.config.pipeline, int):
                 groups = 1
@@ -151,7 +151,7 @@ class SequenceModel(Pipelined):
         by_documents = cut.pieces > 1 or (group.zigzag_size > 1 and self.config._attn_implementation in RING_KERNELS)
         found = self._ring_mask(batch, natural, whole_mask) if by_documents or groups > 1 else SequenceMask({})
         if groups > 1:
-            groups = groups_of_batch(self, cut.padded, found, tokens.device)
+            groups = groups_of_batch(self, groups, found, tokens.device)
         for attention in self._attentions():
             attention.head_groups = groups
         if by_documents or groups > 1:

@@ -17,7 +17,7 @@ from odysseus_kernels.nn.head_parallel_attention import HeadParallelAttention
 from odysseus_kernels.nn.step import Stepped
 from odysseus_kernels.nn.zero3_attention import UlyssesAttention
 from odysseus_kernels.ops._rotation import HeadNorm, rotate
-from odysseus_kernels.planner.pipeline import pick_head_groups, pick_pieces
+from odysseus_kernels.planner.pipeline import fit_head_groups, pick_head_groups, pick_pieces
 
 __all__ = ["Pipelined", "check_pieces", "exchanges_heads", "groups_of_batch", "head_groups", "why_whole_only"]
 
@@ -102,7 +102,6 @@ def check_pieces(model: Any, cut: SequenceCut) -> None:
                 f"{KEY}: this batch was cut in {cut.pieces} pieces, and strategy 'ulysses' takes none: its attention "
                 f"is pipelined by groups of heads; cut it with shard_sequence(batch, model), or with pieces=1"
             )
-        head_groups(model, cut.padded)  # what cannot be is said before anything is sent
         return
     allowed = wanted == "auto" or cut.pieces == (1 if wanted is None else wanted)
     if not allowed and model.sequence_group.size > 1:
@@ -139,7 +138,7 @@ def head_groups(model: Any, length: int) -> int:
     heads = _attentions(model)[0].attention_spec.kv_heads // group.size
     if wanted == "auto":
         return 1 if reason or _why_not_by_itself(model) else pick_head_groups(length, heads)
-    found = next(count for count in range(min(wanted, max(1, heads)), 0, -1) if heads % count == 0)
+    found = fit_head_groups(wanted, heads)
     if not reason and found == 1:
         least = next(count for count in range(2, heads + 1) if heads % count == 0)
         reason = f"no number from 2 to {wanted} divides the {heads} key/value heads of a rank; {least} does"
@@ -148,12 +147,13 @@ def head_groups(model: Any, length: int) -> int:
     return found
 
 
-def groups_of_batch(model: Any, length: int, seen: SequenceMask, device: torch.device) -> int:
-    """As :func:`head_groups`, for sequences whose tokens see what ``seen`` says; every rank calls this together.
+def groups_of_batch(model: Any, groups: int, seen: SequenceMask, device: torch.device) -> int:
+    """Of the ``groups`` that :func:`head_groups` found, those for sequences whose tokens see what ``seen`` says.
 
-    On one host, where memory is shared, there is next to nothing to hide, and more exchanges take longer than fewer.
+    Every rank calls this together.  On one host, where memory is shared, there is next to nothing to hide, and more
+    exchanges take longer than fewer.
     """
-    group, groups = model.sequence_group, head_groups(model, length)
+    group = model.sequence_group
     if groups == 1 or group.config.pipeline != "auto":
         return groups
     plain = seen.documents is None and seen.keys is None

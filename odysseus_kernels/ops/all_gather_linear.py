@@ -22,7 +22,7 @@ from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.tiles import TileGather, TileScatter
 from odysseus_kernels.comm.transport import Call, Gather, Scatter, Transport
 from odysseus_kernels.config import OverlapConfig
-from odysseus_kernels.ops import _tiles
+from odysseus_kernels.ops import _several, _tiles
 from odysseus_kernels.ops._ahead import Shards, choose_ahead, recomputed_flag, tell_ahead
 from odysseus_kernels.ops._products import Layout, WeightGradient, multiply, project
 from odysseus_kernels.ops._validate import check_dim, check_several, group_by_name
@@ -120,8 +120,7 @@ def all_gather_linear(
         and any(one.requires_grad for one in weights)
     )
     ahead = tell_ahead(_NAME, weights[0], None, prefetch_backward, prefetch_recomputed)
-    present = [one for one in biases if one is not None]
-    has_bias = [one is not None for one in biases]
+    present, has_bias = _several.present_biases(biases)
     outputs = torch.ops.odysseus.all_gather_linear(
         x, weights, present, has_bias, resolved.group_name, dim, config.key(), keep, *ahead
     )
@@ -146,8 +145,7 @@ def _forward(
     ``biases`` holds one for each weight that ``has_bias``: lists of optional tensors have no gradients.
     """
     group, config = group_by_name(group_name), OverlapConfig.from_key(config_key)
-    remaining = iter(biases)
-    bias_of = [next(remaining) if present else None for present in has_bias]
+    bias_of = _several.biases_of_weights(biases, has_bias)
     world = group.size()
     layout = Layout.of(x.shape, dim)
     shard = layout.blocks(x.contiguous())
@@ -378,10 +376,10 @@ def _(
     weights_needed: Sequence[bool],
     biases_needed: Sequence[bool],
 ) -> list[Tensor]:
-    dx = x.new_empty(x.shape if input_needed else (0,))
-    dweights = [w.new_empty(w.shape if n else (0,)) for w, n in zip(weights, weights_needed, strict=True)]
-    dbiases = [w.new_empty(w.shape[:1] if n else (0,)) for w, n in zip(weights, biases_needed, strict=True)]
-    return [dx, *dweights, *dbiases]
+    return [
+        x.new_empty(x.shape if input_needed else (0,)),
+        *_several.empty_gradients(weights, weights_needed, biases_needed),
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -390,10 +388,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     # What was gathered holds x.
     ctx.save_for_backward(output[-1], None if keep else x, output[-2] if keep else None, *weights)
     ctx.shapes = [one.shape for one in output[:-2]]
-    ctx.weights_needed = [one.requires_grad for one in weights]
-    needed = iter([one.requires_grad for one in biases])
-    ctx.biases_needed = [present and next(needed) for present in has_bias]
-    ctx.has_bias = has_bias
+    _several.note_needed(ctx, weights, biases, has_bias)
 
 
 def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -417,10 +412,7 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         ctx.weights_needed,
         ctx.biases_needed,
     )
-    count = len(weights)
-    dweights = [grad if needed else None for grad, needed in zip(rest[:count], ctx.weights_needed, strict=True)]
-    of_weights = zip(rest[count:], ctx.biases_needed, ctx.has_bias, strict=True)
-    dbiases = [grad if needed else None for grad, needed, present in of_weights if present]
+    dweights, dbiases = _several.wanted_gradients(ctx, rest)
     nothing = (None, None, None, None, None, [None] * len(ctx.ahead[0]), None)
     return dx if ctx.needs_input_grad[0] else None, dweights, dbiases, *nothing
 

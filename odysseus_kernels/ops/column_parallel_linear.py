@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from odysseus_kernels.comm.arguments import check_config, refuse_second_derivative
 from odysseus_kernels.comm.groups import resolve_group
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops import _several
 from odysseus_kernels.ops._all_reduce import sum_rows
 from odysseus_kernels.ops._heads import check_mode
 from odysseus_kernels.ops._products import WeightGradient, multiply, multiply_lines
@@ -95,8 +96,7 @@ def column_parallel_linear(
     x, weights, biases = check_several(_NAME, x, weight, bias)
     check_mode(_NAME, config)
     resolved = resolve_group(group)
-    present = [one for one in biases if one is not None]
-    has_bias = [one is not None for one in biases]
+    present, has_bias = _several.present_biases(biases)
     outputs = torch.ops.odysseus.column_parallel_linear(
         x, weights, present, has_bias, resolved.group_name, config.key()
     )
@@ -114,11 +114,10 @@ def _forward(
 ) -> list[Tensor]:
     """``biases`` holds one for each weight that ``has_bias``: lists of optional tensors have no gradients."""
     lines = x.reshape(-1, x.shape[-1])
-    remaining = iter(biases)
     outputs = []
-    for weight, present in zip(weights, has_bias, strict=True):
+    for weight, bias in zip(weights, _several.biases_of_weights(biases, has_bias), strict=True):
         out = x.new_empty((lines.shape[0], weight.shape[0]))
-        multiply_lines(out, lines, weight.t(), next(remaining) if present else None)
+        multiply_lines(out, lines, weight.t(), bias)
         outputs.append(out.view(*x.shape[:-1], weight.shape[0]))
     return outputs
 
@@ -196,10 +195,10 @@ def _(
     weights_needed: Sequence[bool],
     biases_needed: Sequence[bool],
 ) -> list[Tensor]:
-    dx = x.new_empty(x.shape if input_needed else (0,))
-    dweights = [w.new_empty(w.shape if n else (0,)) for w, n in zip(weights, weights_needed, strict=True)]
-    dbiases = [w.new_empty(w.shape[:1] if n else (0,)) for w, n in zip(weights, biases_needed, strict=True)]
-    return [dx, *dweights, *dbiases]
+    return [
+        x.new_empty(x.shape if input_needed else (0,)),
+        *_several.empty_gradients(weights, weights_needed, biases_needed),
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -207,10 +206,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *weights)
     ctx.shapes = [one.shape for one in output]
-    ctx.weights_needed = [one.requires_grad for one in weights]
-    needed = iter([one.requires_grad for one in biases])
-    ctx.biases_needed = [present and next(needed) for present in has_bias]
-    ctx.has_bias = has_bias
+    _several.note_needed(ctx, weights, biases, has_bias)
 
 
 def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -226,10 +222,7 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         ctx.weights_needed,
         ctx.biases_needed,
     )
-    count = len(weights)
-    dweights = [grad if needed else None for grad, needed in zip(rest[:count], ctx.weights_needed, strict=True)]
-    of_weights = zip(rest[count:], ctx.biases_needed, ctx.has_bias, strict=True)
-    dbiases = [grad if needed else None for grad, needed, present in of_weights if present]
+    dweights, dbiases = _several.wanted_gradients(ctx, rest)
     return dx if ctx.needs_input_grad[0] else None, dweights, dbiases, None, None, None
 
 

@@ -25,6 +25,7 @@ from odysseus_kernels.comm.groups import dispatch, resolve_group
 from odysseus_kernels.comm.reduce import accumulator_dtype
 from odysseus_kernels.comm.transport import Call, Transport
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops import _several
 from odysseus_kernels.ops._ahead import Shards, choose_ahead, recomputed_flag, take_ahead, tell_ahead
 from odysseus_kernels.ops._heads import all_to_all, check_mode, exchange_parts, tokens_of_ranks
 from odysseus_kernels.ops._products import ProductSum, multiply_lines, project
@@ -134,8 +135,7 @@ def linear_all_to_all(
     owners = resolved if zero3_group is None else resolve_group(zero3_group)
     sharers = check_projections(_NAME, weights, heads, resolved.size(), owners.size())
     ahead = tell_ahead(_NAME, weights[0], prefetch, prefetch_backward, prefetch_recomputed)
-    present = [one for one in biases if one is not None]
-    has_bias = [one is not None for one in biases]
+    present, has_bias = _several.present_biases(biases)
     outputs = torch.ops.odysseus.linear_all_to_all(
         x, weights, present, has_bias, sharers, resolved.group_name, owners.group_name, config.key(), *ahead
     )
@@ -162,8 +162,7 @@ def _forward(
     config = OverlapConfig.from_key(config_key)
     sizes = Projections(_NAME, x, weights, sharers, group_name, owners_name)
     prefetch = take_ahead(ahead, ahead_text, "forward")
-    remaining = iter(biases)
-    bias_of = [next(remaining) if present else None for present in has_bias]
+    bias_of = _several.biases_of_weights(biases, has_bias)
     lines = x.reshape(sizes.lines, sizes.features)
     block = lines.view(sizes.batch, sizes.rows, sizes.features)
     outputs = [x.new_empty((*x.shape[:-2], sizes.rows * sizes.world, cut.width)) for cut in sizes.cuts]
@@ -385,10 +384,10 @@ def _(
     weights_needed: Sequence[bool],
     biases_needed: Sequence[bool],
 ) -> list[Tensor]:
-    dx = x.new_empty(x.shape if input_needed else (0,))
-    dweights = [w.new_empty(w.shape if n else (0,)) for w, n in zip(weights, weights_needed, strict=True)]
-    dbiases = [w.new_empty(w.shape[:1] if n else (0,)) for w, n in zip(weights, biases_needed, strict=True)]
-    return [dx, *dweights, *dbiases]
+    return [
+        x.new_empty(x.shape if input_needed else (0,)),
+        *_several.empty_gradients(weights, weights_needed, biases_needed),
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -396,10 +395,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[-1], x, *weights)
     ctx.shapes = [one.shape for one in output[:-1]]
-    ctx.weights_needed = [one.requires_grad for one in weights]
-    needed = iter([one.requires_grad for one in biases])
-    ctx.biases_needed = [present and next(needed) for present in has_bias]
-    ctx.has_bias = has_bias
+    _several.note_needed(ctx, weights, biases, has_bias)
 
 
 def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -419,10 +415,7 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         ctx.weights_needed,
         ctx.biases_needed,
     )
-    count = len(weights)
-    dweights = [grad if needed else None for grad, needed in zip(rest[:count], ctx.weights_needed, strict=True)]
-    of_weights = zip(rest[count:], ctx.biases_needed, ctx.has_bias, strict=True)
-    dbiases = [grad if needed else None for grad, needed, present in of_weights if present]
+    dweights, dbiases = _several.wanted_gradients(ctx, rest)
     nothing = (None, None, None, None, None, [None] * len(ctx.ahead[0]), None)
     return dx if ctx.needs_input_grad[0] else None, dweights, dbiases, *nothing
 

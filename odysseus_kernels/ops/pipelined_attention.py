@@ -21,6 +21,7 @@ from odysseus_kernels.attention.layout import with_key_mask
 from odysseus_kernels.comm.arguments import check_config, refuse_second_derivative
 from odysseus_kernels.comm.groups import resolve_group
 from odysseus_kernels.config import OverlapConfig
+from odysseus_kernels.ops import _several
 from odysseus_kernels.ops._ahead import Shards, choose_ahead, recomputed_flag, take_ahead, tell_ahead
 from odysseus_kernels.ops._attention_block import Block
 from odysseus_kernels.ops._attention_pieces import ForwardPieces, Pieces, Settings
@@ -140,8 +141,7 @@ def pipelined_attention(
     found = torch.ops.odysseus.pipelined_attention(
         x,
         weights,
-        [one for one in biases if one is not None],
-        [one is not None for one in biases],
+        *_several.present_biases(biases),
         output_weight,
         output_bias,
         list(rotation or ()),
@@ -182,10 +182,11 @@ def _forward(
     block = Block(
         x, weights, output_weight, rotation, head_norms, documents, group, ring, config, Settings.of(settings_key)
     )
-    remaining = iter(biases)
-    of_weights = [next(remaining) if present else None for present in has_bias]
     prefetch = take_ahead(ahead, ahead_text, "forward")
-    return [*block.forward(of_weights, output_bias, prefetch, keep=keep), recomputed_flag()]
+    return [
+        *block.forward(_several.biases_of_weights(biases, has_bias), output_bias, prefetch, keep=keep),
+        recomputed_flag(),
+    ]
 
 
 @_forward.register_fake
@@ -273,8 +274,7 @@ def _(
 ) -> list[Tensor]:
     return [
         x.new_empty(x.shape if input_needed else (0,)),
-        *(w.new_empty(w.shape if n else (0,)) for w, n in zip(weights, weights_needed, strict=True)),
-        *(w.new_empty(w.shape[:1] if n else (0,)) for w, n in zip(weights, biases_needed, strict=True)),
+        *_several.empty_gradients(weights, weights_needed, biases_needed),
         output_weight.new_empty(output_weight.shape if output_needed[0] else (0,)),
         output_weight.new_empty(output_weight.shape[:1] if output_needed[1] else (0,)),
         *(norm.new_empty(norm.shape if norms_needed else (0,)) for norm in head_norms),
@@ -282,15 +282,13 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, ctx.has_bias, output_weight, output_bias, rotation, norms, documents, *rest = inputs
+    x, weights, biases, has_bias, output_weight, output_bias, rotation, norms, documents, *rest = inputs
     ctx.set_materialize_grads(False)
     *ctx.settings, _, ahead, ahead_text = rest
     ctx.ahead = ahead, ahead_text
     ctx.counts = len(rotation), len(norms)
     ctx.save_for_backward(x, *weights, output_weight, documents, *rotation, *norms, *output[1:])
-    ctx.weights_needed = [one.requires_grad for one in weights]
-    needed = iter([one.requires_grad for one in biases])
-    ctx.biases_needed = [present and next(needed) for present in ctx.has_bias]
+    _several.note_needed(ctx, weights, biases, has_bias)
     ctx.output_needed = [output_weight.requires_grad, output_bias is not None and output_bias.requires_grad]
     ctx.norms_needed = any(norm.requires_grad for norm in norms)
 
@@ -319,11 +317,9 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         *ctx.ahead,
         recomputed,
     )
-    of_biases = zip(found[3:6], ctx.biases_needed, ctx.has_bias, strict=True)
     return (
         dx if ctx.needs_input_grad[0] else None,
-        [one if needed else None for one, needed in zip(found[:3], ctx.weights_needed, strict=True)],
-        [one if needed else None for one, needed, present in of_biases if present],
+        *_several.wanted_gradients(ctx, found[:6]),
         None,
         *(one if needed else None for one, needed in zip(found[6:8], ctx.output_needed, strict=True)),
         [None] * rotations,

@@ -1,11 +1,14 @@
-"""In how many pieces a pipelined attention block gathers a sequence, how large they are, and how long that takes."""
+"""In how many pieces a pipelined attention block gathers a sequence, how large they are, and how long that takes.
+
+And in how many groups of heads Ulysses' block takes a rank's, and how long that takes.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
 
-__all__ = ["pick_head_groups", "pick_pieces", "piece_shares", "pipelined_seconds"]
+__all__ = ["fit_head_groups", "grouped_seconds", "pick_head_groups", "pick_pieces", "piece_shares", "pipelined_seconds"]
 
 # Measured on one core with heads of 64 (benchmarks/layers/pieces.py): attention of 8,192 tokens in 8 pieces takes 1.01
 # times as long as in one, forward, and 1.02 times backward; in 16 equal ones of 512 it took 1.18 and 1.17 times.
@@ -13,6 +16,7 @@ _LEAST_TOKENS = 1024
 _PIECES = (8, 4, 2)
 _FROM_START, _FROM_END = (1, 4, 6), (1, 3, 5, 6)  # relative sizes from either end of the sequence on
 _IN_FLIGHT = 2  # gathered pieces: of comm/schedules/collective.py
+_HEAD_STAGES = 4  # of a group of heads: of ops/_ulysses_heads.py
 
 
 def pick_pieces(length: int) -> int:
@@ -29,6 +33,11 @@ def pick_head_groups(length: int, heads: int) -> int:
     if length < _PIECES[0] * _LEAST_TOKENS:
         return 1
     return next(count for count in (4, 3, 2, 1) if heads % count == 0)
+
+
+def fit_head_groups(wanted: int, heads: int) -> int:
+    """The largest number of groups, of at most ``wanted``, that divides a rank's ``heads`` key/value heads."""
+    return next(count for count in range(min(wanted, max(1, heads)), 0, -1) if heads % count == 0)
 
 
 def piece_shares(pieces: int) -> tuple[int, ...]:
@@ -116,3 +125,99 @@ def pipelined_seconds(
             gather(*queues[1])
         now = max(now, last)
     return max(now, left)
+
+
+def grouped_seconds(
+    groups: int,
+    ranks: int,
+    *,
+    given: tuple[float, float],
+    made: tuple[float, float],
+    before: float,
+    attention: float,
+    after: float,
+    summed: float | None = None,
+    ahead: bool = False,
+) -> float:
+    """Seconds of Ulysses' block in groups of heads, one link carrying out what it is given, in the order of its issue.
+
+    What ``ops/_ulysses_heads.py`` does at its ``groups + 3`` stages, and ``comm/schedules/collective.py`` within each,
+    step by step: of a group the products before attention, attention, what it made on its way, and the products after
+    it follow one another in four stages, each beside the other steps of the groups around it.  A stage visits one rank
+    after another, with a part of its products and of its attention for each; what was made in a visit leaves during the
+    next ones, and what the next stage's first visit is given arrives meanwhile.  So the first group's products before
+    attention and the last one's after it, and what either sends, have no attention beside them.
+
+    Args:
+        groups: how many, all of one size.
+        ranks: of the group; what a rank gives itself does not travel.
+        given: seconds for which the link carries the weights of the products before and after attention.
+        made: seconds for which it carries what the products before attention, and attention, make for other ranks.
+        before, attention, after: seconds of products before attention, of attention, and of products after it.
+        summed: seconds for which the link carries what the products after attention make for others; None: nothing.
+        ahead: the call before has sent what the first visit is given.
+
+    Example:
+        >>> times = {"given": (1, 1), "made": (1, 1), "before": 1, "attention": 4, "after": 1}
+        >>> grouped_seconds(1, 2, **times)
+        9.0
+        >>> grouped_seconds(4, 2, **times) < 7
+        True
+    """
+    stages, hops = groups + _HEAD_STAGES - 1, ranks - 1
+    now = free = 0.0  # when the host goes on, and when the link is free
+
+    def share(stage: int, *steps: float | None) -> float | None:
+        """Of each hop, or visit: what the steps of the groups at ``stage`` take; None without any."""
+        found = [one for step, one in enumerate(steps) if one is not None and 0 <= stage - step < groups]
+        return sum(found) / groups if found else None
+
+    def gives(stage: int) -> float | None:
+        return share(stage, given[0], None, None, given[1])
+
+    def send(seconds: float) -> float:
+        nonlocal free
+        free = max(now, free) + seconds / hops
+        return free
+
+    def send_ahead(stage: int) -> float | None:
+        """When what the first visit of ``stage`` is given has arrived."""
+        following = gives(stage)
+        return None if following is None else send(following)
+
+    arrives = send_ahead(0)
+    if ahead:
+        arrives = now  # it takes its time of the link, but nobody waits for it
+    for stage in range(stages):
+        gets, makes = gives(stage), share(stage, made[0], None, made[1], summed)
+        visit = (share(stage, before, attention, None, after) or 0.0) / ranks
+        following = None
+        if gets is None and makes is None:
+            now += visit * ranks
+            continue
+        if gets is not None and arrives is None:
+            arrives = send(gets)
+        if gets is not None and hops == 1:
+            following = send_ahead(stage + 1)
+        if makes is None:
+            now += visit  # this rank's own, which comes last where something is made
+        left: list[float] = []
+        for hop in range(hops):
+            if gets is not None:
+                assert arrives is not None
+                now = max(now, arrives)
+                if hop + 1 < hops:
+                    arrives = send(gets)
+                    if hop + 2 == hops:
+                        following = send_ahead(stage + 1)
+            now += visit
+            if makes is not None:
+                left.append(send(makes))
+                if gets is None and hop + 1 == hops:
+                    following = send_ahead(stage + 1)
+                if hop:
+                    now = max(now, left[hop - 1])
+        if makes is not None:
+            now = max(now + visit, left[-1])
+        arrives = following
+    return now

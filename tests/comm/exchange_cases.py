@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -21,19 +19,16 @@ from torch import Tensor
 
 import odysseus_kernels as ody
 from odysseus_kernels.comm.bundles import as_bytes
-from odysseus_kernels.comm.choice.selection import Phase
 from odysseus_kernels.comm.collective.exchange import ExchangeRun
 from odysseus_kernels.comm.exchange import Exchange
 from odysseus_kernels.comm.functional import all_to_all
-from odysseus_kernels.comm.groups import dispatch, group_transports
+from odysseus_kernels.comm.groups import group_transports
 from odysseus_kernels.comm.host.exchange import HostExchange
-from odysseus_kernels.comm.host.transport import SymmetricHostTransport
-from odysseus_kernels.comm.host.windows import Windows
 from odysseus_kernels.comm.schedules.steps import Step, Task
 from odysseus_kernels.comm.transport import Call, Transport
 from odysseus_kernels.planner.ring import Pairs
 from odysseus_kernels.testing.compare import nan_empty
-from odysseus_kernels.testing.faults import Jitter, kill_self
+from odysseus_kernels.testing.faults import Jitter
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -59,7 +54,7 @@ class Case:
         return tuple(tuple(map(tuple, (table | torch.eye(world, dtype=torch.bool)).tolist())) for table in drawn)
 
 
-def _config(transport: str, **settings: Any) -> ody.OverlapConfig:
+def config_of(transport: str, **settings: Any) -> ody.OverlapConfig:
     return ody.OverlapConfig(**{"mode": "fused", "transport": transport, "timeout_s": 20, **settings})
 
 
@@ -175,7 +170,7 @@ PARTED = (
 )
 
 
-def _transport(rank: int, config: ody.OverlapConfig) -> Transport:
+def transport_of(rank: int, config: ody.OverlapConfig) -> Transport:
     return group_transports(dist.group.WORLD).choose(config, torch.device("cpu"))
 
 
@@ -190,8 +185,8 @@ def _poison(transport: Transport) -> None:
 
 def all_cases(rank: int, world: int, name: str) -> None:
     """Each kind of exchange alone in poisoned memory, and then all of them back to back."""
-    config = _config(name)
-    transport = _transport(rank, config)
+    config = config_of(name)
+    transport = transport_of(rank, config)
     cases = (*KINDS_OF_CASES, *PARTED)
     for seed, case in enumerate(cases):
         _poison(transport)
@@ -202,8 +197,8 @@ def all_cases(rank: int, world: int, name: str) -> None:
 
 def only_what_is_taken_moves(rank: int, world: int, name: str) -> list[tuple[int, int]]:
     """Bytes that were copied into the own window, or handed to the links, and what the parts that are taken have."""
-    config = _config(name)
-    transport = _transport(rank, config)
+    config = config_of(name)
+    transport = transport_of(rank, config)
     published: list[int] = []
     moved: list[int] = []
     publish, all_to_all_of = HostExchange.publish, ExchangeRun._issue
@@ -247,8 +242,8 @@ def only_what_is_taken_moves(rank: int, world: int, name: str) -> list[tuple[int
 
 def between_operators(rank: int, world: int, name: str, seed: int, count: int) -> int:
     """Exchanges and operators back to back, with delays that differ from rank to rank and nothing else between them."""
-    config = _config(name)
-    transport = _transport(rank, config)
+    config = config_of(name)
+    transport = transport_of(rank, config)
     draw = torch.Generator().manual_seed(seed)
     jitter = Jitter(seed, rank, longest_s=0.003, share=0.2)
     x, w = torch.full((3, 8), float(rank)), torch.ones(5, 8)
@@ -280,24 +275,24 @@ def rounded_sums(rank: int, world: int) -> None:
         for part in order[1:]:
             total = total + part.to(wide)
         for name in ("symmetric", "collective"):
-            config = _config(name, reduce_dtype=reduce_dtype)
+            config = config_of(name, reduce_dtype=reduce_dtype)
             out = torch.empty(1000, dtype=dtype)
 
             def visit(peer: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...], own: Tensor = own) -> None:
                 made[0].copy_(own)
 
             exchange = Exchange(visit, sums=(out,))
-            _transport(rank, config).execute(Call("probe", "forward", config, exchange=exchange))
+            transport_of(rank, config).execute(Call("probe", "forward", config, exchange=exchange))
             assert torch.equal(out, total.to(dtype)), (name, dtype, reduce_dtype)
 
 
 def traffic(rank: int, world: int, name: str) -> list[dict[str, int]]:
     """Bytes by collective of each kind of exchange, and what they must be."""
-    config = _config(name)
+    config = config_of(name)
     found = []
     for seed, case in enumerate(KINDS_OF_CASES):
         with ody.CommRecorder() as record:
-            run_case(_transport(rank, config).execute, rank, world, case, config, seed)
+            run_case(transport_of(rank, config).execute, rank, world, case, config, seed)
 
         def nbytes(*specs: Spec) -> int:
             return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)
@@ -319,7 +314,7 @@ def traffic(rank: int, world: int, name: str) -> list[dict[str, int]]:
 
 def plain(rank: int, world: int, name: str) -> None:
     """The unfused twin, any dtype, counted; and out of a transport's own method into a strided tensor."""
-    config = _config(name)
+    config = config_of(name)
     for dtype in (F64, BF16, torch.bool, I64):
         for shape in ((), (3,), (2, 0), (2, 3)):
             everyone = [
@@ -333,150 +328,7 @@ def plain(rank: int, world: int, name: str) -> None:
             assert record.bytes(operator="probe", collective="all_to_all") == record.bytes() == expected
     full = torch.arange(6.0 * world).view(world, 3, 2) + 100 * rank
     out = torch.empty(world, 2, 3).mT
-    transport = _transport(rank, config)
+    transport = transport_of(rank, config)
     transport.all_to_all(Call("probe", "forward", config), full, out)
     for source in range(world):
         assert torch.equal(out[source], torch.arange(6.0).view(3, 2) + 6 * rank + 100 * source)
-
-
-def odd_rank(rank: int, world: int, name: str, what: str, odd: int) -> Any:
-    """One rank gives, makes or calls something else; then everybody agrees again."""
-    config = _config(name)
-    transport = _transport(rank, config)
-    agreed = KINDS_OF_CASES[-1]
-    run_case(transport.execute, rank, world, agreed, config, 0)
-    calls: dict[str, Callable[[], object]] = {
-        "shared": lambda: _run(transport, dataclasses.replace(agreed, shared=(((3, 3), F32),)), world),
-        "received": lambda: _run(transport, dataclasses.replace(agreed, received=(((2, 3, 4), F16),)), world),
-        "program": lambda: _run(transport, KINDS_OF_CASES[0], world),
-        "parts": lambda: run_case(transport.execute, rank, world, dataclasses.replace(PARTED[2], parts=5), config, 7),
-        "operator": lambda: ody.all_gather_linear(torch.ones(3, 8), torch.ones(5, 8), group=None, config=config),
-    }
-    try:
-        if rank == odd:
-            calls[what]()
-        elif what == "parts":
-            run_case(transport.execute, rank, world, PARTED[2], config, 7)
-        else:
-            _run(transport, agreed, world)
-    except ody.CommunicationError as error:
-        found = type(error).__name__, str(error)
-    # A transport that was given up is replaced; the process group goes on.
-    run_case(_transport(rank, config).execute, rank, world, agreed, config, 1)
-    return found
-
-
-def _run(transport: Transport, case: Case, world: int) -> None:
-    def empty(specs: tuple[Spec, ...], *front: int) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(*front, *shape, dtype=dtype) for shape, dtype in specs)
-
-    exchange = Exchange(
-        lambda peer, given, made: None,
-        empty(case.shared),
-        empty(case.addressed, world),
-        empty(case.sums),
-        empty(case.received, world),
-    )
-    transport.execute(Call("probe", "forward", _config(transport.name), exchange=exchange))
-
-
-def killed_rank(rank: int, world: int, name: str, victim: int) -> Any:
-    """One rank dies in the middle of an exchange, when it visits its first peer."""
-    config = _config(name)
-    transport = _transport(rank, config)
-    case = KINDS_OF_CASES[-1]
-    run_case(transport.execute, rank, world, case, config, 0)
-    dist.barrier()
-
-    def visit(peer: int, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
-        if rank == victim:
-            time.sleep(0.5)
-            kill_self()
-
-    exchange = Exchange(visit, shared=(torch.ones(3, 5),), sums=(torch.empty(7),))
-    start = time.perf_counter()
-    try:
-        transport.execute(Call("probe", "forward", config, exchange=exchange))
-    except ody.CommunicationError as error:
-        return type(error).__name__, str(error), time.perf_counter() - start
-    return "", "", time.perf_counter() - start
-
-
-def not_served(rank: int, world: int, asked: str) -> Any:
-    """A symmetric transport without exchanges: they take the collective one, and nothing else does."""
-    config = _config(asked)
-    used: list[str] = []
-
-    def run(transport: Transport, settled: ody.OverlapConfig) -> None:
-        run_case(transport.execute, rank, world, KINDS_OF_CASES[-1], settled, len(used))
-        used.append(transport.name)
-
-    phase = Phase("probe", "forward", "", "", F32, 1)
-    with (
-        mock.patch.object(SymmetricHostTransport, "serves_exchange", False),
-        warnings.catch_warnings(record=True) as caught,
-    ):
-        warnings.simplefilter("always")
-        for given in (None, phase, phase):
-            dispatch(dist.group.WORLD, config, torch.device("cpu"), run, given)
-        assert torch.equal(all_to_all(torch.full((world, 2), rank), config=config)[:, 0], torch.arange(world))
-        with ody.CommRecorder() as record:
-            ody.all_gather_linear(torch.ones(3, 8), torch.ones(5, 8), group=None, config=config)
-    assert [row["transport"] for row in record.rows()] == ["symmetric"]
-    return used, [str(one.message) for one in caught if issubclass(one.category, ody.FallbackWarning)]
-
-
-def short_memory(rank: int, world: int, short: int) -> Any:
-    """One rank cannot back its window: all of them take the collective transport, and small calls go on as before."""
-    config = _config("symmetric")
-    used: list[str] = []
-    large = Case(shared=((((1 << 18) + 1,), F32),), sums=(((3,), F32),))
-
-    def run_of(case: Case) -> Callable[[Transport, ody.OverlapConfig], None]:
-        def run(transport: Transport, settled: ody.OverlapConfig) -> None:
-            run_case(transport.execute, rank, world, case, settled, len(used))
-            used.append(transport.name)
-
-        return run
-
-    reserve = Windows.reserve
-
-    def refuse(self: Windows, window: int, nbytes: int) -> None:
-        if rank == short and nbytes > 1 << 20:
-            raise OSError("no memory under test")
-        reserve(self, window, nbytes)
-
-    with mock.patch.object(Windows, "reserve", refuse), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for case in (KINDS_OF_CASES[-1], large, large, KINDS_OF_CASES[-1]):
-            dispatch(dist.group.WORLD, config, torch.device("cpu"), run_of(case))
-    return used, [str(one.message) for one in caught if issubclass(one.category, ody.CapacityWarning)]
-
-
-def bad_exchanges(rank: int, world: int, name: str) -> list[tuple[str, str]]:
-    """What is refused before anything is sent: on one rank only, and the others do not wait for it."""
-    config = _config(name)
-    transport = _transport(rank, config)
-    ok = torch.ones(world, 2, 3)
-    wrong: dict[str, dict[str, tuple[Tensor, ...]]] = {
-        "something": {},
-        "contiguous": {"shared": (ok.transpose(0, 1),)},
-        "for each of": {"addressed": (torch.ones(world + 1, 2),)},
-        "floating dtype": {"sums": (torch.ones(3, dtype=I64),)},
-        "contiguous rows": {"received": (torch.ones(world, 1, 3, 2).mT,)},
-        r"[world, batch, rows, width]": {"received": (ok,)},
-    }
-    found = []
-    if rank == 0:
-        for expected, tensors in wrong.items():
-            exchange = Exchange(lambda peer, given, made: None, **tensors)
-            try:
-                transport.execute(Call("probe", "forward", config, exchange=exchange))
-            except ValueError as error:
-                found.append((expected, str(error)))
-        try:
-            all_to_all(torch.ones(world + 1, 2), config=config)
-        except ValueError as error:
-            found.append(("for each of", str(error)))
-    run_case(transport.execute, rank, world, KINDS_OF_CASES[-1], config, 0)
-    return found

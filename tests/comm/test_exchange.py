@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import exchange_cases as cases
+import exchange_failure_cases as failures
 import pytest
 
 from odysseus_kernels.testing.spawn import RankPools, run_ranks
@@ -50,13 +51,13 @@ def test_all_to_all(ranks: RankPools, world: int, transport: str) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("what", ("shared", "received", "program", "operator", "parts"))
 def test_every_rank_learns_which_one_differs(ranks: RankPools, transport: str, what: str) -> None:
-    for error, message in ranks(3).run(cases.odd_rank, transport, what, 1):
+    for error, message in ranks(3).run(failures.odd_rank, transport, what, 1):
         assert error == "RankMismatchError" and "rank 1 differs" in message and "probe forward" in message, message
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_killed_rank_is_an_error_on_every_survivor(transport: str) -> None:
-    outcomes = run_ranks(cases.killed_rank, 4, transport, 1, timeout=60, expect_failure=True)
+    outcomes = run_ranks(failures.killed_rank, 4, transport, 1, timeout=60, expect_failure=True)
     assert outcomes[1].exit_code == -9
     for survivor in (0, 2, 3):
         assert outcomes[survivor].ok, outcomes[survivor].describe()
@@ -67,21 +68,21 @@ def test_a_killed_rank_is_an_error_on_every_survivor(transport: str) -> None:
 
 @pytest.mark.parametrize("asked", ("auto", "symmetric"))
 def test_a_transport_without_exchanges(asked: str) -> None:
-    for used, messages in run_ranks(cases.not_served, 2, asked, timeout=60):
+    for used, messages in run_ranks(failures.not_served, 2, asked, timeout=60):
         assert used == ["collective"] * 3
         assert len(messages) == (1 if asked == "symmetric" else 0), messages
         assert all("serves no exchange" in message for message in messages)
 
 
 def test_too_little_shared_memory_on_one_rank() -> None:
-    for used, messages in run_ranks(cases.short_memory, 2, 1, timeout=60):
+    for used, messages in run_ranks(failures.short_memory, 2, 1, timeout=60):
         assert used == ["symmetric", "collective", "collective", "symmetric"]
         assert len(messages) == 1 and "probe (forward) needs" in messages[0] and "rank 1" in messages[0], messages
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_bad_exchanges_are_refused(ranks: RankPools, transport: str) -> None:
-    found = ranks(2).run(cases.bad_exchanges, transport)[0]
+    found = ranks(2).run(failures.bad_exchanges, transport)[0]
     assert len(found) == 7
     for expected, message in found:
         assert expected in message, (expected, message)

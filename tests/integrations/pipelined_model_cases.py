@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -143,6 +144,23 @@ def by_itself(rank: int, world: int) -> None:
         assert "in groups of heads" in ody.explain(dropping), "only training drops"
     finally:
         pipelining.pick_head_groups, pipelining.between_hosts = pick_head_groups, between_hosts
+
+
+def asked_once(rank: int, world: int) -> None:
+    """One forward looks once through the model for how its attention is pipelined, whatever it finds."""
+    batch = Case(padding_mask=True).whole_batch()
+    with (
+        mock.patch.object(pipelining, "_why_not", wraps=pipelining._why_not) as asked,
+        mock.patch.object(pipelining, "pick_head_groups", return_value=2),
+        mock.patch.object(pipelining, "between_hosts", return_value=True),
+    ):
+        for pipeline in ("auto", 2):
+            for case in (Case(), Case(family="mistral")):
+                model = parallel_model(case, "ulysses", make_mesh(world, 1), pipeline=pipeline)
+                part = ody.shard_sequence(batch, model)
+                asked.reset_mock()
+                model(**part)
+                assert asked.call_count == 1, (case, pipeline)
 
 
 def narrow(rank: int, world: int, case: Case) -> dict[str, tuple[float, float]]:

@@ -58,6 +58,10 @@ def test_what_ulysses_pipelines_by_itself(ranks):
     ranks(2).run(cases.by_itself)
 
 
+def test_a_forward_asks_once_for_groups_of_heads(ranks):
+    ranks(2).run(cases.asked_once)
+
+
 @pytest.mark.parametrize("case", (Case(dtype=torch.bfloat16), Case(autocast_to=torch.bfloat16, family="qwen3")))
 def test_narrow_types_under_ulysses(ranks, case):
     """Where a number asks for it: no further from fp64 than without a pipeline."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pipelined_ulysses_cases as cases
+import pipelined_ulysses_cost_cases as costs
 import pytest
 
 from odysseus_kernels.testing.spawn import RankPools
@@ -43,7 +44,7 @@ def test_units_of_few_queries(ranks: RankPools) -> None:
 
 @pytest.mark.parametrize("frozen", ((), ("x",), ("wq", "wk", "wv", "bq", "bk", "bv", "nq", "nk"), ("wo", "bo")))
 def test_same_bytes_as_two_operators(ranks: RankPools, frozen: tuple[str, ...]) -> None:
-    ranks(2).run(cases.same_bytes, frozen)
+    ranks(2).run(costs.same_bytes, frozen)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +53,12 @@ def test_same_bytes_as_two_operators(ranks: RankPools, frozen: tuple[str, ...]) 
 def test_little_is_trained(ranks: RankPools, trained: tuple[str, ...]) -> None:
     """Nothing is sent for gradients that nobody wants."""
     everything = ("x", "wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "nq", "nk")
-    ranks(2).run(cases.same_bytes, tuple(name for name in everything if name not in trained))
+    ranks(2).run(costs.same_bytes, tuple(name for name in everything if name not in trained))
 
 
 def test_every_transfer_has_attention_beside_it(ranks: RankPools) -> None:
     """Of the 2 + 3 exchanges the second and third have a unit behind each of their visits."""
-    for found in ranks(2).run(cases.order_of_work):
+    for found in ranks(2).run(costs.order_of_work):
         attention = [[said for said in stage if "heads" in said] for stage in found]
         assert [len(stage) for stage in attention] == [0, 2, 2, 0, 0]
         for stage in found[1:3]:
@@ -75,11 +76,11 @@ def test_the_number_of_groups_changes_rounding_only(ranks: RankPools, world: int
 def test_memory(ranks: RankPools, world: int) -> None:
     """What is kept is what Ulysses keeps; beside it a call holds no more than its groups of heads account for."""
     for transport in ("symmetric", "collective"):
-        for found in ranks(world).run(cases.memory, transport, 4):
+        for found in ranks(world).run(costs.memory, transport, 4):
             assert abs(found["saved"] - found["formula"]) <= 0.01 * found["formula"], found
             # The largest is the sum for y or dx, [L/N, d]: nothing has all tokens and the hidden width.
             assert found["largest"] <= 1, found
-            whole = ranks(world).run(cases.memory, transport, 1)[0]
+            whole = ranks(world).run(costs.memory, transport, 1)[0]
             assert found["saved"] == whole["saved"]
             assert found["peak"] < whole["peak"], (found, whole)
 
@@ -87,7 +88,7 @@ def test_memory(ranks: RankPools, world: int) -> None:
 @pytest.mark.parametrize("groups", (2, 4))
 def test_no_more_than_a_group_of_weights_is_given_at_once(ranks: RankPools, groups: int) -> None:
     """Each weight once in forward and once in backward; transports hold two ranks' at a time."""
-    for passes in ranks(2).run(cases.given_at_once, groups):
+    for passes in ranks(2).run(costs.given_at_once, groups):
         for parts in passes:
             assert len(parts) == groups + 3
             assert max(parts) <= 1 / groups + 1e-9 and sum(parts) == pytest.approx(1), parts

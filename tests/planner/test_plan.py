@@ -20,6 +20,7 @@ from odysseus_kernels.planner.memory import head_saved, saved
 from odysseus_kernels.planner.planning import plan as planning
 from odysseus_kernels.planner.planning.machines import MACHINES, Machine, machine_for
 from odysseus_kernels.planner.planning.models import ModelSizes, bundled_models, model_sizes
+from odysseus_kernels.planner.planning.pipelining import Form
 from odysseus_kernels.planner.planning.plan import Plan, SplitPlan, plan
 from odysseus_kernels.planner.planning.split_seconds import split_seconds
 from odysseus_kernels.planner.planning.splits import Split, divisors, possible_splits, why_not
@@ -60,13 +61,13 @@ def test_bytes_and_saved_memory_are_the_formulas(arguments) -> None:
     shape = model.layer
     for one in found.splits:
         split = one.split
-        tokens = found.batch // split.dp * split.padded(found.seq_len)
+        tokens = found.batch // split.dp * split.padded(found.seq_len, one.pieces)
         sizes = {"ring": split.ring, "element_size": size}
         ring = split.everyone if split.strategy == "tsp" else split.ring
-        peers = busiest_peers(ring, split.padded(found.seq_len), model.window, size)
+        peers = busiest_peers(ring, one.padded, model.window, size)
         layer = traffic(
             shape, split.strategy, split.seq, tokens=tokens, checkpointing=found.checkpointing,
-            pipelined=one.pieces > 1, ring_peers=peers, **sizes,
+            pipelined=max(one.pieces, one.head_groups) > 1, ring_peers=peers, **sizes,
         )  # fmt: skip
         ends = [replicated_traffic(shape.hidden, split.strategy, split.seq, **sizes)] * (2 if shape.norm_bias else 1)
         ends.append(replicated_traffic(model.vocabulary * shape.hidden, split.strategy, split.seq, **sizes))
@@ -255,6 +256,8 @@ def test_a_configuration_from_a_file_a_dictionary_or_transformers(tmp_path: Path
         ({"batch": 1.5}, "batch: expected a whole number above 0, got 1.5"),
         ({"dtype": "int8"}, "dtype: expected one of bfloat16, float16, float32, float64, got 'int8'"),
         ({"offload": True}, "offload: expected checkpointing=True"),
+        ({"pipeline": 0}, "pipeline: expected \"auto\", None or a whole number above 0, got 0"),
+        ({"pipeline": "all"}, "pipeline: expected \"auto\", None or a whole number above 0, got 'all'"),
         ({"measured": "absent.json"}, "measured: expected a results file of benchmarks/overlap.py"),
         (
             {"world_size": 3, "strategies": ("ulysses", "tsp")},
@@ -351,7 +354,8 @@ def test_predictions_beside_a_recorded_run_of_the_scale_model() -> None:
         strategy = one.split.strategy
         seconds = split_seconds(
             found.model, one.split, dataclasses.replace(one.traffic, ends={}), found.machine, tokens=row["tokens"],
-            length=row["tokens"], dtype="float32", layer_bytes=0, checkpointing=False, pieces=one.pieces,
+            length=row["tokens"], dtype="float32", layer_bytes=0, checkpointing=False,
+            form=Form(one.pieces, one.head_groups),
         )  # fmt: skip
         for mode in ("unfused", "fused", "pipelined"):
             measured = statistics.median(row["samples_s"][f"{strategy} {mode} collective"])

@@ -65,6 +65,22 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["memory_bytes"] is None
 
 
+def test_how_attention_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*GIVEN, "--hardware", "h100-nvlink", "--strategies", "odysseus", "ulysses", "--gpus", "4"]
+    for pipeline, said in (
+        ("auto", "pipeline='auto': odysseus in 8 pieces, all others whole"),
+        ("none", "pipeline=None: whole"),
+        ("2", "pipeline=2: odysseus in 2 pieces, ulysses in 2 groups of heads, all others whole"),
+    ):
+        assert cli.main([*given, "--pipeline", pipeline]) in (0, 1)
+        assert f"attention with {said}\n" in capsys.readouterr().out
+    assert cli.main([*given, "--pipeline", "0"]) == 2
+    assert "pipeline: expected" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*given, "--pipeline", "some"])
+    assert "expected a number, auto or none, got 'some'" in capsys.readouterr().err
+
+
 def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", "llama-3.1-70b", "--gpus", "1", "--seq", "4096"]) == 1
     assert "Nothing fits" in capsys.readouterr().out

@@ -73,7 +73,7 @@ _PLANS = 512
 
 
 class SymmetricDeviceTransport(Transport):
-    """Ranks whose devices reach one another's memory; made by ``comm/groups.py``."""
+    """Ranks whose devices reach one another's memory; made by ``comm/group_transports.py``."""
 
     name = "symmetric"
     serves_tiles = True

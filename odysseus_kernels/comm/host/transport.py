@@ -13,11 +13,9 @@ not a SIGBUS).  Whether it could be backed is agreed by all ranks, through the d
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -25,8 +23,8 @@ from odysseus_kernels import _ext
 from odysseus_kernels.comm.host.exchange import HostExchange
 from odysseus_kernels.comm.host.peers import Peers
 from odysseus_kernels.comm.host.pipeline import HostPipeline
+from odysseus_kernels.comm.host.segments import Rendezvous, map_segments
 from odysseus_kernels.comm.host.windows import BundleBuffer, PartialBuffer, ShardBuffer, Windows
-from odysseus_kernels.comm.mismatch import short_text
 from odysseus_kernels.comm.prefetch import Prefetch
 from odysseus_kernels.comm.reduce import PieceSum
 from odysseus_kernels.comm.schedules.leases import LeaseTable
@@ -46,28 +44,12 @@ from odysseus_kernels.comm.trace import timed
 from odysseus_kernels.comm.transport import Call, CapacityExceededError, Scatter, Transport, row_pieces
 from odysseus_kernels.errors import CapacityWarning, CommunicationError
 
-__all__ = ["SymmetricHostTransport", "window_bytes"]
+__all__ = ["SymmetricHostTransport"]
 
 # Rows of a piece below which a product loses more than the earlier start of the reduction wins (on two cores, products
 # of 128 rows took 7 % longer than of 256; from 512 to 4096 rows pieces made no difference).
 _PIECE_ROWS = 1024
 _MAX_PIECES = 4
-# Address space is free until it is used, but not endless: 16 windows of each rank, mapped by every rank, and many
-# groups in a process share 47 bits.
-_ALL_WINDOWS_BYTES = 1 << 38
-
-
-def window_bytes(directory: str, world: int) -> int:
-    """Address space of one window: all that the file system could ever back if every rank needs as much."""
-    status = os.statvfs(directory)
-    return max(4096, min(status.f_blocks * status.f_frsize, _ALL_WINDOWS_BYTES) // world)
-
-
-class Rendezvous(Protocol):
-    """Exchanges a short text among the ranks: what this rank gives, and what all gave, in rank order."""
-
-    def __call__(self, text: str) -> list[str]: ...
-
 
 _Given = ShardBuffer | BundleBuffer
 _Buffer = _Given | PartialBuffer
@@ -96,7 +78,7 @@ class _Buffers:
 
 
 class SymmetricHostTransport(Transport):
-    """Ranks of one host over shared memory; made by ``comm/groups.py``.
+    """Ranks of one host over shared memory; made by ``comm/group_transports.py``.
 
     Attributes:
         completed: number of its calls.
@@ -136,33 +118,7 @@ class SymmetricHostTransport(Transport):
         Raises:
             OSError: some rank could not; the message names it and says why.
         """
-        host: Any = None
-        answer: dict[str, str]
-        try:
-            host = _ext.load().SymmetricHost(rank, world, directory, window_bytes(directory, world), nonce)
-            answer = {"path": host.path}
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            answer = {"error": short_text(error)}
-        answers = [json.loads(text) for text in rendezvous(json.dumps(answer))]
-        failure = ""
-        if not any("error" in other for other in answers):
-            try:
-                host.attach([other["path"] for other in answers])
-            except (OSError, ValueError, RuntimeError) as error:
-                failure = short_text(error)
-        else:
-            failure = answers[rank].get("error", "")
-        # The second exchange is also what makes it safe to use the segments: all ranks have mapped them.
-        failures = rendezvous(failure)
-        for other, reason in enumerate(failures):
-            if reason:
-                if host is not None:
-                    host.close()
-                raise OSError(f"rank {other}: {reason}")
-        cores = len(os.sched_getaffinity(0))
-        if world > cores:
-            host.spin_us = 0  # a spinning rank would keep the one it waits for off its core
-        return cls(host, rank, world, names)
+        return cls(map_segments(rank, world, directory, nonce, rendezvous), rank, world, names)
 
     @property
     def reserved_bytes(self) -> int:

@@ -12,6 +12,7 @@ from odysseus_kernels.planner.formulas import STRATEGIES
 from odysseus_kernels.planner.hardware import hardware_for
 from odysseus_kernels.planner.planning.machines import MACHINES, machine_for
 from odysseus_kernels.planner.planning.models import model_sizes
+from odysseus_kernels.planner.planning.pipelining import Pipeline
 from odysseus_kernels.planner.planning.plan import SplitPlan, evaluate_split
 from odysseus_kernels.planner.planning.splits import Split, why_not
 
@@ -53,11 +54,12 @@ def on_mesh(
     checkpointing: bool = False,
     dtype: str = "bfloat16",
     strategies: Sequence[str] = STRATEGIES,
+    pipeline: Pipeline = "auto",
 ) -> dict[str, SplitPlan | str]:
     """What a step takes on a given mesh under each strategy, or why the strategy cannot be had.
 
     Args:
-        model_config, hardware, checkpointing, dtype, strategies: as those of :func:`~.plan.plan`.
+        model_config, hardware, checkpointing, dtype, strategies, pipeline: as those of :func:`~.plan.plan`.
         seq, ring, dp: ranks of each dimension of the mesh.
         seq_len: tokens of each sequence.
         batch: sequences of a step on each rank of dp.
@@ -77,6 +79,6 @@ def on_mesh(
     for strategy in strategies:
         split = split_on(strategy, seq=seq, ring=ring, dp=dp)
         found[strategy] = why_not(model, split) or evaluate_split(
-            model, split, machine, seq_len, batch * dp, checkpointing, False, dtype.removeprefix("torch.")
+            model, split, machine, seq_len, batch * dp, checkpointing, False, dtype.removeprefix("torch."), pipeline
         )
     return found

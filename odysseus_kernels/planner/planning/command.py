@@ -42,6 +42,10 @@ def add_plan(commands: Any) -> None:
     parser.add_argument("--offload", action="store_true", help="layers' inputs wait in the host's memory")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16, float32 or float64")
     parser.add_argument("--strategies", nargs="+", metavar="S", help="which to look at (default all)")
+    parser.add_argument(
+        "--pipeline", type=_pipeline, default="auto", metavar="P",
+        help="attention in so many pieces, or in at most so many groups of heads under ulysses; auto (default); none",
+    )  # fmt: skip
     parser.add_argument("--measured", metavar="RESULTS.json", help="rates from a result of benchmarks/overlap.py")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--all", action="store_true", help="print all splits")
@@ -51,7 +55,8 @@ def add_plan(commands: Any) -> None:
 def run_plan(options: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     arguments: dict[str, Any] = {
-        name: getattr(options, name) for name in ("hardware", "batch", "checkpointing", "offload", "dtype", "measured")
+        name: getattr(options, name)
+        for name in ("hardware", "batch", "checkpointing", "offload", "dtype", "measured", "pipeline")
     }
     if options.strategies:
         arguments["strategies"] = tuple(options.strategies)
@@ -67,3 +72,11 @@ def run_plan(options: argparse.Namespace) -> int:
     else:
         print_plan(found, everything=options.all)
     return _FITS if found.best is not None else _FITS_NOT
+
+
+def _pipeline(text: str) -> int | str | None:
+    if text in ("auto", "none"):
+        return text if text == "auto" else None
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number, auto or none, got {text!r}")

@@ -55,6 +55,7 @@ class Machine:
         source: where the figures are from.
         attention_share: of the device's peak, reached by attention.
         layer_overhead_s: of one layer, forward and backward, that no rate explains: calls, and kernels that are small.
+        cpu: whether its ranks are processes on cores.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Machine:
     source: str
     attention_share: float = ATTENTION_SHARE
     layer_overhead_s: float = 0.0
+    cpu: bool = False
 
     def __post_init__(self) -> None:
         for what in ("node", "network_bytes_per_s", "host_bytes_per_s", "attention_share"):
@@ -115,7 +117,7 @@ MACHINES: dict[str, Machine] = {
 
 def _cpu() -> Machine:
     source = "estimates for a rank with a few cores; its host's memory is not known, so that everything fits"
-    return Machine("cpu", CPU, 64, ETHERNET_100_BYTES_PER_S, 3e-5, CPU.memory_bytes_per_s, source)
+    return Machine("cpu", CPU, 64, ETHERNET_100_BYTES_PER_S, 3e-5, CPU.memory_bytes_per_s, source, cpu=True)
 
 
 def _scale_model(name: str) -> Machine:
@@ -127,7 +129,7 @@ def _scale_model(name: str) -> Machine:
     device = dataclasses.replace(
         CPU, name=f"scale model of {rate.label}", link_bytes_per_s=link, link_latency_s=1e-4, overlaps=True
     )
-    return Machine(name, device, 1, link, 1e-4, CPU.memory_bytes_per_s, rate.formula.split(" F':")[0])
+    return Machine(name, device, 1, link, 1e-4, CPU.memory_bytes_per_s, rate.formula.split(" F':")[0], cpu=True)
 
 
 def machine_for(name: str) -> Machine:

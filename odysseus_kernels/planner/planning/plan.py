@@ -13,6 +13,7 @@ from odysseus_kernels.planner.formulas import STRATEGIES
 from odysseus_kernels.planner.planning.machines import Machine, machine_for
 from odysseus_kernels.planner.planning.measured import with_measured
 from odysseus_kernels.planner.planning.models import ModelSizes, model_sizes
+from odysseus_kernels.planner.planning.pipelining import Form, Pipeline, form_of
 from odysseus_kernels.planner.planning.split_bytes import StepTraffic, step_traffic
 from odysseus_kernels.planner.planning.split_memory import (
     ESTIMATED,
@@ -39,6 +40,7 @@ class SplitPlan:
         split: strategy and mesh.
         padded: tokens of each sequence, padding included.
         pieces: in which a pipelined attention gathers it; 1 where it does not.
+        head_groups: in which Ulysses' pipelined attention takes each rank's heads; 1 where it does not.
         traffic: bytes that each rank sends.
         seconds: compute and exposed communication.
         memory: bytes of each rank.
@@ -52,6 +54,7 @@ class SplitPlan:
     split: Split
     padded: int
     pieces: int
+    head_groups: int
     traffic: StepTraffic
     seconds: SplitSeconds
     memory: SplitMemory
@@ -68,6 +71,7 @@ class SplitPlan:
             "dp": self.split.dp,
             "padded_length": self.padded,
             "pieces": self.pieces,
+            "head_groups": self.head_groups,
             "bytes": self.traffic.by_collective(),
             "seconds": {**dataclasses.asdict(self.seconds), "step": self.seconds.step},
             "memory": {**dataclasses.asdict(self.memory), "total": self.memory.total},
@@ -152,6 +156,7 @@ def plan(
     dtype: str = "bfloat16",
     measured: str | Path | None = None,
     strategies: tuple[str, ...] = STRATEGIES,
+    pipeline: Pipeline = "auto",
 ) -> Plan:
     """Predicts a training step under every strategy and mesh that a model can have on so many ranks.
 
@@ -175,6 +180,8 @@ def plan(
         dtype: of weights and activations; ``"bfloat16"`` and ``"float16"`` have fp32 gradients and master weights.
         measured: a results file of ``benchmarks/overlap.py``, whose rates replace those of the table.
         strategies: which to look at.
+        pipeline: as in :class:`OverlapConfig`, which decides how attention is taken; where that cannot be had, whole. A
+            note says which form each strategy has.
 
     Returns:
         The splits in order, the sentence ``why``, and ``as_dict()`` for JSON; ``python -m odysseus_kernels plan``
@@ -215,11 +222,12 @@ def plan(
         if reason:
             refused.setdefault(split.strategy, []).append(f"{split.name}: {reason}")
         else:
-            found.append(evaluate_split(model, split, machine, seq_len, batch, checkpointing, offload, dtype))
+            found.append(evaluate_split(model, split, machine, seq_len, batch, checkpointing, offload, dtype, pipeline))
     if not found:
         raise ValueError(
             f"{model.name}: no split of {world_size} ranks for a batch of {batch} is possible: {_summary(refused)}"
         )
+    notes.append(_forms(found, pipeline))
     found.sort(key=lambda one: (not one.fits, one.seconds.step))
     if world_size > machine.node > 1:
         notes.append(
@@ -253,9 +261,11 @@ def evaluate_split(
     checkpointing: bool,
     offload: bool,
     dtype: str,
+    pipeline: Pipeline = "auto",
 ) -> SplitPlan:
     """One split's prediction; arguments as those of :func:`plan`, and what it has made of them."""
-    size, padded, pieces = _ELEMENT_SIZES[dtype], split.padded(seq_len), split.pieces(seq_len)
+    size, form = _ELEMENT_SIZES[dtype], form_of(model, split, machine, length=seq_len, dtype=dtype, pipeline=pipeline)
+    padded = split.padded(seq_len, form.pieces)
     tokens = padded * (batch // split.dp)
     sent = step_traffic(
         model,
@@ -279,12 +289,12 @@ def evaluate_split(
         dtype=dtype,
         layer_bytes=kept,
         checkpointing=checkpointing,
-        pieces=pieces,
+        form=form,
         offloaded_layer=moved,
     )
     fits = memory.total <= machine.device.memory_bytes
     speed, binds = batch * seq_len / seconds.step, _binds(model, split, machine, seconds, fits)
-    return SplitPlan(split, padded, pieces, sent, seconds, memory, fits, speed, binds)
+    return SplitPlan(split, padded, form.pieces, form.head_groups, sent, seconds, memory, fits, speed, binds)
 
 
 def _binds(model: ModelSizes, split: Split, machine: Machine, seconds: SplitSeconds, fits: bool) -> str:
@@ -301,6 +311,15 @@ def _binds(model: ModelSizes, split: Split, machine: Machine, seconds: SplitSeco
 def _notes(model: ModelSizes) -> list[str]:
     present = {"qk_norm": model.layer.qk_norm, "experts": model.experts > 0}
     return [text for name, text in ESTIMATED.items() if present[name]]
+
+
+def _forms(splits: Sequence[SplitPlan], pipeline: Pipeline) -> str:
+    """How attention is taken, and under which strategies; a split of one of them can have it whole even so."""
+    forms = [(Form(one.pieces, one.head_groups), one.split.strategy) for one in splits]
+    said = sorted({f"{strategy} {form.name}" for form, strategy in forms if form != Form()})
+    if any(form == Form() for form, _ in forms):
+        said.append("all others whole" if said else "whole")
+    return f"attention with pipeline={pipeline!r}: {', '.join(said)}"
 
 
 def _summary(refused: Mapping[str, Sequence[str]]) -> str:

@@ -13,8 +13,9 @@ transfer       b / rate of the slowest link within its group · ``LINK_SHARE``: 
 unfused        ``cost_model.predict(...)["unfused"]``: product + transfer + latencies
 fused          ``cost_model.predict(...)["fused"]``, about max(product, transfer) + min(product, transfer) / chunks,
                or unfused where that is less
-pipelined      the attention block piece by piece (``planner/pipeline.py``); the first ZeRO-3 gather of a layer was
-               sent ahead and has no first chunk (not with ring ranks, as in the package)
+pipelined      the attention block piece by piece, or Ulysses' group of heads by group of heads
+               (``planner/pipeline.py``); the first ZeRO-3 gather of a layer was sent ahead and has no first chunk
+               (not with ring ranks, and not of Ulysses' groups in backward, as in the package)
 fully_shard    in each phase max(0, transfer − the layer), and the first layer's transfer
 offload        in each phase max(0, a layer's input / host link − the layer)
 =============  =======================================================================================================
@@ -32,9 +33,10 @@ from collections.abc import Sequence
 from odysseus_kernels.planner.cost_model import CHUNK_LOSS, LINK_SHARE, MEMORY_SHARE, PRODUCT_SHARE, Work, predict
 from odysseus_kernels.planner.formulas import Traffic
 from odysseus_kernels.planner.hardware import Hardware
-from odysseus_kernels.planner.pipeline import pipelined_seconds
+from odysseus_kernels.planner.pipeline import grouped_seconds, pipelined_seconds
 from odysseus_kernels.planner.planning.machines import Machine
 from odysseus_kernels.planner.planning.models import ModelSizes
+from odysseus_kernels.planner.planning.pipelining import Form
 from odysseus_kernels.planner.planning.split_bytes import FULLY_SHARD, StepTraffic
 from odysseus_kernels.planner.planning.splits import ZERO3_ATTENTION, Split
 
@@ -157,7 +159,7 @@ def split_seconds(
     dtype: str,
     layer_bytes: int,
     checkpointing: bool,
-    pieces: int,
+    form: Form,
     offloaded_layer: int = 0,
 ) -> SplitSeconds:
     """Seconds of one step by the formulas of this module.
@@ -169,7 +171,7 @@ def split_seconds(
         dtype: of products, ``"bfloat16"`` and so on.
         layer_bytes: that one layer keeps for backward without checkpointing.
         checkpointing: whether layers are computed twice.
-        pieces: in which attention gathers a sequence; 1: it is not pipelined.
+        form: how attention is taken.
         offloaded_layer: bytes of a layer that go to the host's memory and come back.
     """
     times = _Times(machine, split, dtype)
@@ -177,7 +179,7 @@ def split_seconds(
     memory_pass = layer_bytes / (device.memory_bytes_per_s * MEMORY_SHARE)
     computes, unfused, fused, pipelined = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
     for phase in (0, 1):
-        found = _layer_phase(model, split, sent.layer, times, phase, tokens, length, checkpointing, pieces)
+        found = _layer_phase(model, split, sent.layer, times, phase, tokens, length, checkpointing, form)
         for sums, seconds in zip((computes, unfused, fused, pipelined), found, strict=True):
             sums[phase] = seconds + memory_pass + machine.layer_overhead_s * _OVERHEAD_SHARES[phase]
     runs = (2 if checkpointing else 1, 1)
@@ -236,7 +238,7 @@ def _layer_phase(
     tokens: int,
     length: int,
     checkpointing: bool,
-    pieces: int,
+    form: Form,
 ) -> tuple[float, float, float, float]:
     """(compute, unfused, fused, pipelined) of one layer in one phase, once."""
     # With checkpointing the formulas count forward twice; this is one of them.
@@ -272,16 +274,13 @@ def _layer_phase(
         if first is not None:
             chunked[first] = rows[first][3]
     piped = sum(chunked) + rounds[2] + alone
-    if pieces > 1 and times.machine.device.overlaps:
-        whole = _pipelined_block(
-            model,
-            times,
-            [(op, c, n / uses_of[op]) for use in attention for op, c, n in bytes_of[use.operator]],
-            (rows[0][0], rows[1][0], rounds[2]),
-            length=length,
-            pieces=pieces,
-            phase=phase,
-        )
+    if form != Form() and times.machine.device.overlaps:
+        block = [(op, c, n / uses_of[op]) for use in attention for op, c, n in bytes_of[use.operator]]
+        seconds = (rows[0][0], rows[1][0], rounds[2])
+        if form.pieces > 1:
+            whole = _pipelined_block(model, times, block, seconds, length=length, pieces=form.pieces, phase=phase)
+        else:
+            whole = _grouped_block(times, block, seconds, groups=form.head_groups, phase=phase)
         piped += min(0.0, whole - chunked[0] - chunked[1] - rounds[2])
     return compute, unfused, fused, min(fused, piped)
 
@@ -319,6 +318,36 @@ def _pipelined_block(
         backward=phase == 1,
     )
     return taken + _hand_shakes(times.machine.device, pieces)
+
+
+def _grouped_block(
+    times: _Times,
+    sent: Sequence[tuple[str, str, float]],
+    seconds: tuple[float, float, float],
+    *,
+    groups: int,
+    phase: int,
+) -> float:
+    """Seconds of Ulysses' block in groups of heads; ``seconds`` as those of :func:`_pipelined_block`."""
+    projections, output = (one * (1 + CHUNK_LOSS) for one in seconds[:2])
+    # Backward goes from the output's products to the projections', which then make sums of weights for others, too.
+    ends = ("all_to_all_linear", "linear_all_to_all") if phase else ("linear_all_to_all", "all_to_all_linear")
+
+    def carried(operator: str, *collectives: str) -> float:
+        return times.transfer([one for one in sent if one[0] == operator and one[1] in collectives])
+
+    taken = grouped_seconds(
+        groups,
+        times.split.seq,
+        given=(carried(ends[0], "all_gather"), carried(ends[1], "all_gather")),
+        made=(carried(ends[0], "all_to_all", "reduce_scatter"), carried(ends[1], "all_to_all")),
+        before=output if phase else projections,
+        attention=seconds[2],
+        after=projections if phase else output,
+        summed=carried(ends[1], "reduce_scatter") if phase else None,
+        ahead=phase == 0,
+    )
+    return taken + _hand_shakes(times.machine.device, groups + 3)
 
 
 def _gathers_weights(operator: str) -> bool:

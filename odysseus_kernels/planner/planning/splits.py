@@ -6,8 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from odysseus_kernels.planner.formulas import PIPELINED, STRATEGIES
-from odysseus_kernels.planner.pipeline import pick_pieces
+from odysseus_kernels.planner.formulas import STRATEGIES
 from odysseus_kernels.planner.planning.models import ModelSizes
 
 __all__ = ["ZERO3_ATTENTION", "Split", "divisors", "largest_seq", "possible_splits", "why_not"]
@@ -42,22 +41,13 @@ class Split:
         parts += [f"{name} {size}" for name, size in (("ring", self.ring), ("dp", self.dp)) if size > 1]
         return f"{self.strategy} {' x '.join(parts)}"
 
-    def pieces(self, length: int) -> int:
-        """Pieces in which a pipelined attention gathers ``length`` tokens; 1 where it is not pipelined.
-
-        Ulysses' groups of heads are not predicted: its operators stand for themselves.
-        """
-        if self.strategy not in PIPELINED or self.seq == 1:
-            return 1
-        return pick_pieces(length // self.ring)
-
-    def padded(self, length: int) -> int:
+    def padded(self, length: int, pieces: int = 1) -> int:
         """Tokens to which a sequence of ``length`` is padded: what :func:`~odysseus_kernels.shard_sequence` does.
 
         Under ``"tp"`` also to a multiple of the ranks of seq, which the formulas ask for and the package does not.
         """
         ring, slices = (self.everyone, 1) if self.strategy == "tsp" else (self.ring, self.seq)
-        parts = slices * self.pieces(length)
+        parts = slices * pieces
         multiple = parts if ring == 1 else math.lcm(2 * ring, ring * parts)
         return -(-length // multiple) * multiple
 

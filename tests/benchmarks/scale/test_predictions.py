@@ -72,6 +72,7 @@ def test_stored_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calibration = json.loads(files[0].read_text())
     calibrated = {f"{row['tokens']}x{row['hidden']}" for part in calibration["parts"] for row in part["rows"]}
     assert not shapes & calibrated
+    # Ulysses had no groups of heads when it was measured.
     expected = {
         (strategy, mode)
         for strategy, mode in itertools.product(STRATEGIES, ("unfused", "fused", "pipelined"))
@@ -79,6 +80,20 @@ def test_stored_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     for rate, shape in {(p.rate, p.shape) for p in found}:
         assert {(p.strategy, p.mode) for p in found if (p.rate, p.shape) == (rate, shape)} == expected
+
+
+@pytest.mark.parametrize("name", ("scale-20261129-174728.json", "scale-20261129-173854.json"))
+def test_ulysses_in_groups_of_heads_as_it_was_measured(name: str) -> None:
+    """Two rates of the link, each with the compute and the unfused transfers of the same file: all within a tenth."""
+    path = STORED.parent / name
+    machine, rate, _ = compared.calibrated(path)
+    found = {one.mode: one for one in predictions(json.loads(path.read_text()), machine, rate)}
+    assert {(one.strategy, mode) for mode, one in found.items()} == {
+        ("ulysses", mode) for mode in ("unfused", "fused", "pipelined")
+    }
+    for one in found.values():
+        assert abs(one.error) < 0.1, one
+    assert found["pipelined"].predicted < found["fused"].predicted < found["unfused"].predicted
 
 
 def test_a_link_that_is_set_faster_is_reached_by_the_same_share() -> None:

@@ -22,6 +22,7 @@ from odysseus_kernels.comm.choice.decision import explain
 from odysseus_kernels.comm.choice.selection import Phase, Selection
 from odysseus_kernels.comm.collective.transport import CollectiveTransport
 from odysseus_kernels.comm.device.transport import SymmetricDeviceTransport
+from odysseus_kernels.comm.group_transports import GroupTransports
 from odysseus_kernels.testing.spawn import RankPool
 
 PHASES = [
@@ -145,7 +146,7 @@ def test_unfused_is_compared_with_nccl_as_torch_uses_it(
 
 
 def test_where_nccl_is_a_choice_and_who_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    transports: Any = object.__new__(groups.GroupTransports)
+    transports: Any = object.__new__(GroupTransports)
     transports._fixed, transports._compares_nccl, transports._lock = None, True, threading.Lock()
     transports._selection, offered = mock.Mock(), []
     transports._selection.settle = lambda transport, config, phase, run, library: offered.append(library) or config
