@@ -97,6 +97,11 @@ class ForwardHeads(_Stages):
         self._x, self._weights, self._biases, self._output_weight = x, weights, biases, output_weight
         self._rotation, self._norms, self._attention = rotation, norms, attention
 
+    @property
+    def described(self) -> str:
+        """Which biases there are, which shapes alone do not say; must be equal on all ranks."""
+        return f"biases {[bias is not None for bias in self._biases]}"
+
     def restart(self) -> None:
         """Begins the output's sum."""
         self._total = ProductSum(self._x, self._x.shape[:2].numel(), self._output_weight.shape[0])
@@ -224,6 +229,12 @@ class BackwardHeads(_Stages):
         self._rotation, self._norms, self._attention = rotation, norms, attention
         self._lines = grad.view(-1, grad.shape[-1])
         self._inputs = x.view(-1, x.shape[-1])
+
+    @property
+    def described(self) -> str:
+        """Which gradients are made for others, which shapes alone do not say; must be equal on all ranks."""
+        needed = self._needed
+        return f"gradients of x {needed.input}, weights {needed.weights}, biases {needed.biases}"
 
     def restart(self) -> None:
         """Begins all sums."""

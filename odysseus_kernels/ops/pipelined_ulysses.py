@@ -22,7 +22,7 @@ from odysseus_kernels.comm.groups import resolve_group
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops._ahead import Shards, choose_ahead, recomputed_flag, take_ahead, tell_ahead
 from odysseus_kernels.ops._attention_pieces import Settings
-from odysseus_kernels.ops._pipeline_validate import check_pipelined_ulysses, piece_edges
+from odysseus_kernels.ops._pipeline_validate import check_pipelined_ulysses, piece_edges, scale_of_scores
 from odysseus_kernels.ops._ulysses_block import NAME, UlyssesBlock
 from odysseus_kernels.ops._ulysses_groups import HeadGroups
 from odysseus_kernels.ops._ulysses_heads import ForwardHeads, Needed
@@ -109,7 +109,7 @@ def pipelined_ulysses(
         edges=piece_edges(NAME, x, 1),
         eps=norm_eps,
         window=window,
-        scale=head_dim**-0.5 if scale is None else scale,
+        scale=scale_of_scores(NAME, head_dim, scale),
         dropout=dropout,
         seed=0 if dropout_seed is None else dropout_seed,
         first_head=0,

@@ -29,6 +29,10 @@ def test_forward_mode_derivatives_are_refused(ranks: RankPools, operator: str) -
 
 
 @EVERY
+def test_one_element_of_any_stride(ranks: RankPools) -> None:
+    ranks(2).run(cases.one_element)
+
+
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_autocast_as_stock(ranks: RankPools, operator: str, dtype: str) -> None:
     ranks(2).run(cases.autocast, operator, dtype, "symmetric" if dtype == "bfloat16" else "collective")
