@@ -133,7 +133,7 @@ class UlyssesBlock:
         prefetch: Prefetch | None,
     ) -> None:
         """All stages; each sends ahead what the next one shares, and the last one ``prefetch``."""
-        call = Call(NAME, phase, settled, shapes=f"{self._shapes()}, {work.described}")
+        call = Call(NAME, phase, settled, shapes=self._shapes() + work.described)
         following = work.shared(0)
         for stage in range(work.stages):
             shared, last = following, stage + 1 == work.stages

@@ -100,7 +100,8 @@ class ForwardHeads(_Stages):
     @property
     def described(self) -> str:
         """Which biases there are, which shapes alone do not say; must be equal on all ranks."""
-        return f"biases {[bias is not None for bias in self._biases]}"
+        present = [index for index, bias in enumerate(self._biases) if bias is not None]
+        return f", biases {present}" if present else ""
 
     def restart(self) -> None:
         """Begins the output's sum."""
@@ -234,7 +235,11 @@ class BackwardHeads(_Stages):
     def described(self) -> str:
         """Which gradients are made for others, which shapes alone do not say; must be equal on all ranks."""
         needed = self._needed
-        return f"gradients of x {needed.input}, weights {needed.weights}, biases {needed.biases}"
+        parts = ["x"] if needed.input else []
+        for name, which in (("weights", needed.weights), ("biases", needed.biases)):
+            wanted = [index for index, one in enumerate(which) if one]
+            parts += [f"{name} {wanted}"] if wanted else []
+        return f", gradients of {', '.join(parts)}" if parts else ""
 
     def restart(self) -> None:
         """Begins all sums."""

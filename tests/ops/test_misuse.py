@@ -18,6 +18,10 @@ def test_any_strides(ranks: RankPools, operator: str) -> None:
     ranks(2).run(cases.strides, operator, "collective", "unfused", ("stepped", "constant"))
 
 
+def test_one_element_of_any_stride(ranks: RankPools) -> None:
+    ranks(2).run(cases.one_element)
+
+
 @EVERY
 def test_second_derivatives_are_right_or_refused(ranks: RankPools, operator: str) -> None:
     ranks(2).run(cases.second_derivatives, operator)
@@ -29,10 +33,6 @@ def test_forward_mode_derivatives_are_refused(ranks: RankPools, operator: str) -
 
 
 @EVERY
-def test_one_element_of_any_stride(ranks: RankPools) -> None:
-    ranks(2).run(cases.one_element)
-
-
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_autocast_as_stock(ranks: RankPools, operator: str, dtype: str) -> None:
     ranks(2).run(cases.autocast, operator, dtype, "symmetric" if dtype == "bfloat16" else "collective")
