@@ -94,8 +94,8 @@ def pipelined_ulysses(
 
     Raises:
         ValueError: bad input, before anything is sent.
-        CommunicationError: ranks differ in what they call (groups, documents, dropout and seed included), or a peer is
-            lost or silent.
+        CommunicationError: ranks differ in what they call (groups, documents, norms, rotation, dropout and seed, and
+            which biases and gradients there are, included), or a peer is lost or silent.
 
     Example:
         >>> x, wq, wk = torch.ones(1, 8, 16), torch.ones(16, 16), torch.ones(8, 16)  # 8 of 16 tokens; 4 and 2 heads
