@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ from odysseus_kernels.attention.layout import block_count, check_layout
 from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.config import OverlapConfig
 
-__all__ = ["check_ids", "check_ring_attention", "check_scores"]
+__all__ = ["check_ids", "check_number", "check_ring_attention", "check_scores"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -50,6 +53,13 @@ def check_ring_attention(
     check_scores(_NAME, q, window, causal, scale, dropout, dropout_seed, first_head, kernel, config)
 
 
+def check_number(name: str, what: str, value: object, *, whole: bool = False) -> None:
+    """Raises ValueError unless ``value`` is a number: no tensor, whose value would be read from the device."""
+    kinds = (int, numbers.Integral, torch.SymInt) if whole else (int, float, numbers.Real, torch.SymFloat, torch.SymInt)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name}: expected {what} to be a {'whole ' if whole else ''}number, got {value!r}")
+
+
 def check_scores(
     name: str,
     x: Tensor,
@@ -70,8 +80,11 @@ def check_scores(
             raise ValueError(
                 f"{name}: expected causal=True with window={window}: a window looks back, got causal=False"
             )
-    if scale is not None and not scale > 0:
-        raise ValueError(f"{name}: expected scale above 0, got {scale!r}")
+    if scale is not None:
+        check_number(name, "scale", scale)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"{name}: expected scale above 0, and finite, got {scale!r}")
+    check_number(name, "dropout", dropout)
     if not 0 <= dropout < 1:
         raise ValueError(f"{name}: expected dropout from 0 to below 1, got {dropout!r}")
     if dropout and dropout_seed is None:
@@ -79,6 +92,8 @@ def check_scores(
             f"{name}: expected dropout_seed with dropout={dropout}, the same whole number on all ranks, got None: "
             f"what is dropped must not depend on which rank computes it"
         )
+    if dropout_seed is not None:
+        check_number(name, "dropout_seed", dropout_seed, whole=True)
     if dropout_seed is not None and not -(1 << 63) <= dropout_seed < 1 << 63:
         raise ValueError(f"{name}: expected dropout_seed to fit 64 bits, got {dropout_seed}")
     if first_head < 0:

@@ -64,7 +64,7 @@ def all_gather(
     before, rows, after = tensor.shape[:dim], tensor.shape[dim], tensor.shape[dim + 1 :]
     shard = tensor.contiguous().view(before.numel(), rows, after.numel())
     # Bytes travel as they are: any dtype, bool and integers included.
-    raw = shard.view(torch.uint8) if shard.numel() and shard.dtype != torch.uint8 else shard
+    raw = as_bytes(shard).view(*shard.shape[:2], -1) if shard.numel() else shard
     world = resolved.size()
     out = raw.new_empty((world, *raw.shape))
     described = _collective_config(config)
@@ -75,7 +75,7 @@ def all_gather(
         transport.all_gather(Call(operator, phase, described, gather, shapes=signature, keeps_ahead=keeps_ahead), out)
 
     dispatch(resolved, described, tensor.device, run)
-    full = out.view(shard.dtype) if raw is not shard else out
+    full = out.view(shard.dtype)
     return full.transpose(0, 1).reshape(*before, world * rows, *after)
 
 

@@ -41,6 +41,11 @@ def tell_ahead(
     tensors: list[Tensor] = []
     words = []
     for role, shards in zip(_ROLES, (forward, backward, recomputed), strict=True):
+        if not (shards is None or isinstance(shards, Tensor | list | tuple)):
+            raise ValueError(
+                f"{operator}: expected {_ARGUMENTS[role]} to be a tensor, several of them, or None, got "
+                f"{type(shards).__name__}"
+            )
         parts = [] if shards is None else [shards] if isinstance(shards, Tensor) else list(shards)
         for part in parts:
             _check(operator, _ARGUMENTS[role], like, part, gathered=isinstance(shards, Tensor))

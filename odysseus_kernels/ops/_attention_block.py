@@ -300,11 +300,8 @@ class Block:
 
     def _shapes(self) -> str:
         """What must be equal on all ranks beside what is gathered and scattered."""
-        settings = self._settings
-        parts = [f"x {list(self._x.shape)}, window={settings.window}, scale={settings.scale:.6g}"]
-        parts.append(f"gathered={self._config.gathered!r}")
-        if settings.dropout:
-            parts.append(f"dropout {settings.dropout}, seed {settings.seed}")
+        parts = [f"x {list(self._x.shape)}, gathered={self._config.gathered!r}"]
+        parts.append(self._settings.described(normed=bool(self._norms), rotated=bool(self._rotation)))
         if self._visits.host_documents is not None:
             ids = self._visits.host_documents.contiguous().numpy().tobytes()
             parts.append(f"documents {hashlib.blake2b(ids, digest_size=6).hexdigest()}")

@@ -72,6 +72,14 @@ class Settings:
         """Rows of a shard of each piece, in the order of the sequence."""
         return tuple(zip(self.edges, self.edges[1:], strict=False))
 
+    def described(self, *, normed: bool, rotated: bool) -> str:
+        """What must be equal on all ranks, each of which makes some heads of every rank's tokens; not the pieces."""
+        parts = [f"window={self.window}, scale={self.scale:.6g}, heads {self.head_dim} wide"]
+        parts += [f"norms with eps={self.eps:.6g}"] if normed else []
+        parts += ["rotated"] if rotated else []
+        parts += [f"dropout {self.dropout}, seed {self.seed}"] if self.dropout else []
+        return ", ".join(parts)
+
     def visits(self, documents: Tensor | None) -> Visits:
         """The same for attention itself."""
         return Visits(

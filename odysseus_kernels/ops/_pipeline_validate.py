@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import torch
 from torch import Tensor
 
-from odysseus_kernels.attention.checks import check_ids, check_scores
+from odysseus_kernels.attention.checks import check_ids, check_number, check_scores
 from odysseus_kernels.attention.layout import piece_rows
 from odysseus_kernels.comm.arguments import check_tensors, under_autocast
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops._attention_pieces import Settings
 from odysseus_kernels.ops._validate import check_bias, check_linear, check_several
 
-__all__ = ["check_pipelined_attention", "check_pipelined_ulysses", "piece_edges"]
+__all__ = ["check_pipelined_attention", "check_pipelined_ulysses", "piece_edges", "scale_of_scores"]
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
@@ -47,6 +48,17 @@ def piece_edges(name: str, x: Tensor, pieces: int | Sequence[int]) -> tuple[int,
     return tuple(itertools.accumulate(sizes, initial=0))
 
 
+def scale_of_scores(name: str, head_dim: int, scale: float | None) -> float:
+    """``scale``, or that of heads ``head_dim`` wide.
+
+    Raises:
+        ValueError: ``head_dim`` is no width.
+    """
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
+        raise ValueError(f"{name}: expected head_dim to be a whole number of at least 1, got {head_dim!r}")
+    return head_dim**-0.5 if scale is None else scale
+
+
 def check_pipelined_attention(
     name: str,
     x: Tensor,
@@ -69,15 +81,16 @@ def check_pipelined_attention(
     Raises:
         ValueError: naming what was expected and given.
     """
-    if isinstance(weight, Tensor) or len(weight) != 3:
-        got = "a tensor" if isinstance(weight, Tensor) else f"{len(weight)}"
+    if isinstance(weight, Tensor) or not isinstance(weight, Sized) or len(weight) != 3:
+        several = isinstance(weight, Sized) and not isinstance(weight, Tensor)
+        got = f"{len(weight)}" if several else f"a {type(weight).__name__}"
         raise ValueError(f"{name}: expected weight to be those of queries, keys and values, got {got}")
     x, weights, biases = check_several(name, x, weight, bias)
     check_tensors(name, output_weight=output_weight, bias=output_bias)
     output_weight, output_bias = under_autocast(x.device, output_weight, output_bias)
     queries, keys, values = (one.shape[0] for one in weights)
     width = settings.head_dim
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1 or queries % width or keys % width:
+    if queries % width or keys % width:
         raise ValueError(f"{name}: expected head_dim to divide {queries} query and {keys} key features, got {width!r}")
     if values != keys or queries % keys:
         raise ValueError(
@@ -93,8 +106,8 @@ def check_pipelined_attention(
     check_bias(name, x, output_weight, output_bias, "output_bias")
     batch, rows, _ = x.shape
     length = rows * world
-    for what, table in zip(("cos", "sin"), rotation or (), strict=False):
-        check_tensors(name, **{what: table})
+    for what, table in zip(("cos", "sin"), _pair(name, "rotation", "cos and sin", rotation), strict=False):
+        _check_beside(name, what, table, x)
         if table.ndim != 3 or table.shape[0] not in (1, batch) or table.shape[1:] != (length, width):
             raise ValueError(
                 f"{name}: expected {what} [1 or {batch}, {length}, {width}], of its T tokens, got {list(table.shape)}"
@@ -103,12 +116,14 @@ def check_pipelined_attention(
             raise ValueError(f"{name}: expected {what} without gradients: a rotation is not trained")
     if rotation is not None and width % 2:
         raise ValueError(f"{name}: expected an even head_dim to rotate halves of heads, got {width}")
-    for what, norm in zip(("query", "key"), head_norms or (), strict=False):
-        check_tensors(name, **{f"{what} norm": norm})
+    norms = _pair(name, "head_norms", "the weights of queries' and keys' norms", head_norms)
+    for what, norm in zip(("query", "key"), norms, strict=False):
+        _check_beside(name, f"{what} norm", norm, x)
         if norm.shape != (width,):
             raise ValueError(f"{name}: expected the {what} norm's weight [{width}], got {list(norm.shape)}")
-    if not settings.eps >= 0:
-        raise ValueError(f"{name}: expected norm_eps of at least 0, got {settings.eps!r}")
+    check_number(name, "norm_eps", settings.eps)
+    if not 0 <= settings.eps < math.inf:
+        raise ValueError(f"{name}: expected norm_eps of at least 0, and finite, got {settings.eps!r}")
     if ring > 1 and length % 2:
         raise ValueError(f"{name}: expected an even number of tokens on each ring rank, got {length}")
     like = x.new_empty((batch, 0))
@@ -121,6 +136,29 @@ def check_pipelined_attention(
         settings.kernel, config,
     )  # fmt: skip
     return x, weights, biases, output_weight, output_bias
+
+
+def _pair(name: str, argument: str, what: str, pair: object) -> Sequence[Tensor]:
+    """The two of an optional argument, or none.
+
+    Raises:
+        ValueError: it has not two.
+    """
+    if pair is None:
+        return ()
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        got = f"{len(pair)}" if isinstance(pair, list | tuple) else f"a {type(pair).__name__}"
+        raise ValueError(f"{name}: expected {argument} to be {what}, or None, got {got}")
+    return pair
+
+
+def _check_beside(name: str, what: str, tensor: Tensor, x: Tensor) -> None:
+    """Of any real floating type: these are not communicated."""
+    check_tensors(name, **{what: tensor})
+    if not tensor.is_floating_point() or tensor.device != x.device:
+        raise ValueError(
+            f"{name}: expected {what} of a floating dtype on {x.device}, as x is, got {tensor.dtype} on {tensor.device}"
+        )
 
 
 def check_pipelined_ulysses(

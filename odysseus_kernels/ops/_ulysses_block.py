@@ -133,7 +133,7 @@ class UlyssesBlock:
         prefetch: Prefetch | None,
     ) -> None:
         """All stages; each sends ahead what the next one shares, and the last one ``prefetch``."""
-        call = Call(NAME, phase, settled, shapes=self._shapes())
+        call = Call(NAME, phase, settled, shapes=self._shapes() + work.described)
         following = work.shared(0)
         for stage in range(work.stages):
             shared, last = following, stage + 1 == work.stages
@@ -180,10 +180,8 @@ class UlyssesBlock:
 
     def _shapes(self) -> str:
         """What must be equal on all ranks beside what is communicated."""
-        settings = self._settings
-        parts = [self._sizes(), f"scale={settings.scale:.6g}"]
-        if settings.dropout:
-            parts.append(f"dropout {settings.dropout}, seed {settings.seed}")
+        parts = [f"x {list(self._x.shape)}, {self._groups.count} groups of heads"]
+        parts.append(self._settings.described(normed=bool(self._norms), rotated=bool(self._rotation)))
         if self._documents is not None:
             ids = self._documents.contiguous().numpy().tobytes()
             parts.append(f"documents {hashlib.blake2b(ids, digest_size=6).hexdigest()}")

@@ -97,6 +97,12 @@ class ForwardHeads(_Stages):
         self._x, self._weights, self._biases, self._output_weight = x, weights, biases, output_weight
         self._rotation, self._norms, self._attention = rotation, norms, attention
 
+    @property
+    def described(self) -> str:
+        """Which biases there are, which shapes alone do not say; must be equal on all ranks."""
+        present = [index for index, bias in enumerate(self._biases) if bias is not None]
+        return f", biases {present}" if present else ""
+
     def restart(self) -> None:
         """Begins the output's sum."""
         self._total = ProductSum(self._x, self._x.shape[:2].numel(), self._output_weight.shape[0])
@@ -224,6 +230,16 @@ class BackwardHeads(_Stages):
         self._rotation, self._norms, self._attention = rotation, norms, attention
         self._lines = grad.view(-1, grad.shape[-1])
         self._inputs = x.view(-1, x.shape[-1])
+
+    @property
+    def described(self) -> str:
+        """Which gradients are made for others, which shapes alone do not say; must be equal on all ranks."""
+        needed = self._needed
+        parts = ["x"] if needed.input else []
+        for name, which in (("weights", needed.weights), ("biases", needed.biases)):
+            wanted = [index for index, one in enumerate(which) if one]
+            parts += [f"{name} {wanted}"] if wanted else []
+        return f", gradients of {', '.join(parts)}" if parts else ""
 
     def restart(self) -> None:
         """Begins all sums."""

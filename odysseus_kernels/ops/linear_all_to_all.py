@@ -169,6 +169,7 @@ def _forward(
     received = tuple(tokens_of_ranks(output, sizes.world) for output in outputs)
     shared = tuple(weights[i].contiguous() for i in sizes.split)
     shared += tuple(bias.contiguous() for i in sizes.split if (bias := bias_of[i]) is not None)
+    shapes = f"{sizes.shapes}, biases {list(has_bias)}"  # which ones there are, their shapes alone do not say
     # Products with all ranks' heads, for projections that are not multiplied as their weight arrives.
     products: dict[int, Tensor] = {}
 
@@ -207,7 +208,7 @@ def _forward(
         fused = settled.mode != "unfused"
         products.clear()
         multiply_whole(sizes.whole if fused else range(len(weights)))
-        call = Call(_NAME, "forward", settled, shapes=sizes.shapes)
+        call = Call(_NAME, "forward", settled, shapes=shapes)
         exchanged = dataclasses.replace(call, prefetch=prefetch)
         if fused and sizes.together:
             transport.execute(dataclasses.replace(exchanged, exchange=Exchange(visit, shared, received=received)))
@@ -221,7 +222,7 @@ def _forward(
     phase = sizes.phase("forward", x.dtype, weights, gathers=True, sums=False)
     dispatch(sizes.owners, config, x.device, run, phase)
     if not sizes.together:
-        all_to_all(_NAME, "forward", sizes.group, config, received, fill, sizes.shapes)
+        all_to_all(_NAME, "forward", sizes.group, config, received, fill, shapes)
     return [*outputs, recomputed_flag()]
 
 
@@ -281,6 +282,9 @@ def _backward(
     shared = tuple(weights[i].contiguous() for i in split) if input_needed else ()
     sums = tuple(dweights[i] for i in split if weights_needed[i]) + tuple(dbiases[i] for i in split if biases_needed[i])
     summed = ProductSum(x, 0, 0)
+    # Which gradients are made for others, shapes alone do not say.
+    wanted = f"gradients of x {input_needed}, weights {list(weights_needed)}, biases {list(biases_needed)}"
+    shapes = f"{sizes.shapes}, {wanted}"
 
     def multiply(grad_of: dict[int, Tensor], given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
         """What one shard of the weights and its columns of the gradients [lines, width] make."""
@@ -338,7 +342,7 @@ def _backward(
         nonlocal dx, summed
         fused = settled.mode != "unfused"
         summed = ProductSum(x, sizes.lines, sizes.features, wide=fused) if input_needed else summed
-        call = Call(_NAME, "backward", settled, shapes=sizes.shapes)
+        call = Call(_NAME, "backward", settled, shapes=shapes)
         whole = [i for i in used if i in sizes.whole] if fused else used
         if fused and sizes.together:
             whole_grads.update({i: x.new_zeros((sizes.lines, sizes.cuts[i].features), dtype=wide) for i in whole})
@@ -362,7 +366,7 @@ def _backward(
 
     if not sizes.together:
         receive()
-        all_to_all(_NAME, "backward", sizes.group, config, parts, fill, sizes.shapes)
+        all_to_all(_NAME, "backward", sizes.group, config, parts, fill, shapes)
     phase = sizes.phase("backward", x.dtype, weights, gathers=input_needed, sums=any(weights_needed))
     dispatch(sizes.owners, config, x.device, run, phase)
     return [dx, *dweights, *(dbias.to(x.dtype) for dbias in dbiases)]

@@ -25,7 +25,7 @@ from odysseus_kernels.ops import _several
 from odysseus_kernels.ops._ahead import Shards, choose_ahead, recomputed_flag, take_ahead, tell_ahead
 from odysseus_kernels.ops._attention_block import Block
 from odysseus_kernels.ops._attention_pieces import ForwardPieces, Pieces, Settings
-from odysseus_kernels.ops._pipeline_validate import check_pipelined_attention, piece_edges
+from odysseus_kernels.ops._pipeline_validate import check_pipelined_attention, piece_edges, scale_of_scores
 from odysseus_kernels.ops._validate import group_by_name
 
 __all__ = ["pipelined_attention"]
@@ -121,7 +121,7 @@ def pipelined_attention(
         edges=edges,
         eps=norm_eps,
         window=window,
-        scale=head_dim**-0.5 if scale is None else scale,
+        scale=scale_of_scores(_NAME, head_dim, scale),
         dropout=dropout,
         seed=0 if dropout_seed is None else dropout_seed,
         first_head=first_head,

@@ -23,7 +23,7 @@ from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.ops import _several
 from odysseus_kernels.ops._ahead import Shards, choose_ahead, recomputed_flag, take_ahead, tell_ahead
 from odysseus_kernels.ops._attention_pieces import Settings
-from odysseus_kernels.ops._pipeline_validate import check_pipelined_ulysses, piece_edges
+from odysseus_kernels.ops._pipeline_validate import check_pipelined_ulysses, piece_edges, scale_of_scores
 from odysseus_kernels.ops._ulysses_block import NAME, UlyssesBlock
 from odysseus_kernels.ops._ulysses_groups import HeadGroups
 from odysseus_kernels.ops._ulysses_heads import ForwardHeads, Needed
@@ -95,8 +95,8 @@ def pipelined_ulysses(
 
     Raises:
         ValueError: bad input, before anything is sent.
-        CommunicationError: ranks differ in what they call (groups, documents, dropout and seed included), or a peer is
-            lost or silent.
+        CommunicationError: ranks differ in what they call (groups, documents, norms, rotation, dropout and seed, and
+            which biases and gradients there are, included), or a peer is lost or silent.
 
     Example:
         >>> x, wq, wk = torch.ones(1, 8, 16), torch.ones(16, 16), torch.ones(8, 16)  # 8 of 16 tokens; 4 and 2 heads
@@ -110,7 +110,7 @@ def pipelined_ulysses(
         edges=piece_edges(NAME, x, 1),
         eps=norm_eps,
         window=window,
-        scale=head_dim**-0.5 if scale is None else scale,
+        scale=scale_of_scores(NAME, head_dim, scale),
         dropout=dropout,
         seed=0 if dropout_seed is None else dropout_seed,
         first_head=0,

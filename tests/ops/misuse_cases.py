@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import odysseus_kernels as ody
+from odysseus_kernels.comm import functional
 from odysseus_kernels.comm.groups import group_transports
 from odysseus_kernels.testing.compare import assert_close_to_truth
 
@@ -118,6 +119,18 @@ def strides(
                 torch.testing.assert_close(
                     result.detach(), expected, rtol=1e-12, atol=1e-12, msg=lambda text, what=what: f"{what}: {text}"
                 )
+
+
+def one_element(rank: int, world: int) -> None:
+    """A single element is contiguous whatever its stride, which its bytes must not inherit."""
+    for transport in ("symmetric", "collective"):
+        config = ody.OverlapConfig(transport=transport, timeout_s=60)  # type: ignore[arg-type]
+        for dtype in (torch.float64, torch.bfloat16):
+            shard = _stepped(torch.full((1,), rank, dtype=dtype))
+            assert shard.is_contiguous() and shard.stride() == (2,)
+            assert torch.equal(functional.all_gather(shard, config=config), torch.arange(world, dtype=dtype))
+            y = ody.zero3_linear(torch.ones(1, 1, dtype=dtype), shard[:, None], shard, group=None, config=config)
+            assert torch.equal(y[0], 2 * torch.arange(world, dtype=dtype))
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,44 @@ from odysseus_kernels.planner.ring import ring_peers
 from odysseus_kernels.testing.compare import assert_close_to_truth, nan_empty
 
 WIDTH, HEAD = 24, 8
+_TABLE, _NORM = torch.zeros(1, 16, HEAD), torch.ones(HEAD)
+# Changed tensors and arguments that neither block takes, for two ranks with 8 tokens each.
+MORE_REFUSALS: tuple[tuple[dict[str, Tensor], dict[str, Any]], ...] = (
+    ({}, {"rotation": (_TABLE,)}),
+    ({}, {"rotation": torch.stack((_TABLE, _TABLE))}),
+    ({}, {"rotation": (_TABLE.to(torch.complex64),) * 2}),
+    ({}, {"rotation": (_TABLE.to("meta"),) * 2}),
+    ({}, {"head_norms": (_NORM,)}),
+    ({}, {"head_norms": (_NORM, _NORM.int())}),
+    ({}, {"norm_eps": torch.tensor(1e-6)}),
+    ({}, {"norm_eps": math.inf}),
+    ({}, {"head_dim": 0}),
+    ({}, {"head_dim": None}),
+    ({}, {"scale": torch.tensor(0.5)}),
+    ({}, {"scale": math.inf}),
+    ({}, {"dropout": None}),
+    ({}, {"dropout": 0.5, "dropout_seed": 3.0}),
+    ({}, {"dropout": 0.5, "dropout_seed": True}),
+    ({}, {"prefetch": 3}),
+)
+MORE_MESSAGES = (
+    "expected rotation to be cos and sin, or None, got 1",
+    "expected rotation to be cos and sin, or None, got a Tensor",
+    "expected cos of a floating dtype on cpu, as x is, got torch.complex64 on cpu",
+    "expected cos of a floating dtype on cpu, as x is, got torch.float32 on meta",
+    "expected head_norms to be the weights of queries' and keys' norms, or None, got 1",
+    "expected key norm of a floating dtype on cpu, as x is, got torch.int32 on cpu",
+    "expected norm_eps to be a number, got tensor(1.0000e-06)",
+    "expected norm_eps of at least 0, and finite, got inf",
+    "expected head_dim to be a whole number of at least 1, got 0",
+    "expected head_dim to be a whole number of at least 1, got None",
+    "expected scale to be a number, got tensor(0.5000)",
+    "expected scale above 0, and finite, got inf",
+    "expected dropout to be a number, got None",
+    "expected dropout_seed to be a whole number, got 3.0",
+    "expected dropout_seed to be a whole number, got True",
+    "expected prefetch to be a tensor, several of them, or None, got int",
+)
 
 
 @dataclasses.dataclass
@@ -347,6 +385,7 @@ def refusals(rank: int, world: int) -> list[str]:
         ({}, {"window": 0}),
         ({}, {"dropout": 0.5}),
         ({}, {"kernel": "eager"}),
+        *MORE_REFUSALS,
         ({}, {"documents": torch.zeros(2, 3, dtype=torch.int64)}),
         ({}, {"config": ody.OverlapConfig(mode="tiles", timeout_s=60)}),
         ({"wo": mine["wo"][:, 1:]}, {}),
@@ -367,8 +406,17 @@ def refusals(rank: int, world: int) -> list[str]:
 
 def odd_rank(rank: int, world: int, what: str) -> str:
     """The error of a call in which rank 1 differs."""
-    problem = Problem(rows=8, documents=True)
-    other = {"pieces": {"pieces": 2}, "documents": {"documents": None}, "dropout": {"dropout": 0.5, "dropout_seed": 1}}
+    plain = what == "head_dim"
+    problem = Problem(rows=8, documents=True, norms=not plain, rotation=not plain)
+    other: dict[str, dict[str, Any]] = {
+        "pieces": {"pieces": 2},
+        "documents": {"documents": None},
+        "dropout": {"dropout": 0.5, "dropout_seed": 1},
+        "head_dim": {"head_dim": HEAD // 2, "scale": HEAD**-0.5},
+        "norms": {"head_norms": None},
+        "eps": {"norm_eps": 1e-3},
+        "rotation": {"rotation": None},
+    }
     mine = inputs(problem, rank, world, torch.float32)
     try:
         call(problem, mine, rank, world, ody.OverlapConfig(timeout_s=60), **(other[what] if rank == 1 else {}))

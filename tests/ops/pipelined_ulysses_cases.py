@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pipelined_cases import HEAD, WIDTH, Problem, turned, whole
+from pipelined_cases import HEAD, MORE_REFUSALS, WIDTH, Problem, turned, whole
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -236,6 +236,7 @@ def refusals(rank: int, world: int) -> list[str]:
         ({}, {"rotation": (wide, wide)}),
         ({}, {"kernel": "eager"}),
         ({}, {"dropout": 0.5}),
+        *MORE_REFUSALS,
         ({}, {"config": ody.OverlapConfig(mode="tiles", timeout_s=60)}),
         ({"bo": torch.zeros(WIDTH)}, {}),
         ({"x": mine["x"][0]}, {}),
@@ -254,17 +255,39 @@ def refusals(rank: int, world: int) -> list[str]:
     return found
 
 
-def odd_rank(rank: int, world: int, what: str) -> str:
-    """The error of a call in which rank 1 differs."""
-    problem = Problem(rows=8, heads=4, kv_heads=2, documents=True)
-    other = {
+def odd_rank(rank: int, world: int, what: str, transport: str) -> str:
+    """The error of a step in which rank 1 differs: no shape of what travels would say so of most."""
+    plain = what == "head_dim"
+    problem = Problem(rows=8, heads=4, kv_heads=2, documents=True, bias=True, norms=not plain, rotation=not plain)
+    other: dict[str, dict[str, Any]] = {
         "groups": {"head_groups": 1},
         "documents": {"documents": None},
         "dropout": {"dropout": 0.5, "dropout_seed": 1},
+        "head_dim": {"head_dim": HEAD // 2, "scale": HEAD**-0.5},
+        "norms": {"head_norms": None},
+        "eps": {"norm_eps": 1e-3},
+        "rotation": {"rotation": None},
     }
-    settings = {**settings_of(problem, world, torch.float32, 2), "config": ody.OverlapConfig(timeout_s=60)}
+    config = ody.OverlapConfig(transport=transport, timeout_s=60)  # type: ignore[arg-type]
+    settings = {**settings_of(problem, world, torch.float32, 2), "config": config}
+    mine = inputs(problem, rank, world, torch.float32)
+    grad, odd = mine.pop("grad"), rank == 1
+    biases = (mine["bq"], mine["bk"], mine["bv"])
+    if what == "bias":  # of as many features
+        biases = (biases[0], None, biases[2]) if odd else (biases[0], biases[1], None)
+    trained = [mine[name] for name in ("x", "wq", "wk", "wv", "wo")]
+    if what == "frozen":
+        trained = [mine["wk"] if odd else mine["wv"]]
+    elif what == "frozen bias":
+        trained = [mine["bk"] if odd else mine["bv"]]
+    for one in trained:
+        one.requires_grad_()
+    norms = None if plain else (mine["nq"], mine["nk"])
+    more = {"head_norms": norms, **settings, **(other.get(what, {}) if odd else {})}
     try:
-        apply(inputs(problem, rank, world, torch.float32), {**settings, **(other[what] if rank == 1 else {})})
+        ody.pipelined_ulysses(
+            mine["x"], (mine["wq"], mine["wk"], mine["wv"]), mine["wo"], biases, mine["bo"], **more
+        ).backward(grad)
     except ody.RankMismatchError as error:
         return str(error)
     return "no error"

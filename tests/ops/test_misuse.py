@@ -18,6 +18,10 @@ def test_any_strides(ranks: RankPools, operator: str) -> None:
     ranks(2).run(cases.strides, operator, "collective", "unfused", ("stepped", "constant"))
 
 
+def test_one_element_of_any_stride(ranks: RankPools) -> None:
+    ranks(2).run(cases.one_element)
+
+
 @EVERY
 def test_second_derivatives_are_right_or_refused(ranks: RankPools, operator: str) -> None:
     ranks(2).run(cases.second_derivatives, operator)

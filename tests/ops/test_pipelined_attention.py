@@ -110,6 +110,7 @@ def test_bad_input(ranks: RankPools) -> None:
         "expected window to be a whole number of tokens of at least 1, got 0",
         "expected dropout_seed with dropout=0.5",
         'attention: expected "sdpa" or "flash_attention_2", got \'eager\'',
+        *cases.MORE_MESSAGES,
         "expected documents [batch, whole length] = [2, 16]",
         'got "tiles": no tile kernel does attention',
         "expected output_weight [out_features, 16] for 16 query features, got [24, 15]",
@@ -122,7 +123,7 @@ def test_bad_input(ranks: RankPools) -> None:
             assert text in message, (text, message)
 
 
-@pytest.mark.parametrize("what", ("pieces", "documents", "dropout"))
+@pytest.mark.parametrize("what", ("pieces", "documents", "dropout", "head_dim", "norms", "eps", "rotation"))
 def test_every_rank_learns_which_one_differs(ranks: RankPools, what: str) -> None:
     for message in ranks(3).run(cases.odd_rank, what):
         assert "rank 1 differs" in message and "pipelined_attention forward" in message, message

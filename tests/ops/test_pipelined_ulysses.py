@@ -5,6 +5,7 @@ from __future__ import annotations
 import pipelined_ulysses_cases as cases
 import pipelined_ulysses_cost_cases as costs
 import pytest
+from pipelined_cases import MORE_MESSAGES
 
 from odysseus_kernels.testing.spawn import RankPools
 
@@ -117,6 +118,7 @@ def test_bad_input(ranks: RankPools) -> None:
         "expected cos [1 or 2, 16, 8], of its T tokens, got [1, 3, 8]",
         'attention: expected "sdpa" or "flash_attention_2", got \'eager\'',
         "expected dropout_seed with dropout=0.5",
+        *MORE_MESSAGES,
         'got "tiles": no tile kernel does attention',
         "expected output_bias [12], a rank's share, got [24]",
         "expected x [batch, tokens, width] without empty dimensions, got [8, 24]",
@@ -127,7 +129,11 @@ def test_bad_input(ranks: RankPools) -> None:
             assert text in message, (text, message)
 
 
-@pytest.mark.parametrize("what", ("groups", "documents", "dropout"))
-def test_every_rank_learns_which_one_differs(ranks: RankPools, what: str) -> None:
-    for message in ranks(3).run(cases.odd_rank, what):
-        assert "rank 1 differs" in message and "pipelined_ulysses forward" in message, message
+@pytest.mark.parametrize("transport", ("symmetric", "collective"))
+@pytest.mark.parametrize(
+    "what", ("groups", "documents", "dropout", "head_dim", "norms", "eps", "rotation", "bias", "frozen", "frozen bias")
+)
+def test_every_rank_learns_which_one_differs(ranks: RankPools, what: str, transport: str) -> None:
+    phase = "backward" if "frozen" in what else "forward"
+    for message in ranks(3).run(cases.odd_rank, what, transport):
+        assert "rank 1 differs" in message and f"pipelined_ulysses {phase}" in message, message

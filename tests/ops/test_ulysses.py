@@ -154,6 +154,17 @@ def test_refusals(ranks: RankPools) -> None:
                 assert part in messages[name], f"{name}: {part!r} is not in {messages[name]!r}"
 
 
+@pytest.mark.parametrize(
+    ("transport", "mode"), (("symmetric", "fused"), ("collective", "fused"), ("collective", "unfused"))
+)
+@pytest.mark.parametrize("what", ("bias", "frozen", "frozen bias"))
+def test_every_rank_learns_which_one_means_another_projection(
+    ranks: RankPools, what: str, transport: str, mode: str
+) -> None:
+    for message in ranks(3).run(properties.odd_rank, what, transport, mode):
+        assert "rank 1 differs" in message and "linear_all_to_all" in message, message
+
+
 def test_an_attention_of_another_shape_is_refused(ranks: RankPools) -> None:
     for message in ranks(2).run(properties.attention_that_returns_nonsense):
         assert "[1, 1, 8, 'any']" in message and "[1, 8, 1, 8]" in message

@@ -119,6 +119,25 @@ def messages(rank: int, world: int) -> dict[str, str]:
     }
 
 
+def odd_rank(rank: int, world: int, what: str, transport: str, mode: str) -> str:
+    """The error of a step in which rank 1 has a bias, or wants a gradient, of another projection of the same shape."""
+    config = ody.OverlapConfig(transport=transport, mode=mode, timeout_s=30)  # type: ignore[arg-type]
+    x, weights = torch.randn(2, 6, 24), [torch.randn(12, 24) for _ in range(3)]
+    biases = [torch.randn(12) for _ in range(3)]
+    index = 1 if rank == 1 else 2
+    given: list[Tensor | None] = list(biases)
+    if what == "bias":
+        given[index] = None
+    else:
+        (weights if what == "frozen" else biases)[index].requires_grad_()
+    try:
+        q, k, v = ody.linear_all_to_all(x, weights, given, group=None, config=config)
+        (q + k + v).sum().backward()
+    except ody.RankMismatchError as error:
+        return str(error)
+    return "no error"
+
+
 def attention_that_returns_nonsense(rank: int, world: int) -> str:
     q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
     try:
