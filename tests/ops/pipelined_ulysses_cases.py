@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pipelined_cases import HEAD, MORE_REFUSALS, WIDTH, Problem, turned, whole
+from pipelined_cases import HEAD, WIDTH, Problem, turned, whole
+from pipelined_refusal_cases import MORE_REFUSALS
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pipelined_cases as cases
+import pipelined_refusal_cases as refusal_cases
 import pytest
 
 from odysseus_kernels.testing.spawn import RankPools
@@ -110,7 +111,7 @@ def test_bad_input(ranks: RankPools) -> None:
         "expected window to be a whole number of tokens of at least 1, got 0",
         "expected dropout_seed with dropout=0.5",
         'attention: expected "sdpa" or "flash_attention_2", got \'eager\'',
-        *cases.MORE_MESSAGES,
+        *refusal_cases.MORE_MESSAGES,
         "expected documents [batch, whole length] = [2, 16]",
         'got "tiles": no tile kernel does attention',
         "expected output_weight [out_features, 16] for 16 query features, got [24, 15]",
@@ -118,14 +119,14 @@ def test_bad_input(ranks: RankPools) -> None:
         "expected x [batch, tokens, width] without empty dimensions, got [8, 24]",
         "expected output_weight of x's dtype torch.float32, got torch.float64",
     )
-    for found in ranks(2).run(cases.refusals):
+    for found in ranks(2).run(refusal_cases.refusals):
         for message, text in zip(found, expected, strict=True):
             assert text in message, (text, message)
 
 
 @pytest.mark.parametrize("what", ("pieces", "documents", "dropout", "head_dim", "norms", "eps", "rotation"))
 def test_every_rank_learns_which_one_differs(ranks: RankPools, what: str) -> None:
-    for message in ranks(3).run(cases.odd_rank, what):
+    for message in ranks(3).run(refusal_cases.odd_rank, what):
         assert "rank 1 differs" in message and "pipelined_attention forward" in message, message
 
 

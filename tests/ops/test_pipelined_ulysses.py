@@ -5,7 +5,7 @@ from __future__ import annotations
 import pipelined_ulysses_cases as cases
 import pipelined_ulysses_cost_cases as costs
 import pytest
-from pipelined_cases import MORE_MESSAGES
+from pipelined_refusal_cases import MORE_MESSAGES
 
 from odysseus_kernels.testing.spawn import RankPools
 
