@@ -76,8 +76,8 @@ def held_bundle(exchange: Exchange, world: int, reduce_dtype: torch.dtype) -> Bu
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The memory of a contiguous tensor."""
-    # Not a view: that of a single element keeps its stride, which may be any and then is none of bytes.
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    # The view, which refuses what is not contiguous, keeps a single element's stride, which may be any: bytes have one.
+    flat = tensor.detach().view(-1).as_strided((tensor.numel(),), (1,))
     return flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import misuse_cases as cases
 import pytest
+import torch
 from every_operator import OPERATORS
 
+from odysseus_kernels.comm.bundles import as_bytes
 from odysseus_kernels.testing.spawn import RankPools
 
 TRANSPORTS = ("symmetric", "collective")
@@ -20,6 +22,12 @@ def test_any_strides(ranks: RankPools, operator: str) -> None:
 
 def test_one_element_of_any_stride(ranks: RankPools) -> None:
     ranks(2).run(cases.one_element)
+
+
+def test_bytes_of_what_is_not_contiguous_are_an_error() -> None:
+    """Those of a row-major reading of its memory would be other elements, or other memory."""
+    with pytest.raises(RuntimeError, match="stride"):
+        as_bytes(torch.ones(3, 2).t())
 
 
 @EVERY
