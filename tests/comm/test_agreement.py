@@ -8,6 +8,7 @@ import agreement_cases as cases
 import pytest
 
 from odysseus_kernels.comm.collective.agreement import Agreement
+from odysseus_kernels.errors import RankMismatchError
 from odysseus_kernels.testing.spawn import RankPools
 
 
@@ -27,14 +28,19 @@ def test_ranks_that_differ_are_told_and_go_on(ranks: RankPools, world: int, send
 
 
 def test_the_answer_is_waited_for_once() -> None:
-    events = []
-
-    def ask():  # type: ignore[no-untyped-def]
-        events.append("asked")
-        return lambda: events.append("answered")
-
-    agreement = Agreement(ask)
-    assert events == ["asked"]
+    events: list[str] = []
+    agreement = Agreement(lambda: events.append("answered"))
+    assert not events
     agreement.wait()
     agreement.wait()
-    assert events == ["asked", "answered"]
+    assert events == ["answered"]
+
+
+def test_ranks_that_differ_never_agree() -> None:
+    def answer() -> None:
+        raise RankMismatchError("rank 1 differs")
+
+    agreement = Agreement(answer)
+    for _ in range(2):
+        with pytest.raises(RankMismatchError, match="rank 1 differs"):
+            agreement.wait()

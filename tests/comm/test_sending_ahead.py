@@ -20,7 +20,7 @@ from odysseus_kernels.comm.transport import Call
 pytestmark = pytest.mark.without_ranks
 
 RANK, WORLD, ROWS = 1, 3, 4096
-AGREED = Agreement(lambda: lambda: None)
+AGREED = Agreement(lambda: None)
 
 
 class Recording:
@@ -91,7 +91,7 @@ def test_nothing_is_sent_for_nobody() -> None:
 
 def test_nothing_is_sent_before_ranks_agree() -> None:
     lane: Any = Recording()
-    agreement = Agreement(lambda: lambda: lane.gathered.append("agreed"))
+    agreement = Agreement(lambda: lane.gathered.append("agreed"))
     schedule = collective_schedule("gather", WORLD, RANK, gather_pieces=2)
     call, prefetch = (
         Call("test", "forward", ody.OverlapConfig(mode="fused")),

@@ -14,11 +14,11 @@ class Agreement:
     this call, and this rank's own chunks, are multiplied meanwhile; if ranks differ, that is thrown away.
 
     Args:
-        ask: starts to ask, and returns what waits for the answer, which raises if ranks differ.
+        answer: waits for the answer to what was asked, and raises if ranks differ.
     """
 
-    def __init__(self, ask: Callable[[], Callable[[], None]]) -> None:
-        self._answer: Callable[[], None] | None = ask()
+    def __init__(self, answer: Callable[[], None]) -> None:
+        self._answer: Callable[[], None] | None = answer
 
     def wait(self) -> None:
         """Returns when all ranks are known to make this call.
@@ -27,5 +27,5 @@ class Agreement:
             RankMismatchError: they do not; on all ranks.
         """
         if self._answer is not None:
-            answer, self._answer = self._answer, None
-            answer()
+            self._answer()
+            self._answer = None

@@ -205,7 +205,7 @@ class CollectiveTransport(Transport):
             # Beside what only copies, as an unfused reduce-scatter does, there is no product to leave the GPU to.
             with lane.alone() if call.copies else contextlib.nullcontext():
                 try:
-                    agreement = Agreement(lambda: self._ask(call, ", prefetched" if served else ""))
+                    agreement = Agreement(self._ask(call, ", prefetched" if served else ""))
                     sent = run.steps(lambda work: self._wait(call, work), agreement, call.prefetch if sends else None)
                 except RankMismatchError:
                     # No call takes it over, and the group can be used on.
@@ -222,7 +222,7 @@ class CollectiveTransport(Transport):
         dropped = ahead is not None
         if not call.keeps_ahead:
             self._note_ahead(call, served=False, dropped=dropped)
-        Agreement(lambda: self._ask(call)).wait()
+        self._ask(call)()
         return lane
 
     @property
