@@ -12,6 +12,15 @@ from torch import Tensor
 import odysseus_kernels as ody
 from odysseus_kernels.comm.recorder import CommRecorder
 
+# What one rank may pass otherwise without any tensor that travels having another shape.
+DIFFERENCES: dict[str, dict[str, Any]] = {
+    "documents": {"documents": None},
+    "dropout": {"dropout": 0.5, "dropout_seed": 1},
+    "head_dim": {"head_dim": HEAD // 2, "scale": HEAD**-0.5},
+    "norms": {"head_norms": None},
+    "eps": {"norm_eps": 1e-3},
+    "rotation": {"rotation": None},
+}
 _TABLE, _NORM = torch.zeros(1, 16, HEAD), torch.ones(HEAD)
 # Changed tensors and arguments that neither block takes, for two ranks with 8 tokens each.
 MORE_REFUSALS: tuple[tuple[dict[str, Tensor], dict[str, Any]], ...] = (
@@ -92,15 +101,7 @@ def odd_rank(rank: int, world: int, what: str) -> str:
     """The error of a call in which rank 1 differs."""
     plain = what == "head_dim"
     problem = Problem(rows=8, documents=True, norms=not plain, rotation=not plain)
-    other: dict[str, dict[str, Any]] = {
-        "pieces": {"pieces": 2},
-        "documents": {"documents": None},
-        "dropout": {"dropout": 0.5, "dropout_seed": 1},
-        "head_dim": {"head_dim": HEAD // 2, "scale": HEAD**-0.5},
-        "norms": {"head_norms": None},
-        "eps": {"norm_eps": 1e-3},
-        "rotation": {"rotation": None},
-    }
+    other = {**DIFFERENCES, "pieces": {"pieces": 2}}
     mine = inputs(problem, rank, world, torch.float32)
     try:
         call(problem, mine, rank, world, ody.OverlapConfig(timeout_s=60), **(other[what] if rank == 1 else {}))

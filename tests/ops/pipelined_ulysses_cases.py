@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pipelined_cases import HEAD, WIDTH, Problem, turned, whole
-from pipelined_refusal_cases import MORE_REFUSALS
+from pipelined_refusal_cases import DIFFERENCES, MORE_REFUSALS
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -260,15 +260,7 @@ def odd_rank(rank: int, world: int, what: str, transport: str) -> str:
     """The error of a step in which rank 1 differs: no shape of what travels would say so of most."""
     plain = what == "head_dim"
     problem = Problem(rows=8, heads=4, kv_heads=2, documents=True, bias=True, norms=not plain, rotation=not plain)
-    other: dict[str, dict[str, Any]] = {
-        "groups": {"head_groups": 1},
-        "documents": {"documents": None},
-        "dropout": {"dropout": 0.5, "dropout_seed": 1},
-        "head_dim": {"head_dim": HEAD // 2, "scale": HEAD**-0.5},
-        "norms": {"head_norms": None},
-        "eps": {"norm_eps": 1e-3},
-        "rotation": {"rotation": None},
-    }
+    other = {**DIFFERENCES, "groups": {"head_groups": 1}}
     config = ody.OverlapConfig(transport=transport, timeout_s=60)  # type: ignore[arg-type]
     settings = {**settings_of(problem, world, torch.float32, 2), "config": config}
     mine = inputs(problem, rank, world, torch.float32)
