@@ -93,6 +93,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parsed.emulated = alone and not parsed.memory
     if parsed.row_limit is not None and not parsed.emulated and (parsed.level != "operator" or parsed.memory):
         parser.error("--row-limit: it is for times of operators")
+    if parsed.measure != parser.get_default("measure") and parsed.device == "cpu":
+        parser.error("--measure: expected --device cuda beside it")
     if parsed.repeats is None and not parsed.emulated:
         parsed.repeats = 5 if parsed.quick else 9
     for name in ("ranks", "threads", "repeats"):

@@ -26,6 +26,7 @@ __all__ = [
     "LayerTarget",
     "Level",
     "Variant",
+    "check_heads",
     "make_layer_cases",
     "make_variants",
     "parse_shape",
@@ -243,6 +244,16 @@ def make_layer_cases(
         names = "\n  ".join(case.name for case in cases)
         raise ValueError(f"--cases: {pattern!r} is found in no row; the rows are\n  {names}")
     return kept
+
+
+def check_heads(cases: Sequence[LayerCase], world_size: int) -> None:
+    """Raises ValueError for a case whose heads the ranks do not divide, as no strategy could compute it."""
+    for case in cases:
+        if case.kv_heads % world_size:
+            raise ValueError(
+                f"{case.name}: {world_size} ranks do not divide its {case.kv_heads} key/value heads of {_HEAD_DIM}; "
+                f"choose --shapes LxD with a hidden size D that {_HEAD_DIM * world_size} divides"
+            )
 
 
 def make_variants(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.layers.cases import Variant, make_layer_cases, make_variants, parse_shape, pick_variants
+from benchmarks.layers.cases import Variant, check_heads, make_layer_cases, make_variants, parse_shape, pick_variants
 from odysseus_kernels.config import MOST_PIECES
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def make_layer_settings(arguments: argparse.Namespace, world_size: int) -> Layer
     """What ranks are told.
 
     Raises:
-        ValueError: no case or variant is left, or a strategy that the package does not have.
+        ValueError: no case or variant is left, a strategy that the package does not have, or heads that the ranks do
+            not divide.
     """
     from benchmarks.layers import peers
     from benchmarks.layers.ranks import LayerSettings
@@ -125,6 +126,7 @@ def make_layer_settings(arguments: argparse.Namespace, world_size: int) -> Layer
     cases = make_layer_cases(
         arguments.level, world_size, arguments.size, arguments.cases, ring=arguments.ring, shapes=arguments.shapes
     )
+    check_heads(cases, world_size)
     return LayerSettings(tuple(cases), tuple(variants), arguments.dtype, arguments.repeats)
 
 

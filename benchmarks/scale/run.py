@@ -65,6 +65,8 @@ def check_options(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -
         modelled = [link for link in parsed.link if "@" in link]
         if modelled:
             parser.error(f"--link {modelled[0]}: expected --hosts {HOSTS} beside it")
+        if parsed.link != parser.get_default("link") and parsed.device == "cpu":
+            parser.error(f"--link {parsed.link[0]}: expected --hosts {HOSTS} or --device cuda beside it")
         return
     if parsed.link == parser.get_default("link"):
         parser.error(f"--hosts: expected --link beside it, such as --link {next(iter(LINKS))}@8 or --link 120mbit")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import machine
-from benchmarks.layers.cases import make_layer_cases, make_variants, pick_variants
+from benchmarks.layers.cases import check_heads, make_layer_cases, make_variants, pick_variants
 from benchmarks.operators.cases import MODELS
 from benchmarks.scale import run as scale_run
 from odysseus_kernels.testing.spawn import RankPool, RanksFailedError
@@ -86,9 +86,11 @@ def make_settings(arguments: argparse.Namespace, world_size: int) -> TimelineSet
     shapes = arguments.shapes or [_QUICK_LAYER if arguments.quick else _LAYER]
     made = make_variants([strategy], [transport], pipeline=arguments.pipeline)
     variants = [variant for variant in pick_variants(made, arguments.variants) if variant.kind == "ours"]
+    layer = make_layer_cases("layer", world_size, shapes=shapes)[0]
+    check_heads([layer], world_size)
     return TimelineSettings(
         operator=next(MODELS[0].layers(tokens, _QUICK_DIVISOR if arguments.quick else 1, world_size)),
-        layer=make_layer_cases("layer", world_size, shapes=shapes)[0],
+        layer=layer,
         variants=tuple(variants),
         transport=transport,
         dtype=arguments.dtype,

@@ -16,6 +16,7 @@ from benchmarks.layers.cases import (
     TORCH_TP_SP,
     LayerCase,
     Variant,
+    check_heads,
     make_layer_cases,
     make_variants,
     pick_variants,
@@ -55,6 +56,10 @@ def test_cases_have_the_contract_and_divide() -> None:
         make_layer_cases("layer", 2, pattern="nothing")
     with pytest.raises(ValueError, match="not a regular expression"):
         make_layer_cases("layer", 2, pattern="(")
+    with pytest.raises(ValueError, match=r"2 ranks do not divide its 1 key/value heads of 64; .* that 128 divides"):
+        check_heads(make_layer_cases("layer", 2, shapes=[(128, 64)]), 2)
+    with pytest.raises(ValueError, match="3 ranks do not divide its 8 key/value heads"):
+        check_heads(make_layer_cases("layer", 3), 3)
 
 
 def test_variants_stand_beside_their_compute_alone() -> None:

@@ -122,6 +122,8 @@ def test_a_rank_that_failed_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys:
         (["--hosts", "2", "--link", "12x"], "rate: expected Mb/s"),
         (["--hosts", "3", "--link", "100"], "invalid choice: 3"),
         (["--link", "h100-nvlink@8"], "--link h100-nvlink@8: expected --hosts 2 beside it"),
+        (["--link", "120"], "--link 120: expected --hosts 2 or --device cuda beside it"),
+        (["--measure", "links"], "--measure: expected --device cuda beside it"),
         (["--hosts", "2", "--link", "100", "--threads", "2"], "expected --threads 1, got 2"),
         (["--hosts", "2", "--link", "100", "--level", "model"], "expected --level operator or layer, got model"),
         (["--hosts", "2", "--link", "100", "--transports", "symmetric"], "hosts share no memory, got symmetric"),
