@@ -66,10 +66,10 @@ def check_options(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -
     """Ends the program with usage where options do not go together; sets the default number of rounds."""
     if parsed.level == "operator":
         given = (parsed.strategies, parsed.no_peers, parsed.shapes, parsed.pipeline, parsed.auto)
-        if parsed.ring != 1 or any(given):
+        if parsed.ring != 1 or parsed.gathered != parser.get_default("gathered") or any(given):
             parser.error(
-                "--ring, --strategies, --shapes, --pipeline, --auto and --no-peers: expected --level layer or model "
-                "beside them"
+                "--ring, --gathered, --strategies, --shapes, --pipeline, --auto and --no-peers: expected --level layer "
+                "or model beside them"
             )
         if parsed.variants and parsed.hosts is None and parsed.timeline is None:
             parser.error("--variants: expected --level layer or model, --hosts or --timeline beside it")

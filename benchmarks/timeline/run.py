@@ -55,6 +55,7 @@ def check_options(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -
         parser.error(f"--timeline: expected a path that ends in .png, got {parsed.timeline}")
     unwanted = {"--level model": parsed.level == "model", "--memory": parsed.memory, "--cases": parsed.cases}
     unwanted |= {"--device cuda": parsed.device != "cpu", "--full": parsed.full, "--ring": parsed.ring != 1}
+    unwanted |= {"--gathered": parsed.gathered != parser.get_default("gathered"), "--auto": parsed.auto}
     for name, given in unwanted.items():
         if given:
             parser.error(

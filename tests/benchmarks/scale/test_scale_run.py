@@ -130,6 +130,7 @@ def test_a_rank_that_failed_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys:
         (["--level", "layer", "--shapes", "2048"], "expected tokens x hidden size, such as 2048x512"),
         (["--level", "layer", "--shapes", "2048x512x0"], "or with a number of layers behind it, such as 2048x512x2"),
         (["--shapes", "2048x512"], "expected --level layer or model beside them"),
+        (["--gathered", "save"], "expected --level layer or model beside them"),
         (["--level", "layer", "--pipeline", "1"], "--pipeline: expected 2 to 64 pieces, got 1"),
     ),
 )

@@ -233,6 +233,8 @@ def test_program_on_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (["step.svg"], "expected a path that ends in .png, got step.svg"),
         (["--memory"], "expected it without --memory"),
         (["--full"], "expected it without --full"),
+        (["--gathered", "save"], "expected it without --gathered"),
+        (["--auto"], "expected it without --auto"),
         (["--level", "model"], "expected it without --level model"),
         (["--shapes", "64x64", "128x64"], "expected one of --shapes, got 64x64 128x64"),
         (["--hosts", "2", "--link", "100", "200"], "expected one of --link, got 100 200"),
