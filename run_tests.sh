@@ -26,8 +26,9 @@ mypy
 
 # Long tests that do not use the shared ranks run beside all others: either half leaves cores idle, and they end alike.
 log=$(mktemp)
-# Without a cache: the two would write one file.
-python -m pytest -p no:cacheprovider -m without_ranks "$@" >"$log" 2>&1 &
+# Without a cache: the two would write one file.  Nicer: ranks wait for one another, and for a core again each time, if
+# the others, which compute without a break, give none up before their slice of time has passed.
+nice -n 5 python -m pytest -p no:cacheprovider -m without_ranks "$@" >"$log" 2>&1 &
 beside=$!
 trap 'kill "$beside" 2>/dev/null || true; rm -f "$log"' EXIT
 trap 'exit 130' INT  # pytest makes a summary of Ctrl-C; nobody wants to wait for the others then

@@ -16,24 +16,29 @@ def _pairs(row: Sequence[int]) -> set[tuple[tuple[int, int], ...]]:
     return set(itertools.combinations(enumerate(row), 2))
 
 
-def covering(axes: Sequence[Sequence[Any]], allowed: Callable[..., bool] = lambda *_: True) -> list[Row]:
-    """Rows of the axes' product in which every two values of two axes meet that meet in any row that is ``allowed``.
+def cover(rows: Sequence[Sequence[int]], chosen: Iterable[Sequence[int]] = ()) -> list[Sequence[int]]:
+    """Those of ``rows`` in which, with the ``chosen`` ones, every two values of two axes meet that meet in any row.
 
     Greedy: always the row with most pairs that no row before it has, the first one of several.  That is within a few
     rows of the fewest, which are the product of the two longest axes.
     """
+    found = list(chosen)
+    left = set().union(*map(_pairs, rows)).difference(*map(_pairs, found))
+    while left:
+        best = max(rows, key=lambda row: len(_pairs(row) & left))
+        left -= _pairs(best)
+        found.append(best)
+    return found
+
+
+def covering(axes: Sequence[Sequence[Any]], allowed: Callable[..., bool] = lambda *_: True) -> list[Row]:
+    """Rows of the axes' product in which every two values of two axes meet that meet in any row that is ``allowed``."""
     product = [
         row
         for row in itertools.product(*(range(len(axis)) for axis in axes))
         if allowed(*(axis[index] for axis, index in zip(axes, row, strict=True)))
     ]
-    left = set().union(*map(_pairs, product))
-    chosen = []
-    while left:
-        best = max(product, key=lambda row: len(_pairs(row) & left))
-        left -= _pairs(best)
-        chosen.append(best)
-    return [tuple(axis[index] for axis, index in zip(axes, row, strict=True)) for row in sorted(chosen)]
+    return [tuple(axis[index] for axis, index in zip(axes, row, strict=True)) for row in sorted(cover(product))]
 
 
 def every_pair(

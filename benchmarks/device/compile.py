@@ -179,7 +179,7 @@ def _read(cubin: bytes, shared: int, seconds: float) -> Binary:
         file.write(cubin)
         file.flush()
         usage = read_output("cuobjdump", "-res-usage", file.name)
-        code = read_output("nvdisasm", "-c", file.name)
+        code = read_output("nvdisasm", "-c", "-ndf", file.name)  # no dataflow: labels of branches are not looked at
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump: expected REG and STACK, got {usage!r}")

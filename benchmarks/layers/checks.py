@@ -21,15 +21,14 @@ from odysseus_kernels.nn.cut import KEY, SequenceCut, checksums
 
 __all__ = ["measure_checks"]
 
-_CALLS = 200
 
-
-def measure_checks(whole: dict[str, Tensor], runnable: Runnable) -> dict[str, float]:
+def measure_checks(whole: dict[str, Tensor], runnable: Runnable, calls: int) -> dict[str, float]:
     """Seconds of each part of a step, the slowest rank's median.
 
     Args:
         whole: the whole batch, before it was cut.
         runnable: a variant of ours.
+        calls: how often each part is timed.
     """
     model, part = runnable.model, runnable.batch
     assert model is not None
@@ -52,12 +51,12 @@ def measure_checks(whole: dict[str, Tensor], runnable: Runnable) -> dict[str, fl
             pass
 
     parts = {"descriptor": describe, "model": look, "comparison": compare, "step": scope}
-    return largest_over_ranks({name: _median(call) for name, call in parts.items()})
+    return largest_over_ranks({name: _median(call, calls) for name, call in parts.items()})
 
 
-def _median(call: Callable[[], None]) -> float:
+def _median(call: Callable[[], None], calls: int) -> float:
     samples = []
-    for _ in range(_CALLS):
+    for _ in range(calls):
         begin = time.perf_counter()
         call()
         samples.append(time.perf_counter() - begin)

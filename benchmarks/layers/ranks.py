@@ -59,6 +59,8 @@ class LayerSettings:
     warm_up: int = 1
     seed: int = 1
     memory: bool = True
+    check_calls: int = 200
+    """How often each of the checks of a step is timed by itself (checks.py)."""
     interface: str = ""
     """Network interface by whose counter every variant's bytes are taken, too; empty: by none."""
 
@@ -119,7 +121,8 @@ def _measure(case: LayerCase, settings: LayerSettings) -> dict[str, Any]:
             memory[name] = _memory(case, variant, work, runnables[name], dtype)
     samples = turns([name for name in runnables if name not in first_wrong], settings.repeats)
     samples = slowest_rank(samples, work.world)
-    checks = {name: measure_checks(work.batch, runnables[name]) for name in samples if variants[name].kind == "ours"}
+    ours = [name for name in samples if variants[name].kind == "ours"]
+    checks = {name: measure_checks(work.batch, runnables[name], settings.check_calls) for name in ours}
     return {
         **dataclasses.asdict(case),
         "sizes": case.sizes,

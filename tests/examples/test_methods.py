@@ -11,6 +11,7 @@ from pathlib import Path
 import method_cases as cases
 import pytest
 import torch
+from program_cases import output_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 METHODS = ("grpo", "dpo")
@@ -18,11 +19,16 @@ LIMIT_S = 120
 
 
 def printed(method: str, ranks: int) -> list[list[float]]:
-    """The numbers of each line."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    """The numbers of each line; on one process as a user runs it."""
+    script, options = EXAMPLES / f"{method}.py", ("--steps", "3", "--timeout", "60")
+    text = output_of(script, ranks, *options, limit_s=LIMIT_S) if ranks > 1 else _alone(script, *options)
+    return [[float(n) for n in re.findall(r"-?\d+\.?\d*", line)] for line in text.splitlines()]
+
+
+def _alone(script: Path, *options: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / f"{method}.py"), "--steps", "3", "--timeout", "60"],
+        [sys.executable, str(script), *options],
         env=environment,
         capture_output=True,
         text=True,
@@ -30,7 +36,7 @@ def printed(method: str, ranks: int) -> list[list[float]]:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [[float(n) for n in re.findall(r"-?\d+\.?\d*", line)] for line in done.stdout.splitlines()]
+    return done.stdout
 
 
 @pytest.mark.parametrize("method", METHODS)

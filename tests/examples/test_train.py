@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from program_cases import output_of
 
 pytestmark = pytest.mark.without_ranks
 
@@ -21,28 +22,35 @@ LIMIT_S = 120
 
 
 def _train(ranks: int, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(SCRIPT), "--output", str(folder), "--text-limit", "300000", *SIZES]
+    """What a run writes and prints."""
+    printed = output_of(SCRIPT, ranks, *_arguments(folder), *options, limit_s=LIMIT_S)
+    return _written(ranks, folder), printed
+
+
+def _alone(folder: Path, *options: str) -> dict[str, Any]:
+    """What a run on one process writes that is started as a user starts it."""
     # The root on the path: the test must not depend on how, or where, the package is installed.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
-    done = subprocess.run(
-        [*command, "--threads", "1", "--timeout", "60", *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
+    command = [sys.executable, str(SCRIPT), *_arguments(folder), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    return _written(1, folder)
+
+
+def _arguments(folder: Path) -> list[str]:
+    return ["--output", str(folder), "--text-limit", "300000", *SIZES, "--threads", "1", "--timeout", "60"]
+
+
+def _written(ranks: int, folder: Path) -> dict[str, Any]:
     name = "odysseus" if ranks > 1 else "stock"
-    return json.loads((folder / f"loss-N{ranks}-{name}.json").read_text()), done.stdout
+    return json.loads((folder / f"loss-N{ranks}-{name}.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Runs on 1 and 2 ranks; the latter left a checkpoint half-way."""
     folder = tmp_path_factory.mktemp("train")
-    single, _ = _train(1, folder, "--steps", str(STEPS))
+    single = _alone(folder, "--steps", str(STEPS))
     options = ("--steps", str(STEPS), "--eval-every", str(HALF), "--checkpoint", str(folder / "checkpoints"), "--plot")
     double, printed = _train(2, folder, *options, "--resume")  # there is none yet
     return {"folder": folder, 1: single, 2: double, "printed": printed}

@@ -10,28 +10,35 @@ import sys
 from pathlib import Path
 
 import pytest
+from program_cases import output_of
 
 pytestmark = pytest.mark.without_ranks
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "trainer.py"
 
 
-def _logged(ranks: int, folder: Path, *options: str) -> list[dict[str, float]]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
-    command = [sys.executable, *launcher, str(SCRIPT), "--output", str(folder), "--steps", "3", "--length", "62"]
-    done = subprocess.run(
-        [*command, *options], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    entries = [ast.literal_eval(line) for line in re.findall(r"\{[^{}]*\}", done.stdout)]
+def _logged(printed: str) -> list[dict[str, float]]:
+    entries = [ast.literal_eval(line) for line in re.findall(r"\{[^{}]*\}", printed)]
     return [{name: float(value) for name, value in entry.items()} for entry in entries]
+
+
+def _options(folder: Path) -> list[str]:
+    return ["--output", str(folder), "--steps", "3", "--length", "62"]
+
+
+def _alone(folder: Path) -> str:
+    """As a user starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
+    command = [sys.executable, str(SCRIPT), *_options(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_logs_the_same_on_one_rank_and_on_two(tmp_path):
     assert len(SCRIPT.read_text().splitlines()) <= 40
-    single = _logged(1, tmp_path / "1")
-    double = _logged(2, tmp_path / "2", "--strategy", "ulysses")
+    single = _logged(_alone(tmp_path / "1"))
+    double = _logged(output_of(SCRIPT, 2, *_options(tmp_path / "2"), "--strategy", "ulysses", limit_s=120))
     compared = 0
     assert len(single) == len(double), "each line once, whatever the number of ranks"
     for entry, other in zip(single, double, strict=True):

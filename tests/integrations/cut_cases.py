@@ -71,10 +71,13 @@ def stock_losses() -> dict[str, Any]:
     return found
 
 
-def losses(rank: int, world_size: int, ring: int, strategies: list[str]) -> dict[str, dict[str, Any]]:
-    """The same of parallelized models, several ways for each; gradients on rank 0."""
+def losses(rank: int, world_size: int, ring: int, ways: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """The same of parallelized models, several ways for each strategy; gradients on rank 0.
+
+    ``ways``: of each strategy, which of the WAYS to make a batch.
+    """
     mesh, found = make_mesh(world_size, ring), {}
-    for strategy in strategies:
+    for strategy, some in ways.items():
         model = parallel_model(CASE, strategy, mesh)
         found[strategy] = steps = {}
 
@@ -92,10 +95,10 @@ def losses(rank: int, world_size: int, ring: int, strategies: list[str]) -> dict
         for form in items if strategy == "tp" else items[-1:]:
             step("divided", str(form), lambda m=model, b=batch, f=form: m(**b, num_items_in_batch=f).loss)
         step("plain", "rows", lambda m=model, b=batch: accumulated(m, b))
-        for way, make in COPIES.items():
-            step("plain", way, lambda m=model, b=batch, make=make: m(**make(b)).loss)
-        for way, hand_cut in by_hand(mesh, strategy).items():
-            step("plain", way, lambda m=model, b=hand_cut: m(**b).loss)
+        made = {way: make(batch) for way, make in COPIES.items()} | by_hand(mesh, strategy)
+        assert made.keys() == set(WAYS)
+        for way in some:
+            step("plain", way, lambda m=model, b=made[way]: m(**b).loss)
 
         def own_loss(model: Any = model, batch: Any = batch) -> torch.Tensor:
             logits = ody.gather_sequence(model(**without_labels(batch)).logits, batch, mesh)
@@ -128,6 +131,8 @@ COPIES: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] 
     "joined": lambda batch: {name: torch.cat([tensor[:1], tensor[1:]]) for name, tensor in batch.items()},
     "without counted_tokens": lambda batch: {n: t for n, t in batch.items() if n != "counted_tokens"},
 }
+
+WAYS = (*COPIES, "positions", "declared", "declared with its length")
 
 
 def accumulated(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

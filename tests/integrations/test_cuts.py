@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from covering import covering
 from cut_cases import (
     CASE,
+    WAYS,
     gradients_of,
     losses,
     padded_labels,
@@ -38,10 +42,20 @@ def check_gradients(found, expected, where):
         assert error <= GRADIENT_TOLERANCE, f"{where}, {name}: {error:.1e}"
 
 
+def ways_of(mesh, complete):
+    """Of each strategy the ways to make a batch: by default, every two of mesh, strategy and way meet."""
+    rows = itertools.product(MESHES, STRATEGIES, WAYS) if complete else covering((MESHES, tuple(STRATEGIES), WAYS))
+    ways = {strategy: [] for strategy in STRATEGIES}
+    for where, strategy, way in rows:
+        if where == mesh:
+            ways[strategy].append(way)
+    return ways
+
+
 @pytest.mark.parametrize(("world_size", "ring"), MESHES)
-def test_losses_as_users_call_them(ranks, stock, world_size, ring):
-    for strategy in STRATEGIES:
-        results = ranks(world_size).run(losses, ring, [strategy])
+def test_losses_as_users_call_them(ranks, stock, request, world_size, ring):
+    for strategy, ways in ways_of((world_size, ring), request.config.getoption("complete")).items():
+        results = ranks(world_size).run(losses, ring, {strategy: ways})
         for way, step in results[0][strategy].items():
             where = f"{strategy}, {way}, {world_size} ranks, ring {ring}"
             if way == "logits":

@@ -1,4 +1,4 @@
-"""Waits that never end by themselves: ``python interpreted_limits.py`` with TRITON_INTERPRET=1."""
+"""Waits that never end by themselves, in Triton's interpreter: a check of interpreted_run.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from odysseus_kernels.comm.device.supervisor import Supervisor
 from odysseus_kernels.comm.schedules.device import tile_schedule
 from odysseus_kernels.comm.schedules.steps import Kind
 from odysseus_kernels.errors import CommunicationError, PeerLostError, SignalTimeoutError
-from odysseus_kernels.kernels import launch
 
 
 def main() -> None:
@@ -71,8 +70,3 @@ def _given_up(program: str, end: str) -> CommunicationError:
     assert time.perf_counter() - began < 20
     assert case.control.error() == (code, tag, index, expected, seen)
     return error
-
-
-if __name__ == "__main__":
-    assert launch.interpreted(), "expected TRITON_INTERPRET=1"
-    main()

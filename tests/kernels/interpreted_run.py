@@ -1,16 +1,22 @@
-"""The kernels in Triton's interpreter: ``python interpreted_run.py CHECK [RANK FILE]`` with TRITON_INTERPRET=1.
+"""The kernels in Triton's interpreter: ``python interpreted_run.py CHECK...`` with TRITON_INTERPRET=1.
 
-A process of its own for each check: the interpreter has to be chosen before Triton is imported, and two ranks have to
-be two processes, since programs run one after another and a spinning one would keep all others from running.
+A process of its own, since the interpreter has to be chosen before Triton is imported, which takes seconds: each check
+is forked from it.  Two ranks are two processes, since programs run one after another and a spinning one would keep all
+others from running.  Of each check a line of JSON is printed: its name, and what failed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import multiprocessing
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from unittest import mock
 
 import pytest
@@ -362,12 +368,62 @@ def prepared() -> None:
         _tiles.prepare_project(x, 1, 3, [torch.empty(24, 23)], [weight[:23]], [None])
 
 
-CHECKS = {check.__name__: check for check in (gather, scatter, gradient, fallback, arguments, aborted, prepared)}
+def limits() -> None:
+    """Waits that never end by themselves."""
+    import interpreted_limits  # which imports this module
+
+    interpreted_limits.main()
+
+
+CHECKS = {
+    check.__name__: check for check in (gather, scatter, gradient, fallback, arguments, aborted, prepared, limits)
+}
 TWO_RANKS = {check.__name__: check for check in (two_gather, two_scatter)}
+
+
+def _attempt(channel: Connection, check: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    try:
+        check(*arguments)
+    except BaseException:  # noqa: BLE001 - what the test shows
+        channel.send(traceback.format_exc())
+    else:
+        channel.send("")
+
+
+def _forked(check: Callable[..., None], *ranks: tuple[object, ...]) -> str:
+    """Runs it in one process for each tuple of arguments; what failed."""
+    context = multiprocessing.get_context("fork")
+    started = []
+    for arguments in ranks:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_attempt, args=(theirs, check, arguments), daemon=True)
+        process.start()
+        theirs.close()
+        started.append((process, ours))
+    failed, deadline = [], time.monotonic() + 120
+    for process, channel in started:
+        try:
+            failed.append(
+                channel.recv() if channel.poll(max(0.0, deadline - time.monotonic())) else "did not end within 120 s"
+            )
+        except EOFError:
+            failed.append("its process ended")
+        process.kill()
+        process.join()
+    return "\n".join(filter(None, failed))
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        if name in CHECKS:
+            failed = _forked(CHECKS[name], ())
+        else:
+            with tempfile.NamedTemporaryFile() as shared:
+                shared.truncate(1 << 20)
+                failed = _forked(TWO_RANKS[name], *((rank, shared.name) for rank in range(2)))
+        print(json.dumps([name, failed]), flush=True)
+
 
 if __name__ == "__main__":
     assert launch.interpreted(), "expected TRITON_INTERPRET=1"
-    if len(sys.argv) == 2:
-        CHECKS[sys.argv[1]]()
-    else:
-        TWO_RANKS[sys.argv[1]](int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1:])

@@ -1,9 +1,14 @@
-"""What keeps the kernels honest on a machine without a GPU: the machine code of every shipped configuration."""
+"""What keeps the kernels honest on a machine without a GPU: the machine code of every shipped configuration.
+
+By default of some 40 variants in which every two values meet, and which are closest to their limits
+(compiled_choice.py); of all with --complete, after a change to a kernel or its configurations, too.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -12,8 +17,9 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from compiled_choice import FULL, chosen, recorded_registers, values_of
 
-from benchmarks.device.compile import Binary, Variant, compile_all, compile_source, table, variants
+from benchmarks.device.compile import Binary, Variant, compile_all, compile_source, described, table, variants
 from benchmarks.device.native import tool
 from odysseus_kernels.kernels.configs import shipped
 
@@ -36,12 +42,17 @@ def unbounded_kernel(word, wanted):
 
 
 @pytest.fixture(scope="module")
-def binaries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Variant, Binary]]:
+def binaries(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Variant, Binary]]:
     with pytest.MonkeyPatch.context() as patch:
         # Processes inherit it: nothing is taken from an earlier run, and the interpreter is off.
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         patch.delenv("TRITON_INTERPRET", raising=False)
-        yield compile_all(variants(), processes=min(2, os.cpu_count() or 1))
+        wanted = variants()
+        if not request.config.getoption("complete"):
+            wanted = chosen(wanted, recorded_registers())
+        yield compile_all(wanted, processes=min(2, os.cpu_count() or 1))
 
 
 def _wrong(binaries: dict[Variant, Binary], fine: object) -> list[str]:
@@ -49,12 +60,41 @@ def _wrong(binaries: dict[Variant, Binary], fine: object) -> list[str]:
     return [variant.label() for variant, binary in binaries.items() if not fine(variant, binary)]
 
 
-def test_every_shipped_configuration_is_compiled(binaries: dict[Variant, Binary]) -> None:
+def test_every_shipped_configuration_is_a_variant() -> None:
     for kernel in ("gather_matmul", "matmul_scatter", "weight_gradient"):
         for architecture in (80, 90, 100):
             for dtype in (torch.bfloat16, torch.float32):
                 for config in shipped(kernel, architecture, dtype):
-                    assert Variant(kernel, architecture, config, dtype, dtype) in binaries
+                    assert Variant(kernel, architecture, config, dtype, dtype) in variants()
+
+
+def test_what_is_compiled_by_default() -> None:
+    """Every pair of values; whatever could be the only one without the registers or the shared memory that it needs."""
+    every, registers = variants(), recorded_registers()
+    default = chosen(every, registers)
+    assert len(default) <= 0.4 * len(every)
+
+    def pairs(found: Iterable[Variant]) -> set[object]:
+        return {pair for one in found for pair in itertools.combinations(enumerate(values_of(one)), 2)}
+
+    assert pairs(default) == pairs(every)
+    # Stages lie in shared memory, and what specialized warps exchange: of operands' and results' width only.
+    for found in (lambda v: (v.architecture, v.config), lambda v: (v.config, v.dtype.itemsize, v.out.itemsize)):
+        assert set(map(found, default)) == set(map(found, every))
+    tiles: dict[object, list[int]] = {}
+    for one in every:
+        tiles.setdefault((one.kernel, one.architecture, one.config), []).append(registers[tuple(described(one))])
+    compiled = {(v.kernel, v.architecture, v.config, registers[tuple(described(v))]) for v in default}
+    for (kernel, architecture, config), found in tiles.items():
+        if max(found) >= FULL * config.max_registers:
+            assert (kernel, architecture, config, max(found)) in compiled, config
+
+
+def test_a_variant_that_the_table_does_not_know_is_compiled() -> None:
+    every, registers = variants(), recorded_registers()
+    (left_out, *_) = [one for one in every if one not in chosen(every, registers)]
+    del registers[tuple(described(left_out))]
+    assert left_out in chosen(every, registers)
 
 
 def test_nothing_is_spilled(binaries: dict[Variant, Binary]) -> None:
@@ -158,7 +198,7 @@ def test_a_wait_without_a_bound_is_caught() -> None:
 
 
 def test_table(binaries: dict[Variant, Binary]) -> None:
-    first = next(iter(binaries))
+    first = next(one for one in binaries if one.dtype == one.out == torch.bfloat16)
     rows = table({first: binaries[first]}).splitlines()
     assert rows[-1].startswith(f"| {first.kernel} | {first.architecture} | bf16 |")
     assert rows[-1].count("|") == rows[-2].count("|") == rows[-3].count("|")

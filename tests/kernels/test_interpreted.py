@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 pytest.importorskip("triton")
 
 _SCRIPT = Path(__file__).with_name("interpreted_run.py")
-_LIMITS = Path(__file__).with_name("interpreted_limits.py")
 _NUMPY = tuple(int(part) for part in numpy.__version__.split(".")[:2])
+_CHECKS = ("gather", "scatter", "gradient", "fallback", "arguments", "aborted", "prepared")
+_LIMITS = "limits"
+_TWO_RANKS = ("two_gather", "two_scatter")
 
 # Triton's interpreter relies on conversions of arrays to numbers that NumPy 2.5 refuses.
 pytestmark = [
@@ -23,33 +26,28 @@ pytestmark = [
 ]
 
 
-def _start(*arguments: str, script: Path = _SCRIPT) -> subprocess.Popen[str]:
+@pytest.fixture(scope="module")
+def failures(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Of each check that was asked for, what failed; one process for all, since importing Triton takes seconds."""
+    items = [item for item in request.session.items if item.path == request.path]
+    asked = [getattr(item, "callspec", None) for item in items]
+    wanted = [call.params["check"] if call else _LIMITS for call in asked]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", str(script), *arguments]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", str(_SCRIPT), *wanted]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
-def _finish(*processes: subprocess.Popen[str]) -> None:
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+@pytest.mark.parametrize("check", _CHECKS)
+def test_kernels(failures: dict[str, str], check: str) -> None:
+    assert not failures[check], failures[check]
 
 
-@pytest.mark.parametrize("check", ["gather", "scatter", "gradient", "fallback", "arguments", "aborted", "prepared"])
-def test_kernels(check: str) -> None:
-    _finish(_start(check))
+def test_a_wait_for_what_never_comes_is_an_error_with_names(failures: dict[str, str]) -> None:
+    assert not failures[_LIMITS], failures[_LIMITS]
 
 
-def test_a_wait_for_what_never_comes_is_an_error_with_names() -> None:
-    _finish(_start(script=_LIMITS))
-
-
-@pytest.mark.parametrize("check", ["two_gather", "two_scatter"])
-def test_two_ranks(check: str, tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
-    shared.write_bytes(bytes(1 << 20))
-    _finish(*(_start(check, str(rank), str(shared)) for rank in range(2)))
+@pytest.mark.parametrize("check", _TWO_RANKS)
+def test_two_ranks(failures: dict[str, str], check: str) -> None:
+    assert not failures[check], failures[check]

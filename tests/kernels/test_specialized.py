@@ -15,9 +15,11 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.timeout(300)
-def test_launches_compile_for_all_sizes(tmp_path: Path) -> None:
+def test_launches_compile_for_all_sizes(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(Path(__file__).with_name("specialized_run.py"))]
+    if request.config.getoption("complete"):
+        command.append("--complete")
     result = subprocess.run(command, env=environment, text=True, capture_output=True, check=False, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr

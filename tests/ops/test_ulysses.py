@@ -193,8 +193,9 @@ def test_no_weight_is_ever_whole(ranks: RankPools, operator: str, world: int) ->
     assert min(ranks(world).run(properties.largest_allocation, operator, "unfused")) >= world
 
 
-def test_modes_that_are_measured(tmp_path: Path) -> None:
-    with RankPool(2, timeout=120, environment={"ODYSSEUS_CACHE_DIR": str(tmp_path)}) as pool:
+def test_modes_that_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ODYSSEUS_CACHE_DIR", str(tmp_path))  # read when it is used, so forked ranks do
+    with RankPool(2, timeout=120) as pool:
         pool.run(cases.measured)
 
 
