@@ -15,12 +15,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.comm.mismatch import signature_hash
 from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.peft import lora_linears
+from odysseus_kernels.nn.group import DATA_DIMENSION
 
 __all__ = ["Facts", "Weights", "adapters"]
 
@@ -49,6 +51,7 @@ _READ_AGAIN = ("sliding_window", "layer_types", "rope_parameters", "output_route
 # Of OverlapConfig: the others may differ, or are told by the calls that they change.
 _CALLS = ("mode", "transport", "tune", "pipeline", "chunks_per_rank", "reduce_dtype", "reduce", "gather")
 _MOST = 160  # characters of a text that calls are compared by
+_MOST_VALUES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,20 +123,68 @@ def adapters(model: nn.Module) -> str:
 class Weights:
     """Whether a rank's parameters have changed since its last forward.
 
-    An optimizer's step that one rank alone takes, or leaves out, would leave replicated parameters different.
+    An optimizer's step that one rank alone takes, or leaves out, would leave copies of a parameter different.
+    Optimizers that take tensors together do not count it in a distributed tensor's version, so values are looked at,
+    too: those of the smallest trained parameter of which ranks have copies.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._seen = sum(_versions(model))
+        self._seen = self._look(list(model.parameters()), -1, values=True)
 
-    def changed(self, model: nn.Module) -> tuple[bool, int]:
-        """Whether they have, and what :meth:`seen` is to be told when all ranks have agreed on it."""
-        now = sum(_versions(model))
-        return now != self._seen, now
+    def changed(self, parameters: list[nn.Parameter], *, values: bool) -> tuple[bool, _Look]:
+        """Whether they have, and what :meth:`seen` is to be told when all ranks have agreed on it.
 
-    def seen(self, version: int) -> None:
+        Without ``values``, which a device would have to be waited for, versions have to do.
+        """
+        before = self._seen
+        now = self._look(parameters, before.index, values=values)
+        changed = before.versions != now.versions
+        if before.copy is not None and now.copy is not None and before.index == now.index:
+            changed = changed or (before.copy.shape == now.copy.shape and not torch.equal(before.copy, now.copy))
+        return changed, now
+
+    def seen(self, now: _Look) -> None:
         """A forward has ended."""
-        self._seen = version
+        self._seen = now if now.copy is not None else dataclasses.replace(self._seen, versions=now.versions)
+
+    @staticmethod
+    def _look(parameters: list[nn.Parameter], index: int, *, values: bool) -> _Look:
+        # What is done to a distributed tensor does not count on its local one, nor the other way round.
+        versions = sum(_version(p) + _version(_local(p)) for p in parameters)
+        if not values:
+            return _Look(versions)
+        if not (0 <= index < len(parameters) and parameters[index].requires_grad and _is_copied(parameters[index])):
+            copied = [(p.numel(), at) for at, p in enumerate(parameters) if p.requires_grad and _is_copied(p)]
+            if not copied:
+                return _Look(versions)
+            _, index = min(copied)
+        return _Look(versions, index, _local(parameters[index]).detach().flatten()[:_MOST_VALUES].clone())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """Of a model's parameters: the sum of their versions, and values of one by its place among them."""
+
+    versions: int
+    index: int = -1
+    copy: torch.Tensor | None = None
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_copied(parameter: torch.Tensor) -> bool:
+    """Whether all ranks of a sequence have the same of it; plain ones are adapters' here."""
+    if not isinstance(parameter, DTensor):
+        return True
+    names = parameter.device_mesh.mesh_dim_names or ()
+    over = (place for name, place in zip(names, parameter.placements, strict=True) if name != DATA_DIMENSION)
+    return all(place.is_replicate() for place in over)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
 
 
 def _plain(value: object) -> bool:
@@ -143,7 +194,7 @@ def _plain(value: object) -> bool:
 def _value(module: nn.Module, name: str) -> Any:
     child = module._modules.get(name)
     if child is not None:
-        return repr(child)
+        return f"{type(child).__name__}({child.extra_repr()})"
     return vars(module).get(name)
 
 
@@ -156,12 +207,6 @@ def _adapters_of(module: Any) -> Iterator[str]:
             dropout = module.lora_dropout[name]
             drops = f" dropout {dropout.p:g}" if dropout.training and getattr(dropout, "p", 0) else ""
             yield f"{name} scaling {module.scaling[name]:g}{drops}"
-
-
-def _versions(model: nn.Module) -> Iterator[int]:
-    for parameter in model.parameters():
-        if isinstance(parameter, DTensor) and not parameter._local_tensor.is_inference():
-            yield parameter._local_tensor._version
 
 
 def _short(texts: list[str]) -> str:

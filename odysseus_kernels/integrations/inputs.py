@@ -106,7 +106,9 @@ def opened(
             text += f", num_items_in_batch {token_count(num_items)!r}"
     text += f", {asked}" if asked else ""
     text += _way(model, tokens)
-    changed, weights = _changed(model)
+    # A batch on a device has been waited for already, where it says how it was cut.
+    waits = tokens.device.type == "cpu" or (descriptor is not None and descriptor.device == tokens.device)
+    changed, weights = _changed(model, waits=waits)
     text += "".join(f", {one}" for one in changed)
     group.withdraw()  # left over from a pass that ended with an error before any call took it
     group.announce(text)
@@ -138,7 +140,7 @@ def _adapted(model: Any, tokens: torch.Tensor) -> Iterator[Any]:
     return lora_linears(() if early else model.modules())
 
 
-def _changed(model: Any) -> tuple[list[str], Callable[[], None]]:
+def _changed(model: Any, *, waits: bool) -> tuple[list[str], Callable[[], None]]:
     """What was done to a model since it was parallelized, or since its last forward; to be called when this one ends.
 
     A base model that is called by itself has no notes of that.
@@ -146,12 +148,13 @@ def _changed(model: Any) -> tuple[list[str], Callable[[], None]]:
     facts, weights = getattr(model, "sequence_facts", None), getattr(model, "sequence_weights", None)
     if facts is None or weights is None or torch.compiler.is_compiling():
         return [], lambda: None
-    changed, version = weights.changed(model)
+    parameters = list(model.parameters())
+    changed, now = weights.changed(parameters, values=waits)
     said = ["weights changed since the last forward"] if changed else []
-    if torch.is_grad_enabled() and any(p.grad is not None for p in model.parameters()):
+    if torch.is_grad_enabled() and any(p.grad is not None for p in parameters):
         said.append("gradients there before")
     said += [one for one in (facts.changes(model), facts.resting() if model.training else "", adapters(model)) if one]
-    return said, lambda: weights.seen(version)
+    return said, lambda: weights.seen(now)
 
 
 def _way(model: nn.Module, tokens: torch.Tensor) -> str:
