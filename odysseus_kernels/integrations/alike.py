@@ -86,20 +86,20 @@ class Facts:
             if name not in _IGNORED:
                 found[f"config.{name}"] = json.dumps(value, sort_keys=True, default=str)
         for path, _, values in self.modules:
-            found |= {f"{path}.{name}".lstrip("."): repr(value) for name, value in values.items()}
+            found |= {f"{path}.{name}".lstrip("."): str(value) for name, value in values.items()}
         return found
 
     def changes(self, model: Any) -> str:
         """What of ``model`` has changed since, in words; empty if nothing."""
         said = [
-            f"{path}.{name} {new!r}".lstrip(".")
+            f"{path}.{name} {new}".lstrip(".")
             for path, module, values in self.modules
             for name, old in values.items()
             if (new := _value(module, name)) != old
         ]
         for name, old in self.settings.items():
             if (new := getattr(model.config, name, None)) != old:
-                said.append(f"config.{name} {new!r}")
+                said.append(f"config.{name} {new}")
         return _short(said)
 
     def resting(self) -> str:
