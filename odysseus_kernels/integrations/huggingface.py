@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from odysseus_kernels.config import OverlapConfig
-from odysseus_kernels.integrations.choosing import AUTO, check_wanted, choose
+from odysseus_kernels.integrations.alike import Facts, Weights
+from odysseus_kernels.integrations.choosing import AUTO, Wanted, check_wanted, choose
 from odysseus_kernels.integrations.families import FAMILIES, Family
 from odysseus_kernels.integrations.model import SequenceCausalLM, SequenceModel
 from odysseus_kernels.integrations.peft import base_layer, give_whole_sizes, lora_linears, stock_model, take_in
@@ -24,12 +25,12 @@ from odysseus_kernels.integrations.switching import Parallelized, SwitchableCaus
 from odysseus_kernels.integrations.wrappers import refuse_replicating_wrappers
 from odysseus_kernels.nn.attention import AttentionSpec
 from odysseus_kernels.nn.group import SequenceGroup
-from odysseus_kernels.nn.identity import check_identical
+from odysseus_kernels.nn.identity import check_alike, check_identical
 from odysseus_kernels.nn.moe import ExpertsSpec
 from odysseus_kernels.nn.replaced import retire_parameter
 from odysseus_kernels.nn.swap import swap_class
 from odysseus_kernels.strategies import get_strategy
-from odysseus_kernels.strategies.base import ModelShape, Part, apply_strategy
+from odysseus_kernels.strategies.base import ModelShape, Part, Strategy, apply_strategy
 
 __all__ = ["parallelize"]
 
@@ -75,7 +76,9 @@ def parallelize(
     Raises:
         ValueError: for an unknown strategy or mesh, an unsupported model, or sizes that the ranks do not divide; for
             ``"auto"`` without a length, or a device of no machine that is known.
-        RankMismatchError: if the model is not the same on every rank; names the rank that differs.
+        RankMismatchError: if the model, its configuration, ``strategy`` or ``config`` is not the same on every rank;
+            names the rank that differs.
+        PeerLostError: if another rank cannot go on; has that rank's number and error.
 
     Note:
         Ranks that differ in ``"dp"`` alone hold copies and other sequences. Their gradients are not touched here: wrap
@@ -92,26 +95,28 @@ def parallelize(
         >>> weight.shape, weight.to_local().shape
         (torch.Size([144, 96]), torch.Size([72, 96]))
     """
-    refuse_replicating_wrappers()
-    if strategy != AUTO:
-        get_strategy(strategy)  # an unknown one is said before anything else
-    everyone, choice = SequenceGroup.of(mesh, config), None
-    device = torch.device(everyone.mesh.device_type)
-    wanted = check_wanted(strategy, sequence_length, batch_size, hardware, device)
-    give_whole_sizes()
-    check_peft_model(model)
-    outer, model = model, stock_model(model)
-    family = _family(model)
-    shape = _shape(model, family)
-    if wanted is not None:
-        choice = choose(model, wanted, everyone, why_not=lambda name: _why_not(model, family, shape, name, everyone))
-        strategy = choice.strategy
-    chosen = get_strategy(strategy)
-    group = chosen.group(everyone)
-    check_strategy(model, shape, chosen, group)
-    adapted = _adapted(model, family, group)
-    parts = _parts(model, family, shape)
-    _check_parameters(model, parts, adapted, group)
+    try:
+        everyone = SequenceGroup.of(mesh, config)
+    except ValueError:
+        _named(strategy)  # an unknown one is said before anything else
+        raise
+    found, error, texts = None, None, {}
+    try:
+        found = _look(model, strategy, everyone, sequence_length, batch_size, hardware)
+        texts = found.facts.texts(found.model, strategy, everyone.config)
+    except Exception as raised:  # noqa: BLE001 - whatever it is, ranks that wait here are told of it
+        error = raised
+    check_alike(texts, everyone, error)
+    assert found is not None, "an error was raised"
+    outer, model, family, shape, choice = model, found.model, found.family, found.shape, None
+    chosen = found.chosen
+    if found.wanted is not None:
+        choice = choose(
+            model, found.wanted, everyone, why_not=lambda name: _why_not(model, family, shape, name, everyone)
+        )
+        chosen = get_strategy(choice.strategy)
+    assert chosen is not None, "it is named or chosen"
+    group, parts = chosen.group(everyone), found.parts
     check_identical([*model.named_parameters(), *model.named_buffers()], group)
 
     # Each once: a head may be tied to the embedding.
@@ -125,8 +130,54 @@ def parallelize(
         swap_class(module, mixin, keep_name=True)
         module.sequence_group = group
     model.parallelized = Parallelized(chosen, shape, tuple(parts), choice)
-    take_in(model, adapted, group, alike=True)
+    model.sequence_facts, model.sequence_weights = found.facts, Weights(model)
+    take_in(model, found.adapted, group, alike=True)
     return outer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What this rank finds of a model by itself: nothing is sent, and nothing is changed."""
+
+    model: Any
+    family: Family
+    shape: ModelShape
+    wanted: Wanted | None
+    chosen: Strategy | None
+    parts: list[Part]
+    adapted: list[Any]
+    facts: Facts
+
+
+def _look(
+    model: PreTrainedModel,
+    strategy: str,
+    everyone: SequenceGroup,
+    sequence_length: int | None,
+    batch_size: int | None,
+    hardware: str | None,
+) -> _Found:
+    """Checks what :func:`parallelize` was given; ValueError for what cannot be."""
+    refuse_replicating_wrappers()
+    chosen, device = _named(strategy), torch.device(everyone.mesh.device_type)
+    wanted = check_wanted(strategy, sequence_length, batch_size, hardware, device)
+    give_whole_sizes()
+    check_peft_model(model)
+    stock = stock_model(model)
+    family = _family(stock)
+    shape = _shape(stock, family)
+    group = everyone if chosen is None else chosen.group(everyone)
+    if chosen is not None:
+        check_strategy(stock, shape, chosen, group)
+    adapted = _adapted(stock, family, group)
+    parts = _parts(stock, family, shape)
+    _check_parameters(stock, parts, adapted, group)
+    return _Found(stock, family, shape, wanted, chosen, parts, adapted, Facts.of(stock))
+
+
+def _named(strategy: str) -> Strategy | None:
+    """The strategy of that name, None where it is to be chosen; ValueError for an unknown one."""
+    return None if strategy == AUTO else get_strategy(strategy)
 
 
 def _own(layer: nn.Module) -> list[nn.Parameter]:

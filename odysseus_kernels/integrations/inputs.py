@@ -8,7 +8,7 @@ by which ranks are compared anyway.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from odysseus_kernels.attention.local import check_attention_kernel
 from odysseus_kernels.comm.announce import speaking_of
+from odysseus_kernels.integrations.alike import adapters
 from odysseus_kernels.integrations.peft import lora_linears
 from odysseus_kernels.integrations.pipelining import check_pieces, exchanges_heads
 from odysseus_kernels.nn.adapter_sums import summed_together
@@ -104,7 +105,11 @@ def opened(
         if num_items is not None:
             text += f", num_items_in_batch {token_count(num_items)!r}"
     text += f", {asked}" if asked else ""
-    text += _way(model)
+    text += _way(model, tokens)
+    # A batch on a device has been waited for already, where it says how it was cut.
+    waits = tokens.device.type == "cpu" or (descriptor is not None and descriptor.device == tokens.device)
+    changed, weights = _changed(model, waits=waits)
+    text += "".join(f", {one}" for one in changed)
     group.withdraw()  # left over from a pass that ended with an error before any call took it
     group.announce(text)
     if not cut.sharded and group.size > 1:
@@ -119,6 +124,7 @@ def opened(
     try:
         with speaking_of(batch), summed_together(_adapted(model, tokens), group):
             yield cut
+        weights()
     finally:
         group.withdraw()
 
@@ -134,7 +140,24 @@ def _adapted(model: Any, tokens: torch.Tensor) -> Iterator[Any]:
     return lora_linears(() if early else model.modules())
 
 
-def _way(model: nn.Module) -> str:
+def _changed(model: Any, *, waits: bool) -> tuple[list[str], Callable[[], None]]:
+    """What was done to a model since it was parallelized, or since its last forward; to be called when this one ends.
+
+    A base model that is called by itself has no notes of that.
+    """
+    facts, weights = getattr(model, "sequence_facts", None), getattr(model, "sequence_weights", None)
+    if facts is None or weights is None or torch.compiler.is_compiling():
+        return [], lambda: None
+    parameters = list(model.parameters())
+    changed, now = weights.changed(parameters, values=waits)
+    said = ["weights changed since the last forward"] if changed else []
+    if torch.is_grad_enabled() and any(p.grad is not None for p in parameters):
+        said.append("gradients there before")
+    said += [one for one in (facts.changes(model), facts.resting() if model.training else "", adapters(model)) if one]
+    return said, lambda: weights.seen(now)
+
+
+def _way(model: nn.Module, tokens: torch.Tensor) -> str:
     """What of a rank's model and context decides which calls its passes make, where it is not the usual.
 
     A rank that differs would make other calls than its peers, or fewer: they would learn of it late, or when it is past
@@ -150,6 +173,8 @@ def _way(model: nn.Module) -> str:
     elif not all(trained):
         frozen = tuple(number for number, one in enumerate(trained) if not one)
         said.append(f"{len(frozen)} parameters frozen ({digest(frozen)})")
+    elif tokens.ndim == 3 and not tokens.requires_grad:
+        said.append("embeddings without gradients")
     if torch.is_autocast_enabled(device):
         said.append(f"autocast to {torch.get_autocast_dtype(device)}")
     recomputed = sum(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)

@@ -182,6 +182,8 @@ def stock_model(model: Any) -> Any:
 
 def lora_linears(modules: Iterable[Any]) -> Iterator[Any]:
     """Those of ``modules`` that are LoRA layers around linear ones."""
+    if _lora_class() is None:
+        return iter(())
     return (module for module in modules if _is_lora_linear(module))
 
 
