@@ -179,6 +179,7 @@ def test_the_cases_adapters_have_an_effect():
     assert abs(step(Adapted().stock(), CASE.whole_batch())[0] - plain) > 1e-3
 
 
+@pytest.mark.without_ranks
 def test_the_package_does_not_import_peft():
     code = "import sys, odysseus_kernels as ody; ody.parallelize; print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

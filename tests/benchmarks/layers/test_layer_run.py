@@ -98,6 +98,7 @@ def _plain_all_to_all(rank: int, world_size: int) -> tuple[torch.Tensor, torch.T
     return heads.detach(), mine.detach(), mine.grad
 
 
+@pytest.mark.without_ranks
 def test_all_variants_and_peers_are_right_counted_and_timed(request: pytest.FixtureRequest) -> None:
     with RankPool(2) as pool:
         variants = make_variants(

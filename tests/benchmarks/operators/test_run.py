@@ -41,6 +41,7 @@ def _run_with_a_wrong_operator(rank: int, world_size: int, settings: Settings) -
         workload.ops.all_gather_linear = right
 
 
+@pytest.mark.without_ranks
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_variants_are_right_and_timed(dtype: str) -> None:
     with RankPool(2) as pool:
@@ -77,6 +78,7 @@ def test_variants_are_checked_before_ranks_start() -> None:
         workload.check_variants("(", ["symmetric"])
 
 
+@pytest.mark.without_ranks
 def test_memory_of_all_variants() -> None:
     with RankPool(2) as pool:
         settings = Settings(rows=_CASES, dtype="float32", device="cpu", repeats=1, memory=True)

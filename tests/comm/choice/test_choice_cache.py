@@ -65,6 +65,7 @@ def test_writers_do_not_lose_each_others_choices(tmp_path: Path) -> None:
     assert [later.get(key) for key in ("a", "b", "shared")] == [CHOICE, CHOICE, last]
 
 
+@pytest.mark.without_ranks
 def test_many_processes_write(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=cases.write_choices, args=(tmp_path, number, 25)) for number in range(3)]
