@@ -24,7 +24,7 @@ from odysseus_kernels.config import OverlapConfig
 from odysseus_kernels.integrations.peft import lora_linears
 from odysseus_kernels.nn.group import DATA_DIMENSION
 
-__all__ = ["Facts", "Weights", "adapters"]
+__all__ = ["Facts", "Weights", "adapters", "note_loaded"]
 
 # Attributes that stock modules read in their forward.  Others are not looked at: profilers and users leave notes.
 _RANDOM = ("attention_dropout", "residual_dropout", "embedding_dropout", "jitter_noise")
@@ -121,31 +121,37 @@ def adapters(model: nn.Module) -> str:
 
 
 class Weights:
-    """Whether a rank's parameters have changed since its last forward.
+    """How often a rank's parameters were loaded, and had changed when a forward began.
 
     An optimizer's step that one rank alone takes, or leaves out, would leave copies of a parameter different.
     Optimizers that take tensors together do not count it in a distributed tensor's version, so values are looked at,
-    too: those of the smallest trained parameter of which ranks have copies.
+    too: those of the smallest trained parameter of which ranks have copies.  Forwards that fail on some ranks count on
+    the others: nothing but a change adds to the number.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._seen = self._look(list(model.parameters()), -1, values=True)
+        self._loads = self._changes = 0
 
-    def changed(self, parameters: list[nn.Parameter], *, values: bool) -> tuple[bool, _Look]:
-        """Whether they have, and what :meth:`seen` is to be told when all ranks have agreed on it.
+    def said(self, parameters: list[nn.Parameter], *, values: bool) -> str:
+        """In words, at the beginning of a forward; empty where nothing has happened.
 
         Without ``values``, which a device would have to be waited for, versions have to do.
         """
-        before = self._seen
-        now = self._look(parameters, before.index, values=values)
+        before, now = self._seen, self._look(parameters, self._seen.index, values=values)
         changed = before.versions != now.versions
         if before.copy is not None and now.copy is not None and before.index == now.index:
             changed = changed or (before.copy.shape == now.copy.shape and not torch.equal(before.copy, now.copy))
-        return changed, now
+        self._changes += changed
+        self._seen = now if now.copy is not None else dataclasses.replace(before, versions=now.versions)
+        said = [f"weights loaded {self._loads} times"] if self._loads else []
+        said += [f"weights changed before {self._changes} forwards"] if self._changes else []
+        return ", ".join(said)
 
-    def seen(self, now: _Look) -> None:
-        """A forward has ended."""
-        self._seen = now if now.copy is not None else dataclasses.replace(self._seen, versions=now.versions)
+    def loaded(self, parameters: list[nn.Parameter]) -> None:
+        """They are those of files: what came before does not count any more."""
+        self._seen = self._look(parameters, self._seen.index, values=True)
+        self._loads, self._changes = self._loads + 1, 0
 
     @staticmethod
     def _look(parameters: list[nn.Parameter], index: int, *, values: bool) -> _Look:
@@ -185,6 +191,14 @@ def _is_copied(parameter: torch.Tensor) -> bool:
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+
+
+def note_loaded(model: nn.Module) -> None:
+    """All weights of ``model`` have been loaded from files, as on every rank."""
+    for module in model.modules():
+        weights = vars(module).get("sequence_weights")
+        if isinstance(weights, Weights):
+            weights.loaded(list(module.parameters()))
 
 
 def _plain(value: object) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from odysseus_kernels.integrations import checkpoint_files as files
+from odysseus_kernels.integrations.alike import note_loaded
 from odysseus_kernels.integrations.saving import SavingRanks
 from odysseus_kernels.nn.master import MasterWeights
 
@@ -154,6 +155,7 @@ def load_checkpoint(
         optimizer.state.update(state)
         for group, saved_group in zip(optimizer.param_groups, description.contents["optimizer"]["groups"], strict=True):
             _restore_settings(group, saved_group["settings"])
+    note_loaded(model)
     return extra
 
 

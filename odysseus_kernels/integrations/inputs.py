@@ -8,7 +8,7 @@ by which ranks are compared anyway.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -108,8 +108,7 @@ def opened(
     text += _way(model, tokens)
     # A batch on a device has been waited for already, where it says how it was cut.
     waits = tokens.device.type == "cpu" or (descriptor is not None and descriptor.device == tokens.device)
-    changed, weights = _changed(model, waits=waits)
-    text += "".join(f", {one}" for one in changed)
+    text += "".join(f", {one}" for one in _changed(model, waits=waits))
     group.withdraw()  # left over from a pass that ended with an error before any call took it
     group.announce(text)
     if not cut.sharded and group.size > 1:
@@ -124,7 +123,6 @@ def opened(
     try:
         with speaking_of(batch), summed_together(_adapted(model, tokens), group):
             yield cut
-        weights()
     finally:
         group.withdraw()
 
@@ -140,21 +138,20 @@ def _adapted(model: Any, tokens: torch.Tensor) -> Iterator[Any]:
     return lora_linears(() if early else model.modules())
 
 
-def _changed(model: Any, *, waits: bool) -> tuple[list[str], Callable[[], None]]:
-    """What was done to a model since it was parallelized, or since its last forward; to be called when this one ends.
+def _changed(model: Any, *, waits: bool) -> list[str]:
+    """What was done to a model since it was parallelized, in words; a base model that is called by itself has no notes.
 
-    A base model that is called by itself has no notes of that.
+    With ``waits`` a device may be waited for.
     """
     facts, weights = getattr(model, "sequence_facts", None), getattr(model, "sequence_weights", None)
     if facts is None or weights is None or torch.compiler.is_compiling():
-        return [], lambda: None
+        return []
     parameters = list(model.parameters())
-    changed, now = weights.changed(parameters, values=waits)
-    said = ["weights changed since the last forward"] if changed else []
+    said = [weights.said(parameters, values=waits)]
     if torch.is_grad_enabled() and any(p.grad is not None for p in parameters):
         said.append("gradients there before")
-    said += [one for one in (facts.changes(model), facts.resting() if model.training else "", adapters(model)) if one]
-    return said, lambda: weights.seen(now)
+    said += [facts.changes(model), facts.resting() if model.training else "", adapters(model)]
+    return [one for one in said if one]
 
 
 def _way(model: nn.Module, tokens: torch.Tensor) -> str:

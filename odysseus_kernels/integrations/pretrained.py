@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from odysseus_kernels.integrations.alike import note_loaded
 from odysseus_kernels.integrations.checkpoint import join_names, model_tensors
 from odysseus_kernels.integrations.peft import has_adapters, is_peft_model, load_adapter, save_adapters
 from odysseus_kernels.integrations.saving import SavingRanks
@@ -147,6 +148,7 @@ def load_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> N
     with torch.no_grad():
         for name, converter, sources in plan:
             _load(tensors[name].detach(), name, converter, sources, headers, model)
+    note_loaded(model)
 
 
 class _Files:

@@ -145,7 +145,7 @@ CHANGED: dict[str, tuple[Case, Callable[[Any], object], str]] = {
         _no_dropout,
         "1 of 2 modules without dropout",
     ),
-    "weights": (CASE, _doubled, "weights changed since the last forward"),
+    "weights": (CASE, _doubled, "weights changed before 1 forwards"),
 }
 
 
@@ -171,7 +171,7 @@ def changed(rank: int, world: int, bad: int) -> dict[str, tuple[str, str, float]
 STEPS = ("a step", "no step", "gradients", "embeddings")
 
 
-def trained(rank: int, world: int, bad: int, foreach: bool) -> dict[str, tuple[str, str, float]]:
+def trained(rank: int, world: int, bad: int, foreach: bool, folder: str) -> dict[str, tuple[str, str, float]]:
     """What the forward after a step says, which one rank has ended in another way."""
     mesh, found = make_mesh(world, 1), dict[str, tuple[str, str, float]]()
     for name, strategy in zip(STEPS, ("tp", "odysseus", "ulysses", "tsp"), strict=True):
@@ -182,6 +182,8 @@ def trained(rank: int, world: int, bad: int, foreach: bool) -> dict[str, tuple[s
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        if name == "a step":
+            ody.save_checkpoint(folder, model)
         model(**batch).loss.backward()
         if (name == "a step" and rank == bad) or (name == "no step" and rank != bad):
             optimizer.step()
@@ -189,7 +191,12 @@ def trained(rank: int, world: int, bad: int, foreach: bool) -> dict[str, tuple[s
             optimizer.zero_grad()
         if name == "embeddings" and rank == bad:
             batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach()
-        found[name] = told(lambda m=model, b=batch: m(**b))
+        found[name] = told(lambda model=model, batch=batch: model(**batch))
+        if name == "a step":
+            again = told(lambda model=model, batch=batch: model(**batch))
+            assert again[:1] == found[name][:1], f"copies still differ: {again}"
+            ody.load_checkpoint(folder, model)
+            assert told(lambda model=model, batch=batch: model(**batch))[0] == "", "they do not any more"
     return found
 
 
