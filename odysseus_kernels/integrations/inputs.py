@@ -72,6 +72,8 @@ def opened(
         yield descriptor
         return
     group = model.sequence_group
+    # First of all: a rank that is refused below has counted what its peers have.
+    changed = _changed(model, descriptor)
     if tokens is None:
         raise ValueError("expected exactly one of input_ids and inputs_embeds")
     expected = tuple(tokens.shape[:2])
@@ -106,9 +108,7 @@ def opened(
             text += f", num_items_in_batch {token_count(num_items)!r}"
     text += f", {asked}" if asked else ""
     text += _way(model, tokens)
-    # A batch on a device has been waited for already, where it says how it was cut.
-    waits = tokens.device.type == "cpu" or (descriptor is not None and descriptor.device == tokens.device)
-    text += "".join(f", {one}" for one in _changed(model, waits=waits))
+    text += "".join(f", {one}" for one in changed)
     group.withdraw()  # left over from a pass that ended with an error before any call took it
     group.announce(text)
     if not cut.sharded and group.size > 1:
@@ -138,15 +138,18 @@ def _adapted(model: Any, tokens: torch.Tensor) -> Iterator[Any]:
     return lora_linears(() if early else model.modules())
 
 
-def _changed(model: Any, *, waits: bool) -> list[str]:
-    """What was done to a model since it was parallelized, in words; a base model that is called by itself has no notes.
+def _changed(model: Any, descriptor: torch.Tensor | None) -> list[str]:
+    """What was done to a model since it was parallelized, in words.
 
-    With ``waits`` a device may be waited for.
+    A base model that is called by itself has no notes of it.
     """
     facts, weights = getattr(model, "sequence_facts", None), getattr(model, "sequence_weights", None)
     if facts is None or weights is None or torch.compiler.is_compiling():
         return []
     parameters = list(model.parameters())
+    device = parameters[0].device
+    # A device is waited for all the same where the batch says on it how it was cut.
+    waits = device.type == "cpu" or (descriptor is not None and descriptor.device == device)
     said = [weights.said(parameters, values=waits)]
     if torch.is_grad_enabled() and any(p.grad is not None for p in parameters):
         said.append("gradients there before")

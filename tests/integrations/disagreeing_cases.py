@@ -200,6 +200,29 @@ def trained(rank: int, world: int, bad: int, foreach: bool, folder: str) -> dict
     return found
 
 
+def refused(rank: int, world: int, bad: int) -> tuple[str, str]:
+    """A step in which one rank's batch is refused, with another change of all weights behind it; what follows."""
+    mesh = make_mesh(world, 1)
+    model = ody.parallelize(CASE.model(), mesh, "odysseus", OverlapConfig(timeout_s=TIMEOUT_S))
+    batch = shard_sequence(CASE.whole_batch(), model)
+
+    def change() -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+
+    def pass_(wrong: bool) -> None:
+        with ody.step(model):
+            positions = batch["position_ids"]
+            model(**{**batch, "position_ids": positions.double() if wrong else positions}).loss.backward()
+
+    change()
+    first = told(lambda: pass_(rank == bad))
+    model.zero_grad()
+    change()
+    return first[0], told(lambda: pass_(False))[0]
+
+
 # ---- what may differ ------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from disagreeing_cases import (
     changed,
     harmless,
     parallelized,
+    refused,
     trained,
 )
 from family_cases import stock_step
@@ -50,6 +51,10 @@ def test_what_was_changed_since_is_compared_at_the_next_forward(ranks):
 def test_steps_that_ended_otherwise_are_told_at_the_next_forward(ranks, foreach, tmp_path):
     said = (*["weights changed before 3 forwards"] * 2, "gradients there before", "embeddings without gradients")
     check(ranks(2).run(trained, 1, foreach, str(tmp_path / "saved")), dict(zip(STEPS, said, strict=True)))
+
+
+def test_a_rank_whose_batch_was_refused_has_counted_what_its_peers_have(ranks):
+    assert ranks(2).run(refused, 1) == [("PeerLostError", ""), ("ValueError", "")]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
