@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -82,8 +83,9 @@ class Facts:
         """All that ranks must have alike, by name."""
         found = {"strategy": repr(strategy), "the model's class": type(model).__name__}
         found |= {f"OverlapConfig.{name}": repr(getattr(config, name)) for name in _CALLS}
+        known = _known(type(model.config))
         for name, value in model.config.to_dict().items():
-            if name not in _IGNORED:
+            if name in known and name not in _IGNORED:
                 found[f"config.{name}"] = json.dumps(value, sort_keys=True, default=str)
         for path, _, values in self.modules:
             found |= {f"{path}.{name}".lstrip("."): str(value) for name, value in values.items()}
@@ -199,6 +201,11 @@ def note_loaded(model: nn.Module) -> None:
         weights = vars(module).get("sequence_weights")
         if isinstance(weights, Weights):
             weights.loaded(list(module.parameters()))
+
+
+def _known(kind: Any) -> set[str]:
+    """What a class of configurations has by itself: others are notes of the user's, a rank's number or a run's name."""
+    return {*dir(kind), *inspect.signature(kind.__init__).parameters, *kind.attribute_map, "head_dim", *_READ_AGAIN}
 
 
 def _plain(value: object) -> bool:

@@ -234,7 +234,7 @@ def harmless(rank: int, world: int, strategy: str) -> tuple[float, dict[str, tor
     if odd:
         model.config._name_or_path, model.config.architectures = "/another/folder", ["Another"]
         model.config.use_cache, model.config.eos_token_id, model.config.dtype = False, 2, torch.bfloat16
-        model.noted = model.model.layers[0].noted = 3.5
+        model.noted = model.model.layers[0].noted = model.config.noted = 3.5
         model.eval()
         for module in (model.model.layers[0], model.model.layers[1].mlp, model.model.norm):
             module.register_forward_hook(lambda *_: None)
