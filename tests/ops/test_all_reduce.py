@@ -7,6 +7,7 @@ from typing import Any
 import all_reduce_cases as cases
 import pytest
 import torch
+from covering import every_pair
 
 from odysseus_kernels.testing.spawn import RankPools
 
@@ -14,10 +15,7 @@ OPERATORS = tuple(cases.CHECKS)
 TRANSPORTS = ("symmetric", "collective")
 
 
-@pytest.mark.parametrize("world", (1, 2, 3, 4))
-@pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16"))
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("operator", OPERATORS)
+@every_pair(operator=OPERATORS, transport=TRANSPORTS, dtype=("float64", "float32", "bfloat16"), world=(1, 2, 3, 4))
 def test_against_fp64(ranks: RankPools, operator: str, transport: str, dtype: str, world: int) -> None:
     ranks(world).run(cases.check, operator, dtype, transport, {})
 
@@ -42,9 +40,7 @@ def test_references(ranks: RankPools) -> None:
     ranks(3).run(cases.check_references)
 
 
-@pytest.mark.parametrize("world", (1, 2, 3, 4))
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("mode", ("fused", "unfused"))
+@every_pair(mode=("fused", "unfused"), transport=TRANSPORTS, world=(1, 2, 3, 4))
 def test_bytes_equal_the_formula(ranks: RankPools, mode: str, transport: str, world: int) -> None:
     """2·(N-1)/N of the sum; rows that do not divide are filled up to a multiple of the ranks."""
     for dtype, rows, pieces in (("float32", 6, 1), ("bfloat16", 6, 4), ("float32", 5, 4)):

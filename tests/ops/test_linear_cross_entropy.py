@@ -5,15 +5,14 @@ from __future__ import annotations
 import linear_cross_entropy_cases as cases
 import pytest
 import torch
+from covering import every_pair
 
 from odysseus_kernels.testing.spawn import RankPools
 
 WORLDS = (1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("kind", cases.KINDS)
-@pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16", "float16"))
+@every_pair(kind=cases.KINDS, dtype=("float64", "float32", "bfloat16", "float16"), world=WORLDS)
 def test_against_fp64(ranks: RankPools, kind: str, dtype: str, world: int) -> None:
     ranks(world).run(cases.check, kind, dtype, [{}])
 

@@ -7,6 +7,7 @@ from typing import Any
 import operator_cases as cases
 import pytest
 import torch
+from covering import every_pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,10 +22,7 @@ WORLDS = (1, 2, 3, 4)
 BASE = {"before": (2,), "rows": 12, "features": 24, "outputs": (16, 8)}
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("operator", OPERATORS)
+@every_pair(operator=OPERATORS, transport=TRANSPORTS, dtype=DTYPES, world=WORLDS)
 def test_against_fp64(ranks: RankPools, operator: str, transport: str, dtype: str, world: int) -> None:
     ranks(world).run(cases.check, operator, dtype, transport, BASE)
 

@@ -77,11 +77,11 @@ def test_the_number_of_groups_changes_rounding_only(ranks: RankPools, world: int
 def test_memory(ranks: RankPools, world: int) -> None:
     """What is kept is what Ulysses keeps; beside it a call holds no more than its groups of heads account for."""
     for transport in ("symmetric", "collective"):
+        whole = ranks(world).run(costs.memory, transport, 1)[0]
         for found in ranks(world).run(costs.memory, transport, 4):
             assert abs(found["saved"] - found["formula"]) <= 0.01 * found["formula"], found
             # The largest is the sum for y or dx, [L/N, d]: nothing has all tokens and the hidden width.
             assert found["largest"] <= 1, found
-            whole = ranks(world).run(costs.memory, transport, 1)[0]
             assert found["saved"] == whole["saved"]
             assert found["peak"] < whole["peak"], (found, whole)
 

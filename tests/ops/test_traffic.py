@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import traffic_cases as cases
+from covering import every_pair
 
 from odysseus_kernels.testing.spawn import RankPools
 
@@ -21,10 +21,12 @@ def formula(operator: str, gathered: str) -> dict[str, int]:
     return {"forward all_gather": WEIGHT, "backward all_gather": WEIGHT, "backward reduce_scatter": WEIGHT}
 
 
-@pytest.mark.parametrize("world", (1, 2, 3, 4))
-@pytest.mark.parametrize("transport", ("symmetric", "collective"))
-@pytest.mark.parametrize("mode", ("fused", "unfused"))
-@pytest.mark.parametrize("operator", ("all_gather_linear", "linear_reduce_scatter", "zero3_linear"))
+@every_pair(
+    operator=("all_gather_linear", "linear_reduce_scatter", "zero3_linear"),
+    mode=("fused", "unfused"),
+    transport=("symmetric", "collective"),
+    world=(1, 2, 3, 4),
+)
 def test_bytes_equal_the_formula(ranks: RankPools, operator: str, mode: str, transport: str, world: int) -> None:
     for gathered in ("regather", "save"):
         for dtype in ("float32", "bfloat16"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import ulysses_cases as cases
 import ulysses_properties as properties
+from covering import every_pair
 
 from odysseus_kernels.testing.spawn import RankPool, RankPools
 
@@ -18,10 +19,7 @@ TRANSPORTS = ("symmetric", "collective")
 BASE: dict[str, Any] = {"heads": 2}
 
 
-@pytest.mark.parametrize("world", (1, 2, 3, 4))
-@pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16"))
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("operator", OPERATORS)
+@every_pair(operator=OPERATORS, transport=TRANSPORTS, dtype=("float64", "float32", "bfloat16"), world=(1, 2, 3, 4))
 def test_against_fp64(ranks: RankPools, operator: str, transport: str, dtype: str, world: int) -> None:
     ranks(world).run(cases.check, operator, dtype, transport, BASE)
 
@@ -66,9 +64,7 @@ def test_references(ranks: RankPools, world: int, problem: dict[str, Any]) -> No
     ranks(world).run(cases.check_references, problem)
 
 
-@pytest.mark.parametrize("world", (1, 2, 4))
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("mode", ("fused", "unfused"))
+@every_pair(mode=("fused", "unfused"), transport=TRANSPORTS, world=(1, 2, 4))
 def test_bytes_equal_the_formula(ranks: RankPools, mode: str, transport: str, world: int) -> None:
     """Weights f·Pa forward, 2·f·Pa backward; activations 2·f·(L/N)·(d + κ) each way.
 

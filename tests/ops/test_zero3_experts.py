@@ -5,6 +5,7 @@ from __future__ import annotations
 import experts_cases as cases
 import pytest
 import torch
+from covering import every_pair
 from experts_cases import Problem
 
 from odysseus_kernels.testing.spawn import RankPools
@@ -14,9 +15,7 @@ TRANSPORTS = ("symmetric", "collective")
 TOKENS = {1: (9,), 2: (7, 12), 3: (6, 0, 11), 4: (0, 9, 5, 3)}
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("world", (1, 2, 3, 4))
-@pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16"))
+@every_pair(dtype=("float64", "float32", "bfloat16"), world=(1, 2, 3, 4), transport=TRANSPORTS)
 def test_output_and_gradients(ranks: RankPools, dtype: str, world: int, transport: str) -> None:
     experts = 6 if world != 4 else 8
     ranks(world).run(cases.check, Problem(experts, TOKENS[world]), dtype, transport)
@@ -47,9 +46,7 @@ def test_experts_without_tokens_have_zero_gradients(ranks: RankPools, world: int
     ranks(world).run(cases.unused_experts)
 
 
-@pytest.mark.parametrize("world", (1, 2, 3, 4))
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("mode", ("fused", "unfused"))
+@every_pair(mode=("fused", "unfused"), transport=TRANSPORTS, world=(1, 2, 3, 4))
 def test_bytes_equal_the_formula(ranks: RankPools, mode: str, transport: str, world: int) -> None:
     """f·P forward, 2·f·P backward, P the elements of all experts: (N-1) times a rank's share of them."""
     for dtype in ("float32", "bfloat16"):
