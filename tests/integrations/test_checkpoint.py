@@ -43,11 +43,12 @@ def test_from_four_ranks_to_two_to_one(ranks, tmp_path: Path):
     ("on_four", "on_two"),
     [
         ("odysseus", "ulysses"),
-        ("ring+ulysses", "tp_sp"),
-        ("tp", "odysseus"),
         ("ring+tp_sp", "ring+odysseus"),
         ("ring+tsp", "tp_sp"),
-        ("odysseus", "tsp"),
+        # Every way to cut a weight is saved and loaded above: "tp" cuts as "tp_sp" does, "tsp" as "ulysses".
+        pytest.param("ring+ulysses", "tp_sp", marks=pytest.mark.complete),
+        pytest.param("tp", "odysseus", marks=pytest.mark.complete),
+        pytest.param("odysseus", "tsp", marks=pytest.mark.complete),
     ],
 )
 def test_between_strategies(ranks, tmp_path: Path, on_four, on_two):
