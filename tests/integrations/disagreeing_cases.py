@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from changed_cases import step
+from failure_cases import attempt as told
 from family_cases import Case, make_mesh
 from peft import LoraConfig, get_peft_model
 from peft_cases import fill
@@ -21,7 +21,7 @@ from odysseus_kernels.nn.sequence import shard_sequence
 from odysseus_kernels.strategies import STRATEGIES
 
 CASE = Case(kv_heads=4, length=12)
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 def lora(model: Any, scaling: int = 2, dropout: float = 0.0) -> Any:
@@ -102,16 +102,6 @@ def parallelized(rank: int, world: int, bad: int) -> dict[str, tuple[str, str, f
     for name, (given, _) in CALLED.items():
         attempt(name, CASE, **given)
     return found
-
-
-def told(function: Callable[[], object]) -> tuple[str, str, float]:
-    """Type and text of the error, and after how many seconds."""
-    start = time.perf_counter()
-    try:
-        function()
-    except Exception as error:  # noqa: BLE001 - which one it is, is the result
-        return type(error).__name__, str(error), time.perf_counter() - start
-    return "", "", time.perf_counter() - start
 
 
 # ---- afterwards -----------------------------------------------------------------------------------------------------

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from unittest import mock
 
 import pytest
 import torch
+from forked_checks import run_forked
 from kernel_cases import GatherCase, Guarded, ScatterCase, check_product, word
 from torch import Tensor
 
@@ -381,46 +379,14 @@ CHECKS = {
 TWO_RANKS = {check.__name__: check for check in (two_gather, two_scatter)}
 
 
-def _attempt(channel: Connection, check: Callable[..., None], arguments: tuple[object, ...]) -> None:
-    try:
-        check(*arguments)
-    except BaseException:  # noqa: BLE001 - what the test shows
-        channel.send(traceback.format_exc())
-    else:
-        channel.send("")
-
-
-def _forked(check: Callable[..., None], *ranks: tuple[object, ...]) -> str:
-    """Runs it in one process for each tuple of arguments; what failed."""
-    context = multiprocessing.get_context("fork")
-    started = []
-    for arguments in ranks:
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_attempt, args=(theirs, check, arguments), daemon=True)
-        process.start()
-        theirs.close()
-        started.append((process, ours))
-    failed, deadline = [], time.monotonic() + 120
-    for process, channel in started:
-        try:
-            failed.append(
-                channel.recv() if channel.poll(max(0.0, deadline - time.monotonic())) else "did not end within 120 s"
-            )
-        except EOFError:
-            failed.append("its process ended")
-        process.kill()
-        process.join()
-    return "\n".join(filter(None, failed))
-
-
 def main(names: list[str]) -> None:
     for name in names:
         if name in CHECKS:
-            failed = _forked(CHECKS[name], ())
+            failed = run_forked(CHECKS[name], ())
         else:
             with tempfile.NamedTemporaryFile() as shared:
                 shared.truncate(1 << 20)
-                failed = _forked(TWO_RANKS[name], *((rank, shared.name) for rank in range(2)))
+                failed = run_forked(TWO_RANKS[name], *((rank, shared.name) for rank in range(2)))
         print(json.dumps([name, failed]), flush=True)
 
 
